@@ -1,0 +1,111 @@
+"""The key/value cache: one row per token and layer shared by the loops, T rows for the LoopLM, or both in the transition.
+
+A `Cache` keeps up to two kinds of rows over the same slots:
+
+    shared   [L, B, S, K, E]       the shared cache of MELT: one row per token and layer, projected from the last latent
+    base     [T, L, B, S, K, E]    the loop cache of the LoopLM: a row per token, layer and loop, projected from u
+
+MELT has the first, the LoopLM the second, the transition both (DESIGN §4). Everything else is common to them.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Rows(NamedTuple):
+    """Keys (after RoPE) and values of tokens, [..., B, tokens, K, E] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class ChunkRows(NamedTuple):
+    """The rows that one chunk adds to a cache; None where the cache keeps none."""
+
+    shared: Rows | None
+    base: Rows | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Rows of S slots and the segment each slot belongs to.
+
+    Attributes:
+      shared: `Rows` of [L, B, S, K, E], or None.
+      base: `Rows` of [T, L, B, S, K, E], or None.
+      segments: [B, S] int32; 0 is an empty slot or padding, which nothing sees.
+    """
+
+    shared: Rows | None
+    base: Rows | None
+    segments: jax.Array
+
+    @property
+    def keys(self):
+        """The shared keys [L, B, S, K, E] where there are some, else the loop cache's [T, L, B, S, K, E]."""
+        return (self.shared or self.base).keys
+
+    @property
+    def values(self):
+        """The values, of the shape of `keys`."""
+        return (self.shared or self.base).values
+
+    @property
+    def length(self):
+        """S, the number of slots."""
+        return self.segments.shape[1]
+
+    def write(self, rows, segments, start):
+        """The cache with a chunk's `ChunkRows` and its segments [B, C] at slots start … start + C − 1.
+
+        `start` is one slot for all batch rows, or [B] with a slot for each.
+        """
+        put = lambda axis: lambda old, new: _write_slots(old, new.astype(old.dtype), start, axis)
+        shared = jax.tree.map(put(2), self.shared, rows.shared)
+        base = jax.tree.map(put(3), self.base, rows.base)
+        return Cache(shared, base, _write_slots(self.segments, segments, start, 1))
+
+
+def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, loops=None):
+    """An empty cache for a model.
+
+    Args:
+      config: `ModelConfig`; gate "none" makes a loop cache, any other a shared one.
+      batch: B.
+      length: S, in tokens.
+      dtype: of the rows.
+      transition: keep base rows beside the shared ones.
+      loops: T, where it is not the config's.
+    """
+    shape = (config.layers, batch, length, config.kv_heads, config.head_width)
+    empty = lambda *lead: Rows(jnp.zeros((*lead, *shape), dtype), jnp.zeros((*lead, *shape), dtype))
+    melt = config.gate != "none"
+    if transition and not melt:
+        raise ValueError("a transition needs a model with a gate; this one has gate='none' (a LoopLM)")
+    base = empty(loops or config.loops) if transition or not melt else None
+    return Cache(empty() if melt else None, base, jnp.zeros((batch, length), jnp.int32))
+
+
+def bytes_per_token(config, itemsize=2, loops=None):
+    """Bytes of cache that one token takes: 2·L·K·E numbers, times the loops for the LoopLM. 196 608 for MELT-1.6B in bf16."""
+    rows = 1 if config.gate != "none" else (loops or config.loops)
+    return 2 * rows * config.layers * config.kv_heads * config.head_width * itemsize
+
+
+def blend(shared, base, alpha):
+    """Rows as attention sees them: α·shared + (1 − α)·base, or whichever is kept alone."""
+    if shared is None or base is None:
+        return shared if base is None else base
+    mix = lambda s, b: (alpha * s.astype(jnp.float32) + (1 - alpha) * b.astype(jnp.float32)).astype(s.dtype)
+    return jax.tree.map(mix, shared, base)
+
+
+def _write_slots(old, new, start, slot_axis):
+    if jnp.ndim(start) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, slot_axis)
+    update = lambda o, n, s: jax.lax.dynamic_update_slice_in_dim(o, n, s, slot_axis - 1)
+    return jax.vmap(update, in_axes=(slot_axis - 1, slot_axis - 1, 0), out_axes=slot_axis - 1)(old, new, start)

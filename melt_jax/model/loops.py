@@ -1,0 +1,123 @@
+"""T loops over one chunk (DESIGN §3): the one function that training, prefill and decoding run."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from melt_jax.model.cache import ChunkRows, Rows, blend
+from melt_jax.model.gate import update_latent
+from melt_jax.model.layers import attend, rms_norm, rope_table
+
+
+class ChunkOutput(NamedTuple):
+    """What `run_chunk` computes.
+
+    Attributes:
+      hidden: [T, B, C, D], the normed stream at the end of each loop.
+      attention_output: [T, L, B, C, D], after W_O and before the sandwich norm.
+      openness: [T, L, B, C] float32, the gate's mean 1 − z; ones for the LoopLM.
+      rows: `ChunkRows`: the chunk's final shared rows and its base rows of every loop, as the cache keeps them.
+      segments: [B, C] int32, to be written beside the rows.
+    """
+
+    hidden: jax.Array
+    attention_output: jax.Array
+    openness: jax.Array
+    rows: ChunkRows
+    segments: jax.Array
+
+
+def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alpha=None, loops=None):
+    """Runs all T loops over C consecutive tokens in parallel.
+
+    A query of loop t sees its chunk's rows as they stand in loop t, causally, and of earlier chunks the cache's rows: the
+    final ones of a shared cache, loop t's of a loop cache, both blended in the transition.
+
+    Args:
+      model: `LoopedTransformer`.
+      tokens: [B, C] int32.
+      cache: `Cache`; only slots before `start` are seen.
+      start: the chunk's first slot, a scalar or [B].
+      positions: [B, C] int32 for RoPE; by default the slots.
+      segments: [B, C] int32; tokens see only their own segment, and nothing sees segment 0. Ones by default.
+      alpha: the transition's blend, for a cache that keeps both kinds of rows.
+      loops: T, where it is not the model's.
+
+    Returns:
+      `ChunkOutput`. The cache is not changed; `cache.write(out.rows, out.segments, start)` adds the chunk.
+    """
+    config = model.config
+    batch, length = tokens.shape
+    loops = loops or config.loops
+    slots = jnp.reshape(start, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
+    if positions is None:
+        positions = jnp.broadcast_to(slots, (batch, length))
+    if segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
+    if (alpha is None) != (cache.shared is None or cache.base is None):
+        raise ValueError("alpha goes with a transition cache, which keeps shared and base rows, and only with one")
+    rope = rope_table(positions, config.head_width, config.rope_theta)
+    masks = chunk_masks(segments, cache.segments, start)
+
+    def run_layer(y, xs):
+        layer, latent, earlier_shared, earlier_base, loop = xs
+        with jax.named_scope("gate"):
+            u = layer.norm(y, "input_layernorm")
+            openness = jnp.ones(u.shape[:-1], jnp.float32)
+            shared = base = None
+            if cache.shared is not None:
+                latent, openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
+                shared = layer.project_rows(latent, rope)
+            if cache.base is not None:
+                base = layer.project_rows(u, rope)
+        with jax.named_scope("attention"):
+            earlier, own = blend(earlier_shared, earlier_base, alpha), blend(shared, base, alpha)
+            heads = attention(layer.project_query(u, rope), earlier, own, *masks)
+            attended = layer.project_output(heads)
+            y = y + layer.norm(attended, "input_layernorm_2")
+        with jax.named_scope("mlp"):
+            m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
+            y = y + layer.norm(m, "post_attention_layernorm_2")
+        return y, (latent, shared, base, attended, openness)
+
+    attention = attend
+    if config.remat == "attention":
+        attention = jax.checkpoint(attend)
+    elif config.remat == "layer":
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+
+    def run_loop(state, xs):
+        x, latents, _ = state
+        loop, earlier_base = xs
+        layer_loop = jnp.full((config.layers,), loop)
+        y, (latents, shared, base, attended, openness) = jax.lax.scan(
+            run_layer, x, (model.layers, latents, cache.shared, earlier_base, layer_loop)
+        )
+        with jax.named_scope("final_norm"):
+            x = rms_norm(y, model.norm[...], config.rms_eps)
+        return (x, latents, shared), (x, base, attended, openness)
+
+    x = model.embed(tokens)
+    latents = shared = None
+    if cache.shared is not None:
+        latents = jnp.zeros((config.layers, *x.shape), x.dtype)
+        empty = jnp.zeros((config.layers, batch, length, config.kv_heads, config.head_width), x.dtype)
+        shared = Rows(empty, empty)
+    (_, _, shared), (hidden, base, attended, openness) = jax.lax.scan(
+        run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.base)
+    )
+    return ChunkOutput(hidden, attended, openness, ChunkRows(shared, base), segments)
+
+
+def chunk_masks(segments, cache_segments, start):
+    """Who sees whom: ([B, C, S] over the cache's slots, [B, C, C] within the chunk), bool.
+
+    A query sees earlier slots and, causally, the chunk's tokens of its own segment; padding (segment 0) is seen by nothing
+    but itself.
+    """
+    earlier = jnp.arange(cache_segments.shape[1]) < jnp.reshape(start, (-1, 1))
+    same = lambda keys: (segments[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
+    length = segments.shape[1]
+    own = same(segments) & jnp.tril(jnp.ones((length, length), bool)) | jnp.eye(length, dtype=bool)
+    return same(cache_segments) & earlier[:, None, :], own

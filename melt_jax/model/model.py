@@ -1,0 +1,124 @@
+"""The looped transformer: LoopLM and MELT are one model with two ways to keep rows (DESIGN §1, §2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from melt_jax.model.layers import DecoderLayer, einsum, token_sharding
+
+
+class Initializer:
+    """Makes the weights that modules declare.
+
+    Each call states a weight once: its shape, a logical axis name for every dimension, its initial values. Initialisation,
+    shardings and what a checkpoint must hold all follow from these declarations.
+    """
+
+    def __init__(self, key, std=0.02, dtype=jnp.float32, stack=()):
+        """`stack` is prepended to every shape: ((length, axis name), …)."""
+        self.key, self.std, self.dtype, self.stack = key, std, dtype, stack
+        self.declared = 0
+
+    def stacked(self, length, axis):
+        """An initializer of `length` copies of each weight, along a new leading axis of that name."""
+        self.declared += 1
+        key = jax.random.fold_in(self.key, self.declared)
+        return Initializer(key, self.std, self.dtype, ((length, axis), *self.stack))
+
+    def normal(self, shape, axes):
+        """Normal with the standard deviation `std`."""
+        self.declared += 1
+        key = jax.random.fold_in(self.key, self.declared)
+        return self._declare(lambda full: self.std * jax.random.normal(key, full, self.dtype), shape, axes)
+
+    def ones(self, shape, axes):
+        """Ones: the scale of a norm."""
+        return self._declare(lambda full: jnp.ones(full, self.dtype), shape, axes)
+
+    def zeros(self, shape, axes):
+        """Zeros: a bias."""
+        return self._declare(lambda full: jnp.zeros(full, self.dtype), shape, axes)
+
+    def _declare(self, make, shape, axes):
+        if len(shape) != len(axes):
+            raise ValueError(f"a weight of shape {shape} needs {len(shape)} logical axes, got {axes}")
+        shape = (*(n for n, _ in self.stack), *shape)
+        axes = (*(name for _, name in self.stack), *axes)
+        return nnx.Param(make(shape), axes=axes)
+
+
+class ExitGate(nnx.Module):
+    """λ = σ(w·x + b), the probability of leaving after a loop."""
+
+    def __init__(self, config, weight):
+        self.weight = weight.normal((config.width,), ("norm",))
+        self.bias = weight.zeros((1,), (None,))
+
+
+class LoopedTransformer(nnx.Module):
+    """A LoopLM (`config.gate == "none"`) or a MELT model; a pytree of weights, run by `run_chunk` and `run_sequence`.
+
+    Attributes:
+      embed_tokens: [V, D].
+      layers: `DecoderLayer` stacked over L.
+      norm: [D]; closes every loop.
+      early_exit_gate: `ExitGate`.
+      lm_head: [D, V], or None when tied to the embedding.
+    """
+
+    def __init__(self, config, weight):
+        self.config = config
+        self.embed_tokens = weight.normal((config.vocab, config.width), ("vocab", "embed"))
+        self.layers = DecoderLayer(config, weight.stacked(config.layers, "layers"))
+        self.norm = weight.ones((config.width,), ("norm",))
+        self.early_exit_gate = ExitGate(config, weight)
+        self.lm_head = None if config.tied else weight.normal((config.width, config.vocab), ("embed", "vocab"))
+
+    @property
+    def dtype(self):
+        """The dtype of the weights, which is that of the activations and rows."""
+        return self.embed_tokens.get_value().dtype
+
+    def embed(self, tokens):
+        """x⁰ = embed[token], unscaled: [B, C] → [B, C, D]."""
+        return self.embed_tokens[...].at[tokens].get(out_sharding=token_sharding(tokens[..., None]))
+
+    def logits(self, hidden):
+        """Next-token logits, float32: [..., D] → [..., V]."""
+        if self.lm_head is None:
+            return einsum("...d,vd->...v", hidden, self.embed_tokens[...], preferred_element_type=jnp.float32)
+        return einsum("...d,dv->...v", hidden, self.lm_head[...], preferred_element_type=jnp.float32)
+
+    def exit_pdf(self, hidden):
+        """The probability that each loop is the last, float32: [T, B, S, D] → [B, S, T].
+
+        pₜ = λₜ Πₛ<ₜ(1 − λₛ) for t < T; p_T takes the rest (DESIGN §1).
+        """
+        gate = self.early_exit_gate
+        exact = einsum("tbsd,d->bst", hidden.astype(jnp.float32), gate.weight[...].astype(jnp.float32))
+        leave = jax.nn.sigmoid(exact + gate.bias[...].astype(jnp.float32))
+        stay = jnp.cumprod(1 - leave, axis=-1)
+        before = jnp.concatenate([jnp.ones_like(stay[..., :1]), stay[..., :-1]], axis=-1)
+        return jnp.concatenate([(before * leave)[..., :-1], before[..., -1:]], axis=-1)
+
+
+def exit_loop(pdf, threshold):
+    """The first loop (counted from 0) whose cumulative probability reaches the threshold: [..., T] → [...] int32.
+
+    A threshold of 1 or more is the last loop, whatever rounding makes of the sum.
+    """
+    reached = jnp.cumsum(pdf, axis=-1)[..., :-1] >= threshold
+    last = pdf.shape[-1] - 1
+    if threshold >= 1:
+        return jnp.full(pdf.shape[:-1], last, jnp.int32)
+    return jnp.where(reached.any(-1), jnp.argmax(reached, axis=-1), last).astype(jnp.int32)
+
+
+def init_model(config, key, std=0.02, dtype=jnp.float32):
+    """A model with fresh weights: normal with `std`, norms one, biases zero."""
+    return LoopedTransformer(config, Initializer(key, std, dtype))
+
+
+def parameter_count(model):
+    """The number of weights; 1 434 652 673 for Ouro-1.4B."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))

@@ -1,0 +1,206 @@
+"""What is minimised: Ouro's pre-training, the transition and the alignment (DESIGN §4).
+
+An objective adds up *sums* over scored tokens, each with one number per loop, or per loop and layer. All are divided by the
+same count, the scored tokens of the whole batch, after everything is added up: so micro-batches, padding and hosts cannot
+change a loss or a metric.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from melt_jax.model.cache import create_cache
+from melt_jax.model.loops import run_chunk
+from melt_jax.model.sequence import chunk_sums, run_sequence, segment_positions, split_chunks
+
+
+class Batch(NamedTuple):
+    """Sequences, [B, S] int32 each.
+
+    Attributes:
+      tokens: token ids.
+      segments: an id per packed document; 0 is padding.
+      loss_mask: 1 where the prediction made at this token is scored.
+      targets: the next token of the same document; used by pre-training alone.
+    """
+
+    tokens: jax.Array
+    segments: jax.Array
+    loss_mask: jax.Array
+    targets: jax.Array | None = None
+
+
+class Targets(NamedTuple):
+    """The teacher's outputs: hidden [T, B, S, D], and attention outputs [T, L, B, S, D] where they are aligned."""
+
+    hidden: jax.Array
+    attention_output: jax.Array | None
+
+
+def pretraining_sums(model, batch, chunk_size, prepare=None, chunk_sums=chunk_sums):
+    """Sums of Ouro's objective over a batch: cross-entropy per loop, its expectation under the exit pdf, the pdf's entropy.
+
+    Returns:
+      dict: cross_entropy [T], expected_cross_entropy [], exit_entropy [], exit_probability [T]; nats, summed over scored tokens.
+    """
+    return _sum_over_chunks(_pretraining_step, model, batch, None, None, chunk_size, False, prepare, chunk_sums)
+
+
+def pretraining_loss(metrics, entropy_bonus):
+    """Expected cross-entropy minus `entropy_bonus` × the entropy of the exit distribution, nats a token."""
+    return metrics["expected_cross_entropy"] - entropy_bonus * metrics["exit_entropy"]
+
+
+def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=False, prepare=None, chunk_sums=chunk_sums):
+    """Sums over a batch of what a student differs in from its teacher.
+
+    Args:
+      student: a MELT model, float32 masters.
+      teacher: the frozen LoopLM; it runs over its own stream of the same tokens, in the dtype of its weights.
+      batch: `Batch`.
+      chunk_size: C of the student.
+      alpha: the transition's blend; None in the alignment phase.
+      align: also compare attention outputs.
+      prepare: `masters → weights`, a cast to the compute dtype.
+      chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
+
+    Returns:
+      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; openness [T, L]; with align also
+      alignment [T, L], ‖o_student − o_teacher‖².
+    """
+    targets = teacher_targets(teacher, batch, chunk_size, align)
+    data = (teacher, None if alpha is None else jnp.asarray(alpha, jnp.float32))
+    return _sum_over_chunks(
+        _distillation_step, student, batch, targets, data, chunk_size, alpha is not None, prepare, chunk_sums
+    )
+
+
+def transition_loss(student, teacher, tokens, loss_mask, alpha, chunk_size):
+    """L_KD of phase 1, nats: mean over loops and scored tokens of KL(teacher ‖ student), rows blended by α.
+
+    tokens and loss_mask are [B, S]; one document a sequence. A scalar, differentiable in the student.
+    """
+    batch = whole_documents(tokens, loss_mask)
+    metrics = normalize(distillation_sums(student, teacher, batch, chunk_size, alpha), scored_tokens(batch))
+    return distillation_loss(metrics)
+
+
+def alignment_loss(student, teacher, tokens, loss_mask, beta, chunk_size):
+    """L_KD + β·L_align of phase 2; L_align is the mean over layers, loops and scored tokens of ‖o_student − o_teacher‖²."""
+    batch = whole_documents(tokens, loss_mask)
+    metrics = normalize(distillation_sums(student, teacher, batch, chunk_size, align=True), scored_tokens(batch))
+    return distillation_loss(metrics, beta)
+
+
+def distillation_loss(metrics, beta=0.0):
+    """L_KD + β·L_align from metrics per scored token; L_KD alone where nothing is aligned."""
+    loss = jnp.mean(metrics["kd"])
+    return loss + beta * jnp.mean(metrics["alignment"]) if "alignment" in metrics else loss
+
+
+def scored_tokens(batch):
+    """The count by which every sum is divided, float32; at least one, so that an empty batch gives zeros."""
+    return jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0)
+
+
+def normalize(sums, count):
+    """Sums over scored tokens → means per scored token."""
+    return jax.tree.map(lambda x: x / count, sums)
+
+
+def whole_documents(tokens, loss_mask):
+    """A `Batch` of sequences that are one document each."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    return Batch(tokens, jnp.ones_like(tokens), jnp.asarray(loss_mask, jnp.int32))
+
+
+def teacher_targets(teacher, batch, chunk_size, align):
+    """Runs the frozen teacher over the batch; its rows are dropped when its last chunk is done."""
+    out = run_sequence(teacher, batch.tokens, chunk_size, segments=batch.segments)
+    targets = Targets(out.hidden, out.attention_output if align else None)
+    return jax.tree.map(jax.lax.stop_gradient, targets)
+
+
+def kl_per_loop(teacher, student, teacher_hidden, student_hidden, mask):
+    """KL(teacher's next-token distribution ‖ student's), nats, summed over the tokens of `mask`: [T].
+
+    Hidden states are [T, B, C, D]. One loop's logits [B, C, V] exist at a time, in the backward pass too.
+    """
+
+    @jax.checkpoint
+    def one_loop(_, hidden):
+        log_p = jax.nn.log_softmax(teacher.logits(hidden[0]))
+        log_q = jax.nn.log_softmax(student.logits(hidden[1]))
+        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        return None, jnp.sum(kl * mask)
+
+    return jax.lax.scan(one_loop, None, (teacher_hidden, student_hidden))[1]
+
+
+def _distillation_step(student, cache, start, data, chunk):
+    teacher, alpha = data
+    batch, positions, targets = chunk
+    out = run_chunk(
+        student, batch.tokens, cache, start, positions=positions, segments=batch.segments, alpha=alpha
+    )
+    mask = batch.loss_mask.astype(jnp.float32)
+    teacher_hidden = jnp.moveaxis(targets.hidden, 2, 0)
+    with jax.named_scope("distillation"):
+        sums = {
+            "kd": kl_per_loop(teacher, student, teacher_hidden, out.hidden, mask),
+            "openness": jnp.einsum("tlbc,bc->tl", out.openness, mask),
+        }
+    if targets.attention_output is not None:
+        with jax.named_scope("alignment"):
+            teacher_output = jnp.transpose(targets.attention_output, (2, 3, 0, 1, 4))
+            gap = out.attention_output.astype(jnp.float32) - teacher_output.astype(jnp.float32)
+            sums["alignment"] = jnp.sum(jnp.square(gap) * mask[..., None], axis=(2, 3, 4))
+    return sums, out.rows, out.segments
+
+
+def _pretraining_step(model, cache, start, data, chunk):
+    del data
+    batch, positions, _ = chunk
+    out = run_chunk(model, batch.tokens, cache, start, positions=positions, segments=batch.segments)
+    mask = batch.loss_mask.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one_loop(_, hidden):
+        log_q = jax.nn.log_softmax(model.logits(hidden))
+        return None, -jnp.take_along_axis(log_q, batch.targets[..., None], axis=-1)[..., 0]
+
+    cross_entropy = jax.lax.scan(one_loop, None, out.hidden)[1]
+    pdf = jnp.moveaxis(model.exit_pdf(out.hidden), -1, 0)
+    sums = {
+        "cross_entropy": jnp.sum(cross_entropy * mask, axis=(1, 2)),
+        "expected_cross_entropy": jnp.sum(pdf * cross_entropy * mask),
+        "exit_entropy": jnp.sum(jax.scipy.special.entr(pdf) * mask),
+        "exit_probability": jnp.sum(pdf * mask, axis=(1, 2)),
+    }
+    return sums, out.rows, out.segments
+
+
+def _sum_over_chunks(step, model, batch, targets, data, chunk_size, transition, prepare, chunk_sums):
+    prepare = prepare or _identity
+    length = batch.tokens.shape[1]
+    chunk_size = min(chunk_size, length)
+    positions = segment_positions(batch.segments)
+    if targets is not None:
+        token_first = Targets(jnp.moveaxis(targets.hidden, 0, 2), None)
+        if targets.attention_output is not None:
+            token_first = token_first._replace(attention_output=jnp.transpose(targets.attention_output, (2, 3, 0, 1, 4)))
+        targets = token_first
+    chunks = split_chunks((batch, positions, targets), chunk_size)
+    count = chunks[0].tokens.shape[0]
+    dtype = jax.eval_shape(prepare, model).dtype
+    slots = count * chunk_size if count > 1 else 0
+    cache = create_cache(model.config, len(batch.tokens), slots, dtype, transition)
+    if count == 1:
+        only = jax.tree.map(lambda x: x[0], chunks)
+        return step(prepare(model), cache, 0, data, only)[0]
+    return chunk_sums(step, prepare, model, cache, data, chunks)
+
+
+def _identity(params):
+    return params

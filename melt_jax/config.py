@@ -1,6 +1,7 @@
-"""Frozen configurations."""
+"""Frozen configurations, made from a ConfigDict once, at the door, and checked there."""
 
 import dataclasses
+import difflib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +52,247 @@ class ModelConfig:
     def group(self):
         """G = H/K, the query heads that share a key/value head."""
         return self.heads // self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where training sequences come from (`configs/base.py`, data)."""
+
+    source: str = "arithmetic"
+    path: str = ""
+    length: int = 128
+    batch: int = 16
+    low: int = 2
+    high: int = 5
+    score: str = "completion"
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """What every phase has (`configs/base.py`)."""
+
+    steps: int
+    learning_rate: float
+    gate_learning_rate: float
+    warmup_steps: int
+    final_fraction: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingConfig(PhaseConfig):
+    """Ouro's objective from scratch."""
+
+    entropy_bonus: float
+    init_std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TransitionConfig(PhaseConfig):
+    """Phase 1."""
+
+    ramp: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignmentConfig(PhaseConfig):
+    """Phase 2."""
+
+    beta: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """How a LoopLM becomes a MELT."""
+
+    gate: str
+    first_loop: str
+    gate_std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured at the end of a phase."""
+
+    problems: int
+    sequences: int
+    seed: int
+    sample: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run; every key is explained in `configs/base.py`."""
+
+    seed: int
+    phases: tuple
+    teacher: str
+    tokenizer: str
+    model: ModelConfig
+    student: StudentConfig
+    chunk_size: int
+    dtype: str
+    remat: str
+    micro_batches: int
+    data: DataConfig
+    pretraining: PretrainingConfig
+    transition: TransitionConfig
+    alignment: AlignmentConfig
+    optimizer: OptimizerConfig
+    log_every: int
+    checkpoint_every: int
+    checkpoints_kept: int
+    evaluation: EvaluationConfig
+
+    def phase(self, name):
+        """The settings of a phase."""
+        return getattr(self, name)
+
+
+PHASES = ("pretraining", "transition", "alignment")
+GATES = ("none", "elementwise", "scalar", "mean", "ema", "last")
+CHOICES = {
+    "gate": GATES,
+    "first_loop": ("copy", "gated"),
+    "remat": ("none", "attention", "layer"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message lists every problem found."""
+
+
+def freeze(config):
+    """A `TrainConfig` from a ConfigDict, checked.
+
+    Raises:
+      ConfigError: lists every unknown or missing key, wrong type, impossible value and contradiction.
+    """
+    found = []
+    frozen = _convert(TrainConfig, config.to_dict(), "", found)
+    if not found:
+        found = problems(frozen)
+    if found:
+        raise ConfigError("the configuration has problems:\n" + "\n".join(f"  - {line}" for line in found))
+    return frozen
+
+
+def problems(config):
+    """Every impossible value and contradiction of a `TrainConfig`: a list of messages."""
+    found = []
+
+    def need(ok, key, expected, value):
+        if not ok:
+            found.append(f"{key}: expected {expected}, found {value!r}")
+
+    unknown = [name for name in config.phases if name not in PHASES]
+    need(config.phases and not unknown, "phases", f"some of {PHASES}", config.phases)
+    order = [PHASES.index(name) for name in config.phases if name in PHASES]
+    need(order == sorted(set(order)), "phases", "each once, in the order transition, alignment", config.phases)
+    if "pretraining" in config.phases:
+        need(len(config.phases) == 1, "phases", "pretraining alone: it makes a teacher from scratch", config.phases)
+        found += model_problems(config.model, "model.")
+        need(config.model.gate == "none", "model.gate", "'none': pre-training makes a LoopLM", config.model.gate)
+    else:
+        need(config.teacher, "teacher", "the folder of a LoopLM checkpoint", config.teacher)
+        need(config.student.gate != "none", "student.gate", "a gate variant: the student is a MELT", config.student.gate)
+    need(config.student.gate in GATES, "student.gate", f"one of {GATES}", config.student.gate)
+    need(config.student.first_loop in CHOICES["first_loop"], "student.first_loop", f"one of {CHOICES['first_loop']}",
+         config.student.first_loop)  # fmt: skip
+    gated = config.student.first_loop == "copy" or config.student.gate == "elementwise"
+    need(gated, "student.first_loop", "'copy', unless the gate is elementwise", config.student.first_loop)
+    for key in ("dtype", "remat"):
+        need(getattr(config, key) in CHOICES[key], key, f"one of {CHOICES[key]}", getattr(config, key))
+    for key in ("chunk_size", "micro_batches", "log_every", "checkpoint_every", "checkpoints_kept"):
+        need(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
+    need(0 <= config.seed < 2**32, "seed", "in [0, 2³²)", config.seed)
+    need(config.data.batch % max(config.micro_batches, 1) == 0, "micro_batches",
+         f"a divisor of data.batch, {config.data.batch}", config.micro_batches)  # fmt: skip
+    for name in config.phases:
+        if name in PHASES:
+            _phase_problems(name, config.phase(name), need)
+    optimizer = config.optimizer
+    for key in ("b1", "b2"):
+        need(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", "in [0, 1)", getattr(optimizer, key))
+    need(optimizer.clip > 0, "optimizer.clip", "above 0", optimizer.clip)
+    need(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0", optimizer.weight_decay)
+    need(config.evaluation.problems >= 0, "evaluation.problems", "at least 0", config.evaluation.problems)
+    need(config.evaluation.sequences >= 0, "evaluation.sequences", "at least 0", config.evaluation.sequences)
+    need(config.evaluation.seed != config.seed, "evaluation.seed", "other than seed, which training uses", config.seed)
+    return found
+
+
+def model_problems(model, prefix=""):
+    """Every impossible value of a `ModelConfig`: a list of messages."""
+    found = []
+    for key in ("vocab", "width", "layers", "loops", "heads", "kv_heads", "head_width", "feed_forward", "max_positions"):
+        if getattr(model, key) < 1:
+            found.append(f"{prefix}{key}: expected at least 1, found {getattr(model, key)}")
+    if model.kv_heads >= 1 and model.heads % model.kv_heads:
+        found.append(f"{prefix}kv_heads: expected a divisor of heads, {model.heads}, found {model.kv_heads}")
+    if model.head_width % 2:
+        found.append(f"{prefix}head_width: expected an even number (RoPE pairs components), found {model.head_width}")
+    for key in ("rope_theta", "rms_eps"):
+        if getattr(model, key) <= 0:
+            found.append(f"{prefix}{key}: expected above 0, found {getattr(model, key)}")
+    for key in ("gate", "first_loop", "remat"):
+        if getattr(model, key) not in CHOICES[key]:
+            found.append(f"{prefix}{key}: expected one of {CHOICES[key]}, found {getattr(model, key)!r}")
+    return found
+
+
+def _phase_problems(name, phase, need):
+    need(phase.steps >= 1, f"{name}.steps", "at least 1", phase.steps)
+    need(0 <= phase.warmup_steps <= phase.steps, f"{name}.warmup_steps", f"between 0 and steps, {phase.steps}", phase.warmup_steps)
+    for key in ("learning_rate", "gate_learning_rate"):
+        need(getattr(phase, key) >= 0, f"{name}.{key}", "at least 0", getattr(phase, key))
+    need(0 <= phase.final_fraction <= 1, f"{name}.final_fraction", "in [0, 1]", phase.final_fraction)
+    if name == "transition":
+        need(0 < phase.ramp <= 1, "transition.ramp", "in (0, 1]", phase.ramp)
+    if name == "alignment":
+        need(phase.beta >= 0, "alignment.beta", "at least 0", phase.beta)
+
+
+def _convert(cls, values, prefix, found):
+    """A dataclass from a dict; appends what is wrong to `found` and then returns None."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            found.append(f"{prefix}{key}: unknown key" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
+    out = {}
+    for key, field in fields.items():
+        if key not in values and field.default is not dataclasses.MISSING:
+            out[key] = field.default
+        elif key not in values:
+            found.append(f"{prefix}{key}: missing")
+        elif dataclasses.is_dataclass(field.type):
+            if isinstance(values[key], dict):
+                out[key] = _convert(field.type, values[key], f"{prefix}{key}.", found)
+            else:
+                found.append(f"{prefix}{key}: expected a group of keys, found {values[key]!r}")
+        else:
+            out[key] = _typed(field.type, values[key], f"{prefix}{key}", found)
+    return cls(**out) if len(out) == len(fields) else None
+
+
+def _typed(kind, value, key, found):
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        name = getattr(kind, "__name__", str(kind))
+        found.append(f"{key}: expected {name}, found {value!r}")
+    return value

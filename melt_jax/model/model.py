@@ -1,5 +1,7 @@
 """The looped transformer: LoopLM and MELT are one model with two ways to keep rows (DESIGN §1, §2)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -117,6 +119,36 @@ def exit_loop(pdf, threshold):
 def init_model(config, key, std=0.02, dtype=jnp.float32):
     """A model with fresh weights: normal with `std`, norms one, biases zero."""
     return LoopedTransformer(config, Initializer(key, std, dtype))
+
+
+def reconfigure(model, key=None, gate_std=0.02, **changes):
+    """The model with some fields of its config changed.
+
+    Weights that the changed model has too are kept. Gate weights that it adds are fresh: normal with `gate_std`, biases zero,
+    from `key`; gates that it no longer has are dropped. So `reconfigure(looplm, key, gate="elementwise")` makes a MELT.
+
+    Raises:
+      ValueError: the changed model has other weights than gates that this one lacks, or other shapes.
+    """
+    config = dataclasses.replace(model.config, **changes)
+    fresh = jax.eval_shape(lambda: init_model(config, jax.random.key(0), dtype=model.dtype))
+    old = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    wanted, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    names = [jax.tree_util.keystr(path) for path, _ in wanted]
+    wrong = [
+        f"{name}: {old[name].shape if name in old else 'missing'}, needs {leaf.shape}"
+        for name, (_, leaf) in zip(names, wanted)
+        if (name in old and old[name].shape != leaf.shape) or (name not in old and "kv_gate" not in name)
+    ]
+    if wrong:
+        raise ValueError(f"a model cannot be reconfigured with {changes}: " + "; ".join(wrong))
+    if any(name not in old for name in names):
+        if key is None:
+            raise ValueError(f"reconfiguring with {changes} adds gate weights: a key is needed to draw them")
+        drawn = jax.tree.leaves(init_model(config, key, gate_std, model.dtype))
+    else:
+        drawn = [None] * len(names)
+    return jax.tree.unflatten(structure, [old.get(name, new) for name, new in zip(names, drawn)])
 
 
 def parameter_count(model):

@@ -1,0 +1,33 @@
+"""The main job on a laptop: the embedded LoopLM becomes a MELT in two phases, on two CPU cores, in under ten minutes.
+
+    python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+"""
+
+from configs import base
+
+
+def get_config():
+    """The recipe."""
+    config = base.get_config()
+    config.teacher = "melt_jax/assets/ouro_nano"
+    config.chunk_size = 16
+    config.dtype = "float32"
+    config.remat = "none"
+
+    config.data.source = "arithmetic"
+    config.data.length = 128
+    config.data.batch = 16
+
+    config.transition.steps = 300
+    config.transition.learning_rate = 1e-3
+    config.transition.gate_learning_rate = 1e-2
+    config.alignment.steps = 300
+    config.alignment.learning_rate = 1e-3
+    config.alignment.gate_learning_rate = 1e-2
+    config.alignment.beta = 0.005
+
+    config.log_every = 20
+    config.evaluation.problems = 256
+    config.evaluation.sequences = 16
+    config.evaluation.sample = True
+    return config

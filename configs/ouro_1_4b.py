@@ -1,0 +1,18 @@
+"""Ouro-1.4B-Thinking becomes MELT-1.6B: the paper's recipe (arXiv 2605.07721), 256M tokens and more of reasoning traces.
+
+The paper took 1 040 H100-hours. Convert the published folder first, and give token files of your data:
+
+    python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/ouro_1_4b --to=orbax
+    python -m melt_jax.train --config=configs/ouro_1_4b.py --workdir=runs/melt_1_6b \\
+        --config.teacher=checkpoints/ouro_1_4b --config.data.path=tokens.npz
+"""
+
+from configs import base
+
+
+def get_config():
+    """The recipe: sequences of 10 000 tokens in chunks of 500, 320 000 tokens a step, 1500 + 300 steps."""
+    config = base.get_config()
+    config.teacher = "checkpoints/ouro_1_4b"
+    config.data.path = "data/tokens.npz"
+    return config

@@ -1,0 +1,165 @@
+"""Trains: a LoopLM becomes a MELT in two phases, or a small LoopLM is made from scratch.
+
+    python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+
+Started again with the same workdir, a run goes on from its last checkpoint, to the same bits. The workdir gets, for each phase,
+`checkpoints/` (masters, moments, step), `metrics.jsonl` and TensorBoard files, and at its end `model/`, a checkpoint folder
+that `melt_jax.generate`, `.evaluate` and `.convert` open; and `results.json`, what the table at the end is made of.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from melt_jax import scoring
+from melt_jax.checkpoint import open_model, save_model
+from melt_jax.config import ConfigError, freeze
+from melt_jax.data import stream
+from melt_jax.model.model import init_model, parameter_count, reconfigure
+from melt_jax.training.checkpoint import Checkpoints
+from melt_jax.training.log import RunLog
+from melt_jax.training.optimizer import make_optimizer
+from melt_jax.training.step import cast_to, init_state, make_train_step, phase_objective
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: a file of configs/; --config.key=value overrides a key.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is gone on with.")
+
+
+def main(argv):
+    """One run."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    console = Console(highlight=False, soft_wrap=True)
+    workdir = pathlib.Path(WORKDIR.value)
+
+    # ---- the config, checked before anything is allocated
+    config = freeze(CONFIG.value)
+    pretraining = config.phases == ("pretraining",)
+    teacher = None if pretraining else open_model(config.teacher, dtype=config.dtype)
+    shape = config.model if pretraining else teacher.config
+    if wrong := stream.problems(config.data, shape):
+        raise ConfigError("the data does not fit:\n" + "\n".join(f"  - {line}" for line in wrong))
+    _keep_config(workdir)
+
+    # ---- where the student starts
+    key = jax.random.key(config.seed)
+    if pretraining:
+        params = init_model(config.model, key, config.pretraining.init_std)
+    else:
+        params = make_student(open_model(config.teacher, dtype="float32"), config, key)
+    console.print(f"{parameter_count(params):,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+    results = Results(workdir / "results.json", console)
+    if teacher is not None:
+        results.measure("teacher", lambda: teacher, teacher, config)
+        bare = lambda: reconfigure(teacher, gate="last")
+        results.measure("teacher's weights, one shared row", bare, teacher, config)
+
+    # ---- the phases
+    first_step = 0
+    for name in config.phases:
+        params = run_phase(name, config, workdir / name, params, teacher, first_step, console)
+        results.measure(f"after {name}", lambda: params, teacher, config)
+        first_step += config.phase(name).steps
+
+    # ---- the table, and a sample
+    console.print(results.table())
+    if config.evaluation.sample:
+        console.print(scoring.sample(params, config.evaluation.seed), markup=False)
+
+
+def run_phase(name, config, workdir, params, teacher, first_step, console):
+    """Trains one phase to its end and returns the trained weights, float32.
+
+    Start-up order: a phase that has ended is read; one that has begun goes on from its newest checkpoint; else it starts from
+    `params`, what the phase before it made or the converted teacher.
+
+    Args:
+      name: of the phase.
+      config: `TrainConfig`.
+      workdir: the phase's folder.
+      params: float32 model.
+      teacher: frozen LoopLM, or None in pre-training.
+      first_step: the run's step at which the phase begins, from which its data is counted.
+      console: where lines are printed.
+    """
+    phase = config.phase(name)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
+    params = reconfigure(params, remat=config.remat)
+    optimizer = make_optimizer(phase, config.optimizer, params)
+    state = init_state(params, optimizer)
+    start = checkpoints.latest() or 0
+    if start:
+        state = checkpoints.restore(start, jax.eval_shape(lambda: state))
+        console.print(f"{name}: goes on from step {start}")
+
+    train_step = make_train_step(
+        phase_objective(name, phase, config.chunk_size, cast_to(config.dtype)), optimizer, config.micro_batches
+    )
+    batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps)
+    with RunLog(workdir, name, start, phase.steps, console) as log:
+        interval, ready = [], None
+        for step, batch in enumerate(batches, start + 1):
+            state, metrics = train_step(state, teacher, jax.tree.map(jnp.asarray, batch))
+            log.advance()
+            if ready:  # the device has the next step to do while these are read
+                log.write(*ready)
+                ready = None
+            interval.append(metrics)
+            if step % config.log_every == 0 or step == phase.steps:
+                interval, ready = [], (step, interval)
+            checkpoints.save(step, state, force=step == phase.steps)
+        if ready:
+            log.write(*ready)
+    checkpoints.close()
+    if not (workdir / "model").exists():
+        save_model(workdir / "model", state.params, tokenizer_from=config.tokenizer or config.teacher)
+    return state.params
+
+
+def make_student(looplm, config, key):
+    """The MELT that a LoopLM starts as: its weights, and fresh gates."""
+    student = config.student
+    return reconfigure(looplm, key, student.gate_std, gate=student.gate, first_loop=student.first_loop)
+
+
+class Results:
+    """What was measured of each model, kept in a file so that a run that goes on measures nothing twice."""
+
+    def __init__(self, path, console):
+        self._path, self._console = path, console
+        self._rows = json.loads(path.read_text()) if path.exists() else {}
+
+    def measure(self, name, make_model, teacher, config):
+        """Scores a model under a name, unless that was done."""
+        evaluation = config.evaluation
+        if name in self._rows or not (evaluation.problems or evaluation.sequences):
+            return
+        scores = scoring.score(make_model(), teacher, config)
+        self._rows[name] = scores
+        self._path.write_text(json.dumps(self._rows, indent=1))
+
+    def table(self):
+        """The rows as text."""
+        return scoring.table(self._rows)
+
+
+def _keep_config(workdir):
+    """Writes the config beside the run; a run is gone on with only under the config it began with."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, text = workdir / "config.json", CONFIG.value.to_json(indent=1, sort_keys=True)
+    if path.exists() and path.read_text() != text:
+        old, new = json.loads(path.read_text()), json.loads(text)
+        changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        raise ConfigError(f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed))
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

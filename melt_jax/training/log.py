@@ -1,0 +1,81 @@
+"""The log of a run: a progress bar, a line per interval, `metrics.jsonl` and TensorBoard, in one folder."""
+
+import json
+import time
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+def add_up(interval):
+    """The metrics of some steps, each {name: (sum, count)}, divided last: {name: numpy array}."""
+    interval = jax.device_get(interval)
+    total = lambda name, i: np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
+    return {name: total(name, 0) / total(name, 1) for name in interval[0]}
+
+
+def scalars(metrics):
+    """Metrics as numbers: entries of [T] and [T, L] arrays get names ending in `/loop1` and `/loop1/layer1`."""
+    out = {}
+    for name, value in metrics.items():
+        for index, number in np.ndenumerate(value):
+            where = "".join(f"/{axis}{i + 1}" for axis, i in zip(("loop", "layer"), index))
+            out[name + where] = float(number)
+    return out
+
+
+class RunLog:
+    """Writes one phase's metrics. Use as a context manager; metrics of steps after `start` from an earlier start are dropped."""
+
+    def __init__(self, folder, phase, start, steps, console=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.phase, self.steps = phase, steps
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._path = folder / "metrics.jsonl"
+        if self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            self._path.write_text("".join(line + "\n" for line in lines))
+        self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        columns = (TextColumn(phase), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task(phase, total=steps, completed=start)
+        self._time, self._step = time.perf_counter(), start
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+        self._board.close()
+
+    def advance(self):
+        """One more step was started."""
+        self._bar.advance(self._task)
+
+    def write(self, step, interval, **extra):
+        """The line, the JSON record and the TensorBoard points of the steps up to `step` (finished steps of the phase)."""
+        metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
+        now = time.perf_counter()
+        metrics["seconds_per_step"] = np.asarray((now - self._time) / max(step - self._step, 1))
+        self._time, self._step = now, step
+        if "alignment" in metrics:
+            metrics["alignment_to_kd"] = np.mean(metrics["alignment"]) / np.maximum(np.mean(metrics["kd"]), 1e-30)
+        numbers = scalars(metrics)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"phase": self.phase, "step": step, **numbers}) + "\n")
+        for name, number in numbers.items():
+            self._board.add_scalar(f"{self.phase}/{name}", number, step)
+        self.console.print(self._line(step, metrics))
+
+    def _line(self, step, metrics):
+        parts = [f"{self.phase} {step}/{self.steps}"]
+        for name, value in metrics.items():
+            if value.ndim <= 1:
+                parts.append(f"{name} " + " ".join(f"{number:.4g}" for number in np.atleast_1d(value)))
+            else:
+                parts.append(f"{name} " + " ".join(f"{number:.4g}" for number in value.mean(axis=tuple(range(1, value.ndim)))))
+        return "  ".join(parts)

@@ -1,12 +1,13 @@
 """Worked arithmetic: the embedded task. A chain of definitions in random order, a question, the steps, the answer.
 
-    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=6;c=8</think>8<|im_end|>
+    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=4+2=6;c=6*3=8</think>8<|im_end|>
 
 Every value is modulo 10. What stands up to and including `<think>` is the prompt, the rest the completion. A chain of n
-definitions takes 10·n + 4 tokens, one per character or special token.
+definitions takes 14·n tokens, one per character or special token.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -46,11 +47,12 @@ def make_problem(rng, definitions):
     names = [chr(ord("a") + i) for i in rng.permutation(26)[:definitions]]
     value = int(rng.integers(10))
     stated, steps = [f"{names[0]}={value}"], [f"{names[0]}={value}"]
-    for previous, name in zip(names, names[1:]):
+    for previous, name in itertools.pairwise(names):
         sign, operand = "+-*"[rng.integers(3)], int(rng.integers(10))
         stated.append(f"{name}={previous}{sign}{operand}")
-        value = OPERATIONS[sign](value, operand) % 10
-        steps.append(f"{name}={value}")
+        result = OPERATIONS[sign](value, operand) % 10
+        steps.append(f"{name}={value}{sign}{operand}={result}")
+        value = result
     order = rng.permutation(definitions)
     question = ";".join(stated[i] for i in order) + f";{names[-1]}?"
     return Problem(question, ";".join(steps), str(value))
@@ -58,19 +60,25 @@ def make_problem(rng, definitions):
 
 def problem_tokens(definitions):
     """The tokens of a problem, prompt and completion."""
-    return 10 * definitions + 4
+    return 14 * definitions
 
 
 def pack_problems(rng, length, low=2, high=5, score="completion"):
     """Fills one sequence with problems of `low` to `high` definitions.
 
     Returns:
-      dict of int32 [length] arrays: tokens; segments (1, 2, … per problem, 0 padding); targets, the next token; loss_mask,
-      1 where the prediction of the target is scored: all of a problem's targets ("all") or its completion ("completion").
+      dict of int32 [length] arrays: tokens; segments (1, 2, … per problem, 0 padding); targets, the next token;
+      loss_mask, 1 where the prediction of the target is scored: all of a problem's targets ("all") or its completion
+      ("completion").
+
+    Raises:
+      ValueError: another `score`.
     """
+    if score not in ("completion", "all"):
+        raise ValueError(f'score: expected "completion" or "all", found {score!r}')
     out = {name: np.zeros(length, np.int32) for name in ("tokens", "segments", "targets", "loss_mask")}
     start, segment = 0, 1
-    while (sizes := [n for n in range(low, high + 1) if problem_tokens(n) <= length - start]):
+    while sizes := [n for n in range(low, high + 1) if problem_tokens(n) <= length - start]:
         problem = make_problem(rng, int(rng.choice(sizes)))
         prompt, completion = problem.prompt, problem.completion
         tokens = prompt + completion

@@ -1,0 +1,143 @@
+"""The training stream: the batch of step n is a function of (seed, n), whatever came before.
+
+So nothing about the data is saved with a run: one that starts again at step n goes on with exactly the batches that it
+would have met. Batches are made by background threads while the device computes.
+"""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+
+import grain
+import numpy as np
+
+from melt_jax.data import arithmetic
+from melt_jax.data.token_files import open_tokens, token_problems
+from melt_jax.training.objectives import Batch
+
+SOURCES = ("arithmetic", "tokens")
+SCORES = ("completion", "all")
+SEED_LIMIT = 2**32
+PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where training sequences come from.
+
+    Attributes:
+      source: "arithmetic", problems made on the fly, or "tokens", a file of token ids.
+      path: the token file (.npy or .npz); source "tokens" alone.
+      length: S, tokens of a sequence.
+      batch: B, sequences of a step.
+      low, high: the fewest and most definitions of an arithmetic problem.
+      score: which predictions of an arithmetic problem are scored: its "completion", or "all".
+    """
+
+    source: str = "arithmetic"
+    path: str = ""
+    length: int = 128
+    batch: int = 16
+    low: int = 2
+    high: int = 5
+    score: str = "completion"
+
+
+def problems(data, model):
+    """Everything that keeps a `DataConfig` from feeding a model of that `ModelConfig`: a list of messages.
+
+    Empty if nothing does. A token file is read through once to check its ids.
+    """
+    found = []
+    if data.batch < 1:
+        found.append(f"data.batch: expected at least 1 sequence, found {data.batch}")
+    if data.length < 2:
+        found.append(f"data.length: expected at least 2 tokens, found {data.length}")
+    if data.length > model.max_positions:
+        found.append(
+            f"data.length: {data.length} tokens exceed the model's max_positions, {model.max_positions};"
+            " shorten the sequences"
+        )
+    if data.source not in SOURCES:
+        found.append(f"data.source: {_unknown(data.source, SOURCES)}")
+    elif data.source == "arithmetic":
+        found += _arithmetic_problems(data, model)
+    elif not data.path:
+        found.append('data.path: source "tokens" needs a .npy or .npz file; none is given')
+    elif data.length >= 2:
+        found += [f"data.path: {message}" for message in token_problems(data.path, data.length, model.vocab)]
+    return found
+
+
+def batches(data, seed, start, stop):
+    """The batches of steps start … stop − 1, in order, made ahead of their use.
+
+    Args:
+      data: `DataConfig`, free of `problems`.
+      seed: in [0, 2³²); another seed gives other problems, or another order of the token file.
+      start, stop: step numbers.
+
+    Returns:
+      An iterator of `Batch`, [batch, length] int32 numpy arrays.
+
+    Raises:
+      ValueError: steps or seed out of range, an unknown source, or a token file that cannot be read.
+    """
+    if not 0 <= start <= stop:
+        raise ValueError(f"steps: expected 0 <= start <= stop, found start {start}, stop {stop}")
+    make = batch_maker(data, seed)
+    if start == stop:
+        return iter(())
+    return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(PREFETCH))
+
+
+def batch_maker(data, seed):
+    """The function step → `Batch` that `batches` walks over; for single batches, and evaluation."""
+    if not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"seed: expected 0 <= seed < 2**32, found {seed}")
+    if data.source == "arithmetic":
+        return functools.partial(_arithmetic_step, data, seed)
+    if data.source == "tokens":
+        sequences = open_tokens(data.path, data.length)
+        # `seed` is hashed before the shuffle adds the epoch to it: neighbouring seeds must not share their orders.
+        ordered = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
+        return functools.partial(_token_step, ordered, data.batch)
+    raise ValueError(f"data.source: {_unknown(data.source, SOURCES)}")
+
+
+def _arithmetic_step(data, seed, step):
+    fields = arithmetic.arithmetic_batch(seed, int(step), data.batch, data.length, data.low, data.high, data.score)
+    return Batch(**fields)
+
+
+def _token_step(ordered, batch, step):
+    rows = [ordered[i] for i in range(int(step) * batch, (int(step) + 1) * batch)]
+    return Batch(*(np.stack(field) for field in zip(*rows)))
+
+
+def _arithmetic_problems(data, model):
+    found = []
+    if data.path:
+        path = pathlib.Path(data.path).name
+        found.append(f'data.path: source "arithmetic" reads no file; drop {path}, or set data.source to "tokens"')
+    if data.score not in SCORES:
+        found.append(f"data.score: {_unknown(data.score, SCORES)}")
+    if not 1 <= data.low <= data.high <= 26:
+        found.append(
+            f"data.low, data.high: expected 1 <= low <= high <= 26 definitions, found {data.low} and {data.high}"
+        )
+    elif (longest := arithmetic.problem_tokens(data.high)) > data.length:
+        found.append(
+            f"data.high: a problem of {data.high} definitions takes {longest} tokens, but data.length is {data.length};"
+            " lengthen the sequences or lower data.high"
+        )
+    if model.vocab < (needed := len(arithmetic.VOCABULARY)):
+        found.append(f"model vocab: arithmetic uses {needed} token ids, but the model has {model.vocab}")
+    return found
+
+
+def _unknown(name, known):
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    return f'unknown "{name}", expected one of {", ".join(known)}{hint}'

@@ -1,0 +1,321 @@
+"""The training stream: a function of (seed, step), whole documents, nothing scored that cannot be known."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from melt_jax.config import ModelConfig
+from melt_jax.data import arithmetic
+from melt_jax.data.stream import DataConfig, batch_maker, batches, problems
+from melt_jax.data.token_files import open_tokens, token_problems
+
+NANO = ModelConfig(
+    vocab=64, width=96, layers=2, heads=6, kv_heads=6, head_width=16, feed_forward=256, max_positions=512
+)
+
+
+def write(path, **arrays):
+    """Writes an .npz of those arrays, or a .npy of `tokens`; returns the path as text."""
+    if pathlib.Path(path).suffix == ".npy":
+        np.save(path, arrays["tokens"])
+    else:
+        np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.fixture(params=["arithmetic", "tokens"])
+def data(request, tmp_path):
+    if request.param == "arithmetic":
+        return DataConfig(length=128, batch=3)
+    tokens = np.random.default_rng(0).integers(64, size=16 * 256, dtype=np.uint16)
+    return DataConfig("tokens", write(tmp_path / "x.npy", tokens=tokens), length=16, batch=3)
+
+
+def assert_same(one, other):
+    for name, a, b in zip(one._fields, one, other):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+# The stream
+
+
+def test_batch_is_a_function_of_seed_and_step(data):
+    whole = list(batches(data, 5, 0, 9))
+    assert len(whole) == 9
+    for start in (1, 4, 8):
+        for one, other in zip(batches(data, 5, start, 9), whole[start:], strict=True):
+            assert_same(one, other)
+    assert_same(batch_maker(data, 5)(7), whole[7])
+    assert list(batches(data, 5, 4, 4)) == []
+
+
+def test_seeds_and_steps_differ(data):
+    first = [next(batches(data, seed, step, step + 1)).tokens for seed in (0, 1, 2) for step in (0, 1, 2)]
+    assert len({x.tobytes() for x in first}) == len(first)
+
+
+def test_batches_are_int32_of_the_configured_shape(data):
+    for field in next(batches(data, 0, 0, 1)):
+        assert field.shape == (3, data.length) and field.dtype == np.int32
+
+
+def test_every_epoch_shows_every_sequence_once_in_another_order(tmp_path):
+    tokens = np.arange(8 * 4).reshape(8, 4)
+    data = DataConfig("tokens", write(tmp_path / "x.npy", tokens=tokens), length=4, batch=4)
+    orders = []
+    for seed in (0, 1):
+        seen = np.concatenate([b.tokens[:, 0] // 4 for b in batches(data, seed, 0, 6)])
+        orders += [tuple(epoch) for epoch in seen.reshape(3, 8)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len(set(orders)) == 6
+
+
+def test_batches_run_over_the_end_of_an_epoch(tmp_path):
+    data = DataConfig("tokens", write(tmp_path / "x.npy", tokens=np.arange(10).reshape(5, 2)), length=2, batch=4)
+    seen = np.concatenate([b.tokens[:, 0] // 2 for b in batches(data, 0, 0, 5)])
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in seen.reshape(4, 5))
+
+
+@pytest.mark.parametrize("seed, start, stop, message", [(-1, 0, 1, "seed"), (2**32, 0, 1, "seed"), (0, 3, 2, "steps")])
+def test_seed_and_steps_out_of_range(seed, start, stop, message):
+    with pytest.raises(ValueError, match=message):
+        batches(DataConfig(), seed, start, stop)
+
+
+# Arithmetic
+
+
+def evaluate(question):
+    """The answer to a question text, by substitution until nothing is left to replace."""
+    *definitions, asked = question.split(";")
+    meaning = dict(text.split("=") for text in definitions)
+    value = lambda text: int(text) if text.isdigit() else compute(meaning[text])
+
+    def compute(text):
+        for sign in "+-*":
+            if sign in text:
+                left, right = map(value, text.split(sign))
+                return {"+": left + right, "-": left - right, "*": left * right}[sign] % 10
+        return value(text)
+
+    assert len(meaning) == len(definitions) and asked[-1] == "?"
+    return value(asked[:-1])
+
+
+def documents(row):
+    """[(segment, slice)] of the documents of one row of a batch, by its segments alone."""
+    return [(s, np.flatnonzero(row.segments == s)) for s in np.unique(row.segments) if s]
+
+
+def arithmetic_rows(score="completion", steps=6, **kwargs):
+    data = DataConfig(length=128, batch=8, score=score, **kwargs)
+    for batch in batches(data, 3, 0, steps):
+        yield from (type(batch)(*row) for row in zip(*batch))
+
+
+def as_text(ids):
+    names = {i: token for token, i in arithmetic.VOCABULARY.items()}
+    return "".join(names[i] for i in ids)
+
+
+def test_problems_are_whole_and_answered_correctly():
+    lengths = set()
+    for row in arithmetic_rows():
+        for _, where in documents(row):
+            assert np.all(np.diff(where) == 1)
+            text = as_text(row.tokens[where])
+            begin, question, steps, answer, end = _split(text)
+            assert (begin, end) == ("", "") and int(answer) == evaluate(question)
+            for step in steps.split(";"):
+                name, *sides = step.split("=")
+                value = evaluate(";".join(question.split(";")[:-1] + [f"{name}?"]))
+                assert int(sides[-1]) == value
+                assert all(evaluate(f"x={side};x?") == value for side in sides)
+            definitions = question.count(";")
+            assert len(where) == arithmetic.problem_tokens(definitions)
+            lengths.add(definitions)
+    assert lengths == {2, 3, 4, 5}
+
+
+def _split(text):
+    begin, rest = text.split("<|im_start|>")
+    question, rest = rest.split("<think>")
+    steps, rest = rest.split("</think>")
+    answer, end = rest.split("<|im_end|>")
+    return begin, question, steps, answer, end
+
+
+@pytest.mark.parametrize("score", ["completion", "all"])
+def test_targets_and_mask_stay_within_a_problem(score):
+    for row in arithmetic_rows(score):
+        padding = row.segments == 0
+        assert not row.loss_mask[padding].any() and not row.targets[padding].any() and not row.tokens[padding].any()
+        for _, where in documents(row):
+            np.testing.assert_array_equal(row.targets[where[:-1]], row.tokens[where[1:]])
+            assert row.targets[where[-1]] == 0 and row.loss_mask[where[-1]] == 0
+            tokens = list(row.tokens[where])
+            first = tokens.index(arithmetic.THINK) if score == "completion" else 0
+            np.testing.assert_array_equal(row.loss_mask[where[:-1]], np.arange(len(where) - 1) >= first)
+
+
+def test_definitions_stay_within_their_bounds():
+    for row in arithmetic_rows(low=3, high=4):
+        for _, where in documents(row):
+            assert len(where) in (arithmetic.problem_tokens(3), arithmetic.problem_tokens(4))
+
+
+def test_the_task_does_not_change():
+    # The embedded checkpoint was trained on it: another order of random draws would make another task of the same seed.
+    batch = arithmetic.arithmetic_batch(0, 7, batch=1, length=64)
+    assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == FIRST_PROBLEM
+    assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
+
+
+FIRST_PROBLEM = "<|im_start|>m=o+2;v=0;o=r*8;r=v*4;m?<think>v=0;r=0*4=0;o=0*8=0;m=0+2=2</think>2<|im_end|>"
+
+
+def test_unknown_score():
+    with pytest.raises(ValueError, match='score: expected "completion" or "all", found \'completions\''):
+        arithmetic.arithmetic_batch(0, 0, 1, 64, score="completions")
+
+
+# Token files
+
+
+def test_stream_is_cut_and_the_rest_is_told(tmp_path, caplog):
+    path = write(tmp_path / "x.npy", tokens=np.arange(23, dtype=np.uint16))
+    sequences = open_tokens(path, 5)
+    assert "4 sequences of 5 tokens; the last 3 are left out" in caplog.text
+    assert len(sequences) == 4 and sequences.dropped == 3
+    np.testing.assert_array_equal(sequences[2].tokens, [10, 11, 12, 13, 14])
+    np.testing.assert_array_equal(sequences[2].targets, [11, 12, 13, 14, 0])
+    np.testing.assert_array_equal(sequences[2].loss_mask, [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(sequences[2].segments, np.ones(5))
+
+
+def test_npy_is_mapped_not_loaded(tmp_path):
+    sequences = open_tokens(write(tmp_path / "x.npy", tokens=np.arange(20)), 5)
+    assert not sequences.tokens.flags.owndata and not sequences.tokens.flags.writeable
+    assert isinstance(sequences.tokens, np.memmap)
+
+
+def test_segments_bound_targets_and_mask(tmp_path):
+    path = write(tmp_path / "x.npz", tokens=[[3, 4, 5, 6, 7, 8]], segments=[[1, 1, 2, 2, 2, 0]])
+    row = open_tokens(path)[0]
+    np.testing.assert_array_equal(row.targets, [4, 0, 6, 7, 0, 0])
+    np.testing.assert_array_equal(row.loss_mask, [1, 0, 1, 1, 0, 0])
+    masked = write(tmp_path / "y.npz", tokens=[[3, 4, 5, 6]], loss_mask=np.array([[False, True, True, False]]))
+    np.testing.assert_array_equal(open_tokens(masked)[0].loss_mask, [0, 1, 1, 0])
+    assert token_problems(path, 6, 64) == token_problems(masked, 4, 64) == []
+
+
+GOOD = np.arange(12).reshape(3, 4)
+FORM = {
+    "no such file": ("a.npy", None),
+    'expected a .npy or .npz file, found ".txt"': ("a.txt", b"1 2 3"),
+    "cannot be read as .npy": ("a.npy", b"not an array"),
+    "cannot be read as .npz": ("a.npz", b"PK not an archive"),
+    'expected an array "tokens", found ids': ("a.npz", {"ids": GOOD}),
+    "unknown arrays mask; expected tokens, segments, loss_mask": ("a.npz", {"tokens": GOOD, "mask": GOOD}),
+    "tokens: expected integers, found float64": ("a.npy", {"tokens": GOOD * 1.0}),
+    "segments: expected the tokens' shape [3, 4], found [3, 3]": ("a.npz", {"tokens": GOOD, "segments": GOOD[:, 1:]}),
+    "tokens: expected [sequences, length], found shape [12]": ("a.npz", {"tokens": GOOD.ravel()}),
+    "tokens: expected [tokens] or [sequences, length], found shape [1, 3, 4]": ("a.npy", {"tokens": GOOD[None]}),
+    "expected at least one sequence of 4 tokens, found a stream of 3": ("a.npy", {"tokens": np.arange(3)}),
+    "expected at least one sequence, found shape [0, 4]": ("a.npy", {"tokens": GOOD[:0]}),
+    "expected sequences of 4 tokens, found 2; set the length to 2": ("a.npy", {"tokens": GOOD[:, :2]}),
+}
+
+
+@pytest.mark.parametrize("message", FORM)
+def test_files_of_another_form(tmp_path, message):
+    name, content = FORM[message]
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        write(path, **content)
+    with pytest.raises(ValueError) as error:
+        open_tokens(path, 4)
+    assert message in str(error.value) and str(path) in str(error.value)
+    assert token_problems(path, 4, 64) == str(error.value).split("\n")
+
+
+def test_stream_without_a_length(tmp_path):
+    with pytest.raises(ValueError, match="give the length of a sequence"):
+        open_tokens(write(tmp_path / "x.npy", tokens=np.arange(8)))
+
+
+def test_all_problems_of_a_form_come_at_once(tmp_path):
+    path = write(tmp_path / "x.npz", tokens=GOOD * 1.0, segments=GOOD[:2], loss_mask=GOOD * 1.0, more=GOOD)
+    found = "\n".join(token_problems(path, 5, 64))
+    for part in (
+        "unknown arrays more",
+        "tokens: expected int",
+        "segments: expected the",
+        "loss_mask: expected int",
+        "of 5",
+    ):
+        assert part in found
+
+
+VALUES = {
+    "token ids run from 0 to 11, but the model's vocabulary from 0 to 10": {},
+    "token ids run from -1 to 10": {"tokens": GOOD - 1},
+    "segments: expected ids of 0 (padding) or more": {"segments": np.where(GOOD == 6, -1, 1)},
+    "a document's tokens must stand together": {"segments": [[1, 1, 1, 1], [1, 2, 1, 1], [0, 0, 0, 0]]},
+    "loss_mask: expected 0 and 1": {"loss_mask": np.where(GOOD == 5, 2, 0)},
+    "loss_mask: padding (segment 0) is scored": {"segments": np.where(GOOD == 6, 0, 1), "loss_mask": GOOD == 6},
+    "loss_mask: the last token of a document is scored": {"loss_mask": GOOD == 7},
+}
+
+
+@pytest.mark.parametrize("message", VALUES)
+def test_values_that_cannot_be(tmp_path, message):
+    path = write(tmp_path / "x.npz", **{"tokens": GOOD, **VALUES[message]})
+    found = token_problems(path, 4, 11)
+    matching = [text for text in found if message in text]
+    assert len(matching) == 1 and path in matching[0]
+    if message.startswith(("segments", "loss_mask", "a document")):
+        assert matching[0].endswith("first in sequence 1")
+
+
+def test_good_values_are_not_complained_about(tmp_path):
+    segments = [[1, 1, 2, 2], [0, 7, 7, 0], [5, 5, 3, 0]]
+    path = write(
+        tmp_path / "x.npz", tokens=GOOD, segments=segments, loss_mask=[[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
+    )
+    assert token_problems(path, 4, 12) == []
+
+
+# Configurations
+
+CONFIGS = {
+    "data.batch: expected at least 1 sequence, found 0": DataConfig(batch=0),
+    "data.length: expected at least 2 tokens, found 1": DataConfig(length=1),
+    "data.length: 1024 tokens exceed the model's max_positions, 512": DataConfig(length=1024),
+    'data.source: unknown "arithmetics", expected one of arithmetic, tokens; did you mean "arithmetic"?': DataConfig(
+        "arithmetics"
+    ),
+    'data.path: source "arithmetic" reads no file; drop x.npy': DataConfig(path="a/x.npy"),
+    'data.score: unknown "al", expected one of completion, all; did you mean "all"?': DataConfig(score="al"),
+    "expected 1 <= low <= high <= 26 definitions, found 5 and 4": DataConfig(low=5, high=4),
+    "data.high: a problem of 5 definitions takes 70 tokens, but data.length is 69": DataConfig(length=69),
+    'data.path: source "tokens" needs a .npy or .npz file; none is given': DataConfig("tokens"),
+    "data.path: nowhere.npy: no such file": DataConfig("tokens", "nowhere.npy"),
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS)
+def test_config_problems(message):
+    assert any(message in text for text in problems(CONFIGS[message], NANO))
+
+
+def test_config_problems_come_at_once():
+    found = problems(DataConfig(length=1, batch=0, low=0, score="x", path="y.npy"), ModelConfig(vocab=40))
+    assert len(found) == 6 and any("arithmetic uses 52 token ids, but the model has 40" in text for text in found)
+
+
+def test_good_configs_have_no_problems(data):
+    assert problems(data, NANO) == []

@@ -1,0 +1,76 @@
+"""The tokenizer of the arithmetic task in published form: one token per character, ids of `arithmetic.VOCABULARY`.
+
+    python -m melt_jax.data.arithmetic_tokenizer --output=melt_jax/assets/ouro_nano
+
+writes the tokenizer files that stand in the embedded checkpoint.
+"""
+
+import argparse
+import json
+import pathlib
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from melt_jax.data import arithmetic
+
+END, BEGIN, STOP, THINK, ANSWER = arithmetic.SPECIAL_TOKENS
+
+# A question ends with <think>, from where the assistant goes on; an assistant's message holds its steps and its answer.
+CHAT_TEMPLATE = f"""\
+{{%- for message in messages -%}}
+{{%- if message.role == 'user' -%}}
+{{{{- '{BEGIN}' + message.content -}}}}
+{{%- if add_generation_prompt or not loop.last -%}}{{{{- '{THINK}' -}}}}{{%- endif -%}}
+{{%- elif message.role == 'assistant' -%}}
+{{{{- message.content + '{STOP}' -}}}}
+{{%- else -%}}
+{{{{- raise_exception('expected the role user or assistant, found ' + message.role) -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}"""
+
+
+def tokenizer_files():
+    """{file name: text} of tokenizer.json, tokenizer_config.json and generation_config.json."""
+    # A word-level model without an unknown token: a character that the task lacks is an error, not a hole in the text.
+    tokenizer = Tokenizer(models.WordLevel(arithmetic.VOCABULARY))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in arithmetic.SPECIAL_TOKENS]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": STOP,
+        "pad_token": END,
+        "additional_special_tokens": [THINK, ANSWER],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    generation = {"bos_token_id": arithmetic.BEGIN, "eos_token_id": arithmetic.STOP, "pad_token_id": arithmetic.END}
+    return {
+        "tokenizer.json": json.dumps(json.loads(tokenizer.to_str()), indent=1) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "generation_config.json": json.dumps(generation, indent=2) + "\n",
+    }
+
+
+def write_tokenizer(folder):
+    """Writes `tokenizer_files` into a folder, which is made if it is not there."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in tokenizer_files().items():
+        (folder / name).write_text(text)
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(description="Write the arithmetic task's tokenizer files.")
+    parser.add_argument("--output", required=True, help="folder that receives them")
+    output = parser.parse_args().output
+    write_tokenizer(output)
+    print(f"wrote {', '.join(tokenizer_files())} to {output}")
+
+
+if __name__ == "__main__":
+    main()

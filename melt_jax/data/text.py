@@ -1,0 +1,135 @@
+"""Text and token ids: a checkpoint folder's own tokenizer and chat template, read from its files alone."""
+
+import hashlib
+import json
+import os
+import pathlib
+
+CHAT_END = "<|im_end|>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Attributes:
+      folder: where its files stand.
+      vocab: one more than the largest token id.
+      stop_ids: the ids that end a text, sorted: the eos of generation_config.json and of the tokenizer, the chat's end.
+      sha256: hex digest of tokenizer.json, by which prepared data says what it was written with.
+    """
+
+    def __init__(self, folder):
+        """Opens the tokenizer in a folder; never asks the network.
+
+        Raises:
+          FileNotFoundError: the tokenizer files that the folder lacks.
+        """
+        self.folder = pathlib.Path(folder)
+        missing = [name for name in TOKENIZER_FILES if not (self.folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder}: no {' and no '.join(missing)}; copy the tokenizer files from the published checkpoint"
+            )
+        self._tokenizer = _load(self.folder)
+        self.sha256 = hashlib.sha256((self.folder / "tokenizer.json").read_bytes()).hexdigest()
+        self.vocab = max(self._tokenizer.get_vocab().values()) + 1
+        self.stop_ids = self._find_stop_ids()
+
+    def encode(self, text):
+        """Token ids of a text; special tokens written out in it become their ids, and none are added.
+
+        Raises:
+          ValueError: characters for which the tokenizer has no token.
+        """
+        try:
+            return self._encode(text)
+        except Exception as error:  # the tokenizers library raises no narrower class
+            missing = "".join(sorted({c for c in text if not self._knows(c)}))
+            if not missing:
+                raise
+            raise ValueError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
+
+    def decode(self, ids, skip_special=False):
+        """The text of token ids; special tokens are written out unless skipped."""
+        ids = [int(i) for i in ids]
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+    def chat(self, messages):
+        """Token ids of a conversation by the checkpoint's chat template.
+
+        Args:
+          messages: [{"role": "user" or another that the template has, "content": text}, …]. Unless the assistant speaks
+            last, the ids end where its answer is to begin.
+
+        Raises:
+          ValueError: no messages, or no chat template.
+        """
+        if not messages:
+            raise ValueError("chat: expected at least one message, found none")
+        if not self._tokenizer.chat_template:
+            raise ValueError(f"{self.folder}: no chat template in tokenizer_config.json; give the prompt as plain text")
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] != "assistant"
+        )
+        return self.encode(text)
+
+    def stream(self, skip_special=False):
+        """A `Streamer` for one text."""
+        return Streamer(self, skip_special)
+
+    def _encode(self, text):
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _knows(self, character):
+        try:
+            return bool(self._encode(character))
+        except Exception:  # as in `encode`
+            return False
+
+    def _find_stop_ids(self):
+        file = self.folder / "generation_config.json"
+        declared = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        stops = set(declared if isinstance(declared, list) else [declared])
+        stops |= {self._tokenizer.eos_token_id, self._tokenizer.get_vocab().get(CHAT_END)}
+        return tuple(sorted(stops - {None}))
+
+
+class Streamer:
+    """Turns tokens into text as they come, in whole characters.
+
+    A token of a byte-level tokenizer may hold part of a character; its text waits for the rest. The pieces and what
+    `finish` returns, laid end to end, are `decode` of all the tokens.
+    """
+
+    def __init__(self, tokenizer, skip_special=False):
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special)
+        self._context, self._pending = [], []
+
+    def push(self, token):
+        """The text that a token completes, or an empty string."""
+        self._pending.append(int(token))
+        text = self._pending_text()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def finish(self):
+        """The text still waiting; bytes that are no character become replacement characters."""
+        text = self._pending_text()
+        self._context, self._pending = [], []
+        return text
+
+    def _pending_text(self):
+        # Decoded behind the tokens before them: some tokenizers treat a text's first token differently.
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+
+def _load(folder):
+    # Imported on use: it takes seconds, which training on made problems can spare. It would advise to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)

@@ -1,0 +1,171 @@
+"""Tokenizers: the arithmetic one is exactly the task's vocabulary; any one streams whole characters."""
+
+import hashlib
+import json
+import pathlib
+import random
+
+import numpy as np
+import pytest
+import tokenizers
+
+import melt_jax
+from melt_jax.data import arithmetic
+from melt_jax.data.arithmetic_tokenizer import tokenizer_files, write_tokenizer
+from melt_jax.data.text import Tokenizer
+
+NANO = pathlib.Path(melt_jax.__file__).parent / "assets/ouro_nano"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Tokenizer(NANO)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A byte-level BPE tokenizer, as Ouro's, with few merges: most characters beyond ASCII take several tokens."""
+    folder = tmp_path_factory.mktemp("byte_level")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["the looped transformer keeps one row for each token and layer"] * 4, trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer(folder)
+
+
+def make_problem(seed, definitions=3):
+    return arithmetic.make_problem(np.random.default_rng(seed), definitions)
+
+
+# The arithmetic tokenizer
+
+
+@pytest.mark.parametrize("name", tokenizer_files())
+def test_committed_files_are_what_the_function_makes(name):
+    assert json.loads((NANO / name).read_text()) == json.loads(tokenizer_files()[name])
+
+
+def test_write_tokenizer_makes_a_folder_that_opens(tmp_path):
+    write_tokenizer(tmp_path / "new")
+    assert Tokenizer(tmp_path / "new").encode("a=4") == arithmetic.encode("a=4")
+
+
+def test_one_token_per_character_with_the_ids_of_the_vocabulary(nano):
+    assert nano.vocab == len(arithmetic.VOCABULARY)
+    for token, i in arithmetic.VOCABULARY.items():
+        assert nano.encode(token) == [i] and nano.decode([i]) == token
+    assert nano.encode(arithmetic.CHARACTERS) == arithmetic.encode(arithmetic.CHARACTERS)
+
+
+def test_any_text_of_the_vocabulary_goes_there_and_back(nano):
+    rng = random.Random(0)
+    for _ in range(200):
+        pieces = rng.choices(list(arithmetic.VOCABULARY), k=rng.randrange(30))
+        ids = [arithmetic.VOCABULARY[piece] for piece in pieces]
+        assert nano.encode("".join(pieces)) == ids and nano.decode(ids) == "".join(pieces)
+
+
+def test_skipping_special_tokens(nano):
+    problem = make_problem(0)
+    assert nano.decode(problem.prompt, skip_special=True) == problem.question
+
+
+def test_characters_without_a_token_are_named(nano):
+    with pytest.raises(ValueError, match="no token for 'Aé'"):
+        nano.encode("éa=A")
+
+
+# Chat
+
+
+@pytest.mark.parametrize("definitions", [1, 2, 5])
+def test_chat_gives_the_prompt_of_the_task(nano, definitions):
+    problem = make_problem(definitions, definitions)
+    user = {"role": "user", "content": problem.question}
+    assert nano.chat([user]) == problem.prompt
+    assistant = {"role": "assistant", "content": f"{problem.steps}</think>{problem.answer}"}
+    assert nano.chat([user, assistant]) == problem.prompt + problem.completion
+    assert nano.chat([user, assistant, user]) == problem.prompt + problem.completion + problem.prompt
+
+
+def test_chat_of_the_docstring(nano):
+    ids = nano.chat([{"role": "user", "content": "c=b*3;a=4;b=a+2;c?"}])
+    assert nano.decode(ids) == "<|im_start|>c=b*3;a=4;b=a+2;c?<think>"
+
+
+def test_chat_errors(nano, byte_level):
+    with pytest.raises(ValueError, match="at least one message"):
+        nano.chat([])
+    with pytest.raises(ValueError, match="no chat template"):
+        byte_level.chat([{"role": "user", "content": "a"}])
+    with pytest.raises(Exception, match="expected the role user or assistant, found system"):
+        nano.chat([{"role": "system", "content": "a"}])
+
+
+# Any tokenizer
+
+
+def test_stop_ids_come_from_all_places(nano, byte_level, tmp_path):
+    assert nano.stop_ids == (arithmetic.STOP,)
+    assert byte_level.stop_ids == (0, 2)
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
+    assert Tokenizer(tmp_path).stop_ids == (0, 2, 7)
+
+
+def test_hash_is_that_of_the_file(nano):
+    assert nano.sha256 == hashlib.sha256((NANO / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def test_missing_files_are_all_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer.json and no tokenizer_config.json; copy the tokenizer files"
+    ):
+        Tokenizer(tmp_path)
+
+
+def test_nothing_asks_the_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a tokenizer asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    assert Tokenizer(NANO).encode("a") == [17]
+
+
+TEXTS = ["the looped transformer", "naïve — 日本語 🙂🙃 ok", "🙂", " leading and trailing ", "a <|im_end|> é"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(byte_level, text):
+    ids = byte_level.encode(text)
+    streamer = byte_level.stream()
+    pieces = [streamer.push(i) for i in ids]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert streamer.finish() == ""
+    if "🙂" in text:
+        assert "" in pieces
+
+
+def test_streaming_any_ids_is_decoding_them(byte_level):
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = rng.choices(range(byte_level.vocab), k=rng.randrange(12))
+        streamer = byte_level.stream()
+        assert "".join(map(streamer.push, ids)) + streamer.finish() == byte_level.decode(ids)
+
+
+def test_a_cut_character_is_replaced_at_the_end(byte_level):
+    ids = byte_level.encode("a🙂")[:-1]
+    streamer = byte_level.stream()
+    assert "".join(map(streamer.push, ids)) == "a"
+    assert streamer.finish() == "\ufffd"

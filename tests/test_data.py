@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from melt_jax.config import ModelConfig
+from melt_jax.config import DataConfig, ModelConfig
 from melt_jax.data import arithmetic
-from melt_jax.data.stream import DataConfig, batch_maker, batches, problems
+from melt_jax.data.stream import batch_maker, batches, problems
 from melt_jax.data.token_files import open_tokens, token_problems
 
 NANO = ModelConfig(

@@ -4,7 +4,6 @@ So nothing about the data is saved with a run: one that starts again at step n g
 would have met. Batches are made by background threads while the device computes.
 """
 
-import dataclasses
 import difflib
 import functools
 import pathlib
@@ -22,30 +21,8 @@ SEED_LIMIT = 2**32
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where training sequences come from.
-
-    Attributes:
-      source: "arithmetic", problems made on the fly, or "tokens", a file of token ids.
-      path: the token file (.npy or .npz); source "tokens" alone.
-      length: S, tokens of a sequence.
-      batch: B, sequences of a step.
-      low, high: the fewest and most definitions of an arithmetic problem.
-      score: which predictions of an arithmetic problem are scored: its "completion", or "all".
-    """
-
-    source: str = "arithmetic"
-    path: str = ""
-    length: int = 128
-    batch: int = 16
-    low: int = 2
-    high: int = 5
-    score: str = "completion"
-
-
 def problems(data, model):
-    """Everything that keeps a `DataConfig` from feeding a model of that `ModelConfig`: a list of messages.
+    """Everything that keeps a `melt_jax.config.DataConfig` from feeding a model of that `ModelConfig`: a list of messages.
 
     Empty if nothing does. A token file is read through once to check its ids.
     """

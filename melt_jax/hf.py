@@ -1,5 +1,11 @@
-"""Published checkpoints: one table of names between published tensors and modules, for both directions (DESIGN §1, §2)."""
+"""Published checkpoints: one table of names between published tensors and modules, for both directions.
 
+A published folder holds config.json, one or several safetensors files and tokenizer files, as Ouro's do
+(arXiv 2510.25741). MELT's (arXiv 2605.07721) has the LoopLM's tensors and, for each layer, those of the gate. Weights
+are read and written one stacked weight at a time, so that neither direction holds more beside what its caller keeps.
+"""
+
+import collections
 import dataclasses
 import json
 import math
@@ -8,10 +14,16 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from melt_jax.config import ModelConfig
+from melt_jax.folders import atomic_folder, copy_companions
+from melt_jax.hf_config import fail, parse_config, published_config, read_config, read_raw_config, write_config
 from melt_jax.model.model import init_model
+
+__all__ = ["PublishedFolder", "load_model", "read_config", "save_published", "to_hf_tensors"]
+
+INDEX = "model.safetensors.index.json"
+STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +32,8 @@ class Entry:
 
     Attributes:
       name: the published tensor's name, after `model.layers.{i}.` for a layer's.
-      inputs: how many leading dimensions of the module's weight are inputs: the published matrix is (out, in), flattened.
-        None: published as it is.
+      inputs: how many leading dimensions of the module's weight are inputs: the published matrix is (out, in),
+        flattened. None: published as it is.
     """
 
     name: str
@@ -50,24 +62,6 @@ LAYER_TABLE = {
     "kv_gate.w_z": Entry("self_attn.kv_gate.w_z.weight", 1),
     "kv_gate.b_z": Entry("self_attn.kv_gate.w_z.bias"),
     "kv_gate.u_z": Entry("self_attn.kv_gate.u_z.weight", 1),
-}
-CONFIG_KEYS = {
-    "vocab_size": "vocab",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "total_ut_steps": "loops",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_width",
-    "intermediate_size": "feed_forward",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "rms_eps",
-    "max_position_embeddings": "max_positions",
-    "tie_word_embeddings": "tied",
-    "early_exit_threshold": "exit_threshold",
-    "bos_token_id": "bos",
-    "eos_token_id": "eos",
-    "pad_token_id": "pad",
 }
 
 
@@ -126,38 +120,235 @@ def _entry(path):
     return LAYER_TABLE[path.removeprefix("layers.")] if path.startswith("layers.") else MODEL_TABLE[path]
 
 
-def read_config(folder):
-    """`ModelConfig` from a published folder's config.json."""
-    raw = json.loads((pathlib.Path(folder) / "config.json").read_text())
-    fields = {ours: raw[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in raw}
-    fields["gate"] = raw.get("gate", "elementwise") if raw["model_type"] == "melt" else "none"
-    return ModelConfig(**fields)
+def abstract_model(config, dtype="float32"):
+    """The model of a config with shapes and dtypes in place of weights."""
+    return jax.eval_shape(lambda: init_model(config, jax.random.key(0), dtype=jnp.dtype(dtype)))
 
 
-def load_model(folder, dtype="float32", gate=None, first_loop=None):
+class PublishedFolder:
+    """A published checkpoint: every tensor accounted for when it is opened, weights read when asked for.
+
+    Attributes:
+      folder: its path.
+      raw: the dict in config.json.
+      config: `ModelConfig`.
+      dtype: of the tensors, a name; None where they differ.
+      shapes: {path: shape} of the module weights that it holds.
+    """
+
+    form = "published"
+
+    def __init__(self, folder):
+        """ValueError: all that config.json has and this model lacks, or else all that is wrong with the tensors."""
+        self.folder = pathlib.Path(folder)
+        self.raw = read_raw_config(folder)
+        self.config = parse_config(self.raw, self.folder / "config.json")
+        abstract = abstract_model(self.config)
+        self.shapes = {path: leaf.shape for path, leaf in module_leaves(abstract)}
+        self._names = collections.defaultdict(list)
+        for name, (path, *_) in published_tensors(abstract).items():
+            self._names[path].append(name)
+        found, problems = scan_tensors(self.folder)
+        problems += _tensor_problems(published_tensors(abstract), found)
+        fail(self.folder, problems)
+        self._files = {name: places[0][0] for name, places in found.items()}
+        dtypes = {places[0][2] for places in found.values()}
+        self.dtype = STORED_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None
+
+    def read(self, path, dtype):
+        """The module's weight of that path, an array of numpy's in host memory, all layers stacked."""
+        weight = np.empty(self.shapes[path], jnp.dtype(dtype))
+        targets = weight if path.startswith("layers.") else [weight]
+        for target, name in zip(targets, self._names[path], strict=True):
+            # A file opened for each tensor and closed again: what is mapped of it leaves the process's memory.
+            with safe_open(self._files[name], framework="numpy") as tensors:
+                copy_weight(target, from_published(path, tensors.get_tensor(name), target.shape))
+        return weight
+
+    def load(self, paths, dtype, shardings):
+        """{path: jax.Array} of those weights, each placed by its sharding where {path: sharding} has one."""
+        return {path: place(self.read(path, dtype), shardings.get(path)) for path in paths}
+
+
+def scan_tensors(folder):
+    """What a folder's safetensors files hold, read from their headers.
+
+    Returns:
+      ({name: [(file, shape, stored dtype), …]}, problems): unreadable files, and where the index contradicts them.
+    """
+    found, problems = collections.defaultdict(list), []
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        problems.append("no *.safetensors file: expected one or several")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():
+                    piece = tensors.get_slice(name)
+                    found[name].append((file, tuple(piece.get_shape()), piece.get_dtype()))
+        except SafetensorError as error:
+            problems.append(f"{file.name} is no readable safetensors file: {error}")
+    if (folder / INDEX).is_file():
+        problems += _index_problems(folder, found)
+    return found, problems
+
+
+def _index_problems(folder, found):
+    try:
+        index = json.loads((folder / INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{INDEX} has no readable weight_map: {error!r}"]
+    problems = []
+    for name in sorted({*index, *found}):
+        holders = [file.name for file, *_ in found.get(name, [])]
+        if name not in index:
+            problems.append(f"{name} is in {' and '.join(holders)}, but not in {INDEX}")
+        elif index[name] not in holders:
+            problems.append(
+                f"{name} should be in {index[name]} by {INDEX}: it is in {' and '.join(holders) or 'no file'}"
+            )
+    return problems
+
+
+def _tensor_problems(expected, found):
+    """Every tensor that is missing, unknown, doubled, of another shape or of a dtype that is no weight's."""
+    problems = [f"{name} {expected[name][2]} is missing" for name in expected if name not in found]
+    for name, places in found.items():
+        if len(places) > 1:
+            problems.append(f"{name} is doubled: in " + " and in ".join(file.name for file, *_ in places))
+        for file, shape, dtype in places:
+            if name not in expected:
+                problems.append(f"{name} {shape} in {file.name} is unknown: config.json describes no such weight")
+            elif shape != expected[name][2]:
+                problems.append(f"{name} in {file.name} has shape {shape}: expected {expected[name][2]}")
+            if dtype not in STORED_DTYPES:
+                problems.append(f"{name} in {file.name} has dtype {dtype}: expected one of {', '.join(STORED_DTYPES)}")
+    return problems
+
+
+def load_model(folder, dtype="float32", gate=None, first_loop=None, shardings=None):
     """A model from a published folder.
 
     Args:
       folder: holds config.json and one or several safetensors files.
-      dtype: of the weights in memory.
+      dtype: of the weights in memory; None: as stored.
       gate: a gate variant in place of the checkpoint's; "none" is the LoopLM inside a MELT.
       first_loop: "copy" or "gated" in place of the checkpoint's.
+      shardings: a model whose weights are shardings, or None: the default device.
 
     Returns:
       `LoopedTransformer`.
+
+    Raises:
+      ValueError: all that is wrong with config.json, or else all that is wrong with the tensors.
     """
-    folder = pathlib.Path(folder)
-    config = read_config(folder)
+    return assemble(PublishedFolder(folder), dtype, gate, first_loop, shardings)
+
+
+def assemble(source, dtype=None, gate=None, first_loop=None, shardings=None):
+    """A model from an open checkpoint folder, a `PublishedFolder` or a `checkpoint.OrbaxFolder`; see `load_model`."""
+    config = override(source.config, gate, first_loop)
+    dtype = chosen_dtype(source, dtype)
+    abstract = abstract_model(config, dtype)
+    paths = [path for path, _ in module_leaves(abstract)]
+    lacking = [f"{path} is not in it" for path in paths if path not in source.shapes]
+    hint = (
+        f"gate {config.gate!r} needs weights: melt_jax.convert --gate={config.gate} writes a checkpoint with fresh ones"
+    )
+    fail(source.folder, [*lacking, hint] if lacking else [])
+    weights = source.load(paths, dtype, dict(module_leaves(shardings)) if shardings is not None else {})
+    return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in paths])
+
+
+def override(config, gate=None, first_loop=None):
+    """The config with another gate or first loop; None leaves them."""
     changes = {name: value for name, value in (("gate", gate), ("first_loop", first_loop)) if value is not None}
-    config = dataclasses.replace(config, **changes)
-    abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0), dtype=jnp.dtype(dtype)))
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}
-    weights = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in module_leaves(abstract)}
-    for name, (path, layer, _) in published_tensors(abstract).items():
-        target = weights[path] if layer is None else weights[path][layer]
-        target[...] = from_published(path, found[name], target.shape)
-    structure = jax.tree.structure(abstract)
-    return jax.tree.unflatten(structure, [jnp.asarray(weights[path]) for path, _ in module_leaves(abstract)])
+    return dataclasses.replace(config, **changes)
+
+
+def chosen_dtype(source, dtype):
+    """The name of the dtype to open with: the one asked for, or the one that the checkpoint is stored in."""
+    if dtype is None and source.dtype is None:
+        fail(source.folder, ["weights are stored in several dtypes: name the one to open them with (dtype)"])
+    return jnp.dtype(source.dtype if dtype is None else dtype).name
+
+
+def place(weight, sharding=None):
+    """A host array on the default device, or spread by a sharding; each process copies only what its devices hold."""
+    if sharding is None:
+        return jnp.asarray(weight)
+    return jax.make_array_from_callback(weight.shape, sharding, lambda index: weight[index])
+
+
+def copy_weight(target, weight):
+    """target[...] = weight; between equal dtypes as bare bits, several times faster for bfloat16."""
+    if target.dtype == weight.dtype:
+        bits = f"u{target.dtype.itemsize}"
+        target, weight = target.view(bits), weight.view(bits)
+    target[...] = weight
+
+
+def save_published(folder, model, dtype="bfloat16", tokenizer_from=None, overwrite=False):
+    """Writes a model as a published folder, whole or not at all; from a single process.
+
+    Args:
+      folder: where; must not exist unless `overwrite`.
+      model: `LoopedTransformer`.
+      dtype: of the tensors in the file.
+      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over.
+
+    Raises:
+      FileExistsError: `folder` exists.
+    """
+    with atomic_folder(folder, overwrite) as temporary:
+        raw = companions(tokenizer_from, temporary)
+        write_weights(temporary / "model.safetensors", jax.eval_shape(lambda: model), dtype, module_leaves(model))
+        write_config(temporary, published_config(model.config, jnp.dtype(dtype).name, raw))
+
+
+def companions(source, target):
+    """Copies the tokenizer files of a checkpoint folder; returns its config.json, or None if it is no such model's."""
+    if source is None:
+        return None
+    copy_companions(source, target)
+    try:
+        raw = read_raw_config(source)
+        parse_config(raw)
+        return raw
+    except ValueError:
+        return None
+
+
+def write_weights(file, abstract, dtype, leaves):
+    """Writes one safetensors file without holding it: its header, then each weight's tensors as the weight comes.
+
+    Laid out as the published files are: tensors by name, no `__metadata__`, so that sizes agree to the byte.
+
+    Args:
+      file: path of the new file.
+      abstract: a model with the shapes of all weights.
+      dtype: of the tensors in the file; weights of another are cast.
+      leaves: (path, weight) pairs in any order, weights stacked over layers.
+    """
+    table = published_tensors(abstract)
+    dtype = jnp.dtype(dtype)
+    header, offsets, end = {}, {}, 0
+    for name in sorted(table):
+        shape = table[name][2]
+        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
+        code = next(code for code, ours in STORED_DTYPES.items() if ours == dtype.name)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    names = {(path, layer): name for name, (path, layer, _) in table.items()}
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for path, weight in leaves:
+            host = np.asarray(weight)
+            for layer in range(len(host)) if path.startswith("layers.") else [None]:
+                tensor = to_published(path, host if layer is None else host[layer])
+                data = np.empty(tensor.shape, dtype)
+                copy_weight(data, tensor)
+                out.seek(8 + len(text) + offsets[names.pop((path, layer))])
+                out.write(data.reshape(-1).view(np.uint8))
+    fail(file, [f"no weight was given for {name}" for name in names.values()])

@@ -1,0 +1,167 @@
+"""Model checkpoints: a folder with config.json in the published schema, `params/` by Orbax, and tokenizer files.
+
+`open_model` opens these and published folders alike. Weights keep the modules' shapes, stacked over layers, so that a
+model restores straight into any sharding. Nothing is cast unless a dtype is asked for.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from melt_jax.folders import atomic_folder
+from melt_jax.hf import PublishedFolder, abstract_model, assemble, companions, module_leaves
+from melt_jax.hf_config import DTYPES, fail, parse_config, published_config, read_raw_config, write_config
+
+PARAMS = "params"
+READ_BYTES = 2**30  # in flight while reading; Orbax refuses a smaller limit than the largest weight
+
+
+class OrbaxFolder:
+    """A checkpoint in Orbax form: its metadata compared with config.json when opened, weights read when asked for.
+
+    Attributes:
+      folder: its path.
+      raw: the dict in config.json.
+      config: `ModelConfig`.
+      dtype: of the stored weights, a name; None where they differ.
+      shapes: {path: shape} of the weights that it holds.
+    """
+
+    form = "orbax"
+
+    def __init__(self, folder):
+        """ValueError: what config.json has that this model lacks; then every missing, unknown or misshapen weight."""
+        self.folder = pathlib.Path(folder).absolute()
+        self.raw = read_raw_config(folder)
+        self.config = parse_config(self.raw, self.folder / "config.json")
+        stored = self._metadata()
+        expected = {path: leaf.shape for path, leaf in module_leaves(abstract_model(self.config))}
+        fail(self.folder / PARAMS, _weight_problems(expected, stored))
+        self.shapes = expected
+        dtypes = {np.dtype(leaf.dtype).name for leaf in stored.values()}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+
+    def _metadata(self):
+        try:
+            tree = ocp.metadata(self.folder / PARAMS).metadata
+        except Exception as error:  # Orbax raises whatever its storage layers do
+            fail(self.folder / PARAMS, [f"no complete Orbax checkpoint: {error}"])
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+        return {".".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
+
+    def read(self, path, dtype):
+        """The weight of that path, an array of numpy's in host memory, all layers stacked."""
+        # A template of stride 0: Orbax asks it for shape and dtype only.
+        template = np.broadcast_to(np.zeros((), jnp.dtype(dtype)), self.shapes[path])
+        return self._restore({path: template})[path]
+
+    def load(self, paths, dtype, shardings):
+        """{path: jax.Array} of those weights, each placed by its sharding where {path: sharding} has one."""
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        leaf = lambda path: jax.ShapeDtypeStruct(
+            self.shapes[path], jnp.dtype(dtype), sharding=shardings.get(path, default)
+        )
+        return self._restore({path: leaf(path) for path in paths})
+
+    def _restore(self, templates):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        largest = max(int(np.prod(template.shape)) * 8 for template in templates.values())
+        context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
+        with context:
+            tree = ocp.load(self.folder / PARAMS, nest(templates))
+        return {path: _get(tree, path) for path in templates}
+
+
+def open_folder(folder):
+    """The `OrbaxFolder` or `PublishedFolder` in a folder, checked; ValueError as theirs, or when it is neither."""
+    path = pathlib.Path(folder)
+    if not path.is_dir():
+        fail(folder, ["no such folder: expected a model checkpoint, published or made by melt_jax.convert"])
+    return OrbaxFolder(path) if (path / PARAMS).exists() else PublishedFolder(path)
+
+
+def open_model(folder, dtype=None, gate=None, first_loop=None, shardings=None):
+    """A model from a published folder or one in Orbax form.
+
+    Args:
+      folder: the model checkpoint.
+      dtype: of the weights in memory; None: as stored.
+      gate: a gate variant in place of the checkpoint's; "none" is the LoopLM inside a MELT.
+      first_loop: "copy" or "gated" in place of the checkpoint's.
+      shardings: a model whose weights are shardings, or None: the default device.
+
+    Returns:
+      `LoopedTransformer`.
+
+    Raises:
+      ValueError: all that is wrong with config.json, or else all that is wrong with the weights.
+    """
+    return assemble(open_folder(folder), dtype, gate, first_loop, shardings)
+
+
+def save_model(folder, model, tokenizer_from=None, overwrite=False):
+    """Writes a model in Orbax form, whole or not at all; called by every process.
+
+    Args:
+      folder: where; must not exist unless `overwrite`.
+      model: `LoopedTransformer`, its weights stored in the dtype they have.
+      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over.
+
+    Raises:
+      FileExistsError: `folder` exists.
+    """
+    with atomic_folder(folder, overwrite) as temporary:
+        raw = None
+        if jax.process_index() == 0:
+            raw = companions(tokenizer_from, temporary)
+        write_params(temporary / PARAMS, dict(module_leaves(model)))
+        if jax.process_index() == 0:
+            write_config(temporary, published_config(model.config, model.dtype.name, raw))
+
+
+def write_params(folder, weights):
+    """Writes {path: array}, of JAX or numpy, as an Orbax checkpoint.
+
+    One uncompressed piece per weight (per shard, where it has several) goes to disk from the memory it lies in: neither
+    Orbax's defensive copy of host arrays nor a compressed or regrouped one stands beside the weights.
+    """
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.array.saving.use_compression = False
+    with context:
+        ocp.save(folder, nest(weights))
+
+
+def nest(flat):
+    """{"a.b": x} → {"a": {"b": x}}."""
+    tree = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _get(tree, path):
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _weight_problems(expected, stored):
+    problems = [f"{path} {shape} is missing" for path, shape in expected.items() if path not in stored]
+    for path, leaf in stored.items():
+        shape, dtype = tuple(getattr(leaf, "shape", ()) or ()), getattr(leaf, "dtype", None)
+        if path not in expected:
+            problems.append(f"{path} {shape} is unknown: config.json describes no such weight")
+        elif shape != expected[path]:
+            problems.append(f"{path} has shape {shape}: expected {expected[path]}")
+        if dtype is None or np.dtype(dtype).name not in DTYPES:
+            problems.append(f"{path} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    return problems

@@ -1,0 +1,92 @@
+"""Converts a synthetic checkpoint of Ouro-1.4B's exact shapes there and back, and measures each conversion's memory.
+
+Not a test of the suite: 2.87 GB of random bfloat16 are written, and five times that is on disk at the end. The peak is
+the process's largest resident set (VmHWM / ru_maxrss), everything included; the bound is 1.3 times the published file.
+
+    python -m tests.convert_full_size /tmp/full            Ouro-1.4B, a few minutes
+    python -m tests.convert_full_size /tmp/full --files 3 --layers 48     Ouro-2.6B in three files
+
+Prints one line per conversion, and fails where a bound is passed or a tensor comes back with other bits.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+from safetensors import safe_open
+
+from melt_jax.config import ModelConfig
+from melt_jax.hf import scan_tensors
+from tests.synthetic import write_published
+
+BOUND = 1.3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path, help="where everything is written; must not exist")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--files", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="leave the folder")
+    args = parser.parse_args()
+    base = args.folder
+    write_published(base / "ouro", ModelConfig(layers=args.layers), args.files)
+    size = sum(file.stat().st_size for file in (base / "ouro").glob("*.safetensors"))
+    print(f"published: {size:,} bytes of safetensors in {args.files} file(s)", flush=True)
+    good = True
+    for source, target, form, *more in (
+        ("ouro", "looplm", "orbax"),
+        ("looplm", "ouro_again", "published"),
+        ("ouro", "melt", "orbax", "--gate=elementwise"),
+        ("melt", "melt_published", "published"),
+    ):
+        good &= convert(base / source, base / target, form, more, size)
+    good &= same_tensors(base / "ouro", base / "ouro_again")
+    if not args.keep:
+        shutil.rmtree(base)
+    sys.exit(0 if good else 1)
+
+
+def convert(source, target, form, more, size):
+    """Runs one conversion as a process of its own; whether its peak memory keeps the bound."""
+    start = time.perf_counter()
+    command = [
+        sys.executable,
+        "-m",
+        "melt_jax.convert",
+        f"--input={source}",
+        f"--output={target}",
+        f"--to={form}",
+        *more,
+    ]
+    child = subprocess.Popen(command)
+    _, status, usage = os.wait4(child.pid, 0)
+    peak = usage.ru_maxrss * 1024
+    good = status == 0 and peak <= BOUND * size
+    seconds = time.perf_counter() - start
+    print(f"{source.name} -> {target.name} ({form}): peak {peak:,} bytes = {peak / size:.3f} of the published file, "
+          f"bound {BOUND}, {seconds:.0f} s: {'ok' if good else 'FAIL'}", flush=True)  # fmt: skip
+    return good
+
+
+def same_tensors(first, second):
+    """Whether two published folders hold the same tensors, bit for bit."""
+    ours, theirs = scan_tensors(first)[0], scan_tensors(second)[0]
+    same = sorted(ours) == sorted(theirs)
+    for name in ours if same else ():
+        tensors = []
+        for (file, *_), *_ in (ours[name], theirs[name]):
+            with safe_open(file, framework="numpy") as stored:
+                tensors.append(stored.get_tensor(name))
+        same &= tensors[0].dtype == tensors[1].dtype and np.array_equal(*(t.view(np.uint16) for t in tensors))
+    print(f"{first.name} and {second.name}: {'the same bits in every tensor' if same else 'FAIL, tensors differ'}")
+    return same
+
+
+if __name__ == "__main__":
+    main()

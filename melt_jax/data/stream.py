@@ -22,7 +22,7 @@ PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 def problems(data, model):
-    """Everything that keeps a `melt_jax.config.DataConfig` from feeding a model of that `ModelConfig`: a list of messages.
+    """Everything that keeps a `DataConfig` from feeding a model of that `ModelConfig`: a list of messages.
 
     Empty if nothing does. A token file is read through once to check its ids.
     """
@@ -51,7 +51,7 @@ def batches(data, seed, start, stop):
     """The batches of steps start … stop − 1, in order, made ahead of their use.
 
     Args:
-      data: `DataConfig`, free of `problems`.
+      data: `melt_jax.config.DataConfig`, free of `problems`.
       seed: in [0, 2³²); another seed gives other problems, or another order of the token file.
       start, stop: step numbers.
 

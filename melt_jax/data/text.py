@@ -7,7 +7,6 @@ import pathlib
 
 CHAT_END = "<|im_end|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Tokenizer:

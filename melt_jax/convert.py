@@ -91,8 +91,9 @@ def fresh_gates(config, seed, dtype):
 
 def stream_weights(source, gates, abstract, dtype):
     """(path, weight) of every weight of the output, each read in its turn; a line of progress on the terminal."""
-    leaves, done, total = module_leaves(abstract), 0, parameter_count(abstract)
-    for path, leaf in leaves:
+    done, total = 0, parameter_count(abstract)
+    # Embedding and head first: reading a tensor takes twice its size beside the weights, and these are the largest.
+    for path, leaf in sorted(module_leaves(abstract), key=lambda entry: entry[0].startswith("layers.")):
         yield path, gates[path] if path in gates else source.read(path, dtype)
         done += leaf.size
         if sys.stdout.isatty():

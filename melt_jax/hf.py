@@ -330,25 +330,34 @@ def write_weights(file, abstract, dtype, leaves):
       dtype: of the tensors in the file; weights of another are cast.
       leaves: (path, weight) pairs in any order, weights stacked over layers.
     """
-    table = published_tensors(abstract)
-    dtype = jnp.dtype(dtype)
-    header, offsets, end = {}, {}, 0
-    for name in sorted(table):
-        shape = table[name][2]
-        offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
-        code = next(code for code, ours in STORED_DTYPES.items() if ours == dtype.name)
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offsets[name], end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    table, dtype = published_tensors(abstract), jnp.dtype(dtype)
     names = {(path, layer): name for name, (path, layer, _) in table.items()}
+    header, offsets = safetensors_header({name: shape for name, (*_, shape) in table.items()}, dtype)
     with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(header)
         for path, weight in leaves:
             host = np.asarray(weight)
             for layer in range(len(host)) if path.startswith("layers.") else [None]:
                 tensor = to_published(path, host if layer is None else host[layer])
                 data = np.empty(tensor.shape, dtype)
                 copy_weight(data, tensor)
-                out.seek(8 + len(text) + offsets[names.pop((path, layer))])
+                out.seek(offsets[names.pop((path, layer))])
                 out.write(data.reshape(-1).view(np.uint8))
     fail(file, [f"no weight was given for {name}" for name in names.values()])
+
+
+def safetensors_header(shapes, dtype):
+    """What a safetensors file begins with, for tensors of one dtype.
+
+    Returns:
+      (bytes, {name: where its tensor begins, in bytes from the file's beginning}).
+    """
+    code = next(code for code, name in STORED_DTYPES.items() if name == dtype.name)
+    entries, offsets, end = {}, {}, 0
+    for name in sorted(shapes):
+        offsets[name], end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        entries[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + offset for name, offset in offsets.items()}

@@ -52,7 +52,8 @@ ONLY_VALUES = {
 HARMLESS = frozenset(
     "model_type architectures auto_map torch_dtype dtype transformers_version _name_or_path initializer_range "
     "use_cache max_window_layers sliding_window layer_types output_attentions output_hidden_states return_dict "
-    "id2label label2id chunk_size_feed_forward is_encoder_decoder problem_type _attn_implementation_autoset unk_token_id".split()
+    "id2label label2id chunk_size_feed_forward is_encoder_decoder problem_type unk_token_id "
+    "_attn_implementation_autoset".split()
 )
 
 

@@ -2,8 +2,9 @@
 
     <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=4+2=6;c=6*3=8</think>8<|im_end|>
 
-Every value is modulo 10. What stands up to and including `<think>` is the prompt, the rest the completion. A chain of n
-definitions takes 14·n tokens, one per character or special token.
+Every value is modulo 10; sums and differences are with 0 to 9, products with 2 or 3. What stands up to and including
+`<think>` is the prompt, the rest the completion. A chain of n definitions takes 14·n tokens, one per character or special
+token.
 """
 
 import dataclasses
@@ -48,7 +49,8 @@ def make_problem(rng, definitions):
     value = int(rng.integers(10))
     stated, steps = [f"{names[0]}={value}"], [f"{names[0]}={value}"]
     for previous, name in itertools.pairwise(names):
-        sign, operand = "+-*"[rng.integers(3)], int(rng.integers(10))
+        sign = "+-*"[rng.integers(3)]
+        operand = int(rng.integers(2, 4) if sign == "*" else rng.integers(10))
         stated.append(f"{name}={previous}{sign}{operand}")
         result = OPERATIONS[sign](value, operand) % 10
         steps.append(f"{name}={value}{sign}{operand}={result}")

@@ -18,7 +18,9 @@ def get_config():
 
     config.student = ConfigDict()
     config.student.gate = "elementwise"  # how a row is rewritten: elementwise (MELT), scalar, mean, ema, last
-    config.student.first_loop = "copy"  # "copy": the first latent is the first input; "gated": the gate acts at loop 1 too
+    config.student.first_loop = (
+        "copy"  # "copy": the first latent is the first input; "gated": the gate acts at loop 1 too
+    )
     config.student.gate_std = 0.02  # standard deviation of fresh gate matrices
 
     config.chunk_size = 500  # tokens that run in parallel; final rows pass from chunk to chunk

@@ -2,8 +2,8 @@
 
     python launch/sweep.py --config=configs/nano.py --workdir=runs/beta alignment.beta=0,0.005,0.1 seed=0,2
 
-Each run has a folder of its own, named by its overrides; runs that have ended are not repeated. Needs the virtual environment
-of launch/setup.sh. `--print` prints one command per run, to be handed to a scheduler, and runs nothing.
+Each run has a folder of its own, named by its overrides; runs that have ended are not repeated. Needs the virtual
+environment of launch/setup.sh. `--print` prints one command per run, to be handed to a scheduler, and runs nothing.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 
 
 def combinations(overrides):
-    """Every choice of one value per key: [{key: value}] from ["key=value,value", …]; ValueError names a malformed one."""
+    """Every choice of one value per key: [{key: value}] from ["key=value,value", …]; ValueError names a bad one."""
     keys, values = [], []
     for override in overrides:
         key, equals, listed = override.partition("=")

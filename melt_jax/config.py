@@ -206,7 +206,9 @@ def problems(config):
         need(config.model.gate == "none", "model.gate", "'none': pre-training makes a LoopLM", config.model.gate)
     else:
         need(config.teacher, "teacher", "the folder of a LoopLM checkpoint", config.teacher)
-        need(config.student.gate != "none", "student.gate", "a gate variant: the student is a MELT", config.student.gate)
+        need(
+            config.student.gate != "none", "student.gate", "a gate variant: the student is a MELT", config.student.gate
+        )
     need(config.student.gate in GATES, "student.gate", f"one of {GATES}", config.student.gate)
     need(config.student.first_loop in CHOICES["first_loop"], "student.first_loop", f"one of {CHOICES['first_loop']}",
          config.student.first_loop)  # fmt: skip
@@ -236,7 +238,17 @@ def problems(config):
 def model_problems(model, prefix=""):
     """Every impossible value of a `ModelConfig`: a list of messages."""
     found = []
-    for key in ("vocab", "width", "layers", "loops", "heads", "kv_heads", "head_width", "feed_forward", "max_positions"):
+    for key in (
+        "vocab",
+        "width",
+        "layers",
+        "loops",
+        "heads",
+        "kv_heads",
+        "head_width",
+        "feed_forward",
+        "max_positions",
+    ):
         if getattr(model, key) < 1:
             found.append(f"{prefix}{key}: expected at least 1, found {getattr(model, key)}")
     if model.kv_heads >= 1 and model.heads % model.kv_heads:
@@ -254,7 +266,12 @@ def model_problems(model, prefix=""):
 
 def _phase_problems(name, phase, need):
     need(phase.steps >= 1, f"{name}.steps", "at least 1", phase.steps)
-    need(0 <= phase.warmup_steps <= phase.steps, f"{name}.warmup_steps", f"between 0 and steps, {phase.steps}", phase.warmup_steps)
+    need(
+        0 <= phase.warmup_steps <= phase.steps,
+        f"{name}.warmup_steps",
+        f"between 0 and steps, {phase.steps}",
+        phase.warmup_steps,
+    )
     for key in ("learning_rate", "gate_learning_rate"):
         need(getattr(phase, key) >= 0, f"{name}.{key}", "at least 0", getattr(phase, key))
     need(0 <= phase.final_fraction <= 1, f"{name}.final_fraction", "in [0, 1]", phase.final_fraction)

@@ -2,9 +2,10 @@
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 
-Started again with the same workdir, a run goes on from its last checkpoint, to the same bits. The workdir gets, for each phase,
-`checkpoints/` (masters, moments, step), `metrics.jsonl` and TensorBoard files, and at its end `model/`, a checkpoint folder
-that `melt_jax.generate`, `.evaluate` and `.convert` open; and `results.json`, what the table at the end is made of.
+Started again with the same workdir, a run goes on from its last checkpoint, to the same bits. The workdir gets, for
+each phase, `checkpoints/` (masters, moments, step), `metrics.jsonl` and TensorBoard files, and at its end `model/`, a
+checkpoint folder that `melt_jax.generate`, `.evaluate` and `.convert` open; and `results.json`, what the table at the
+end is made of.
 """
 
 import json
@@ -17,7 +18,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from melt_jax import scoring
-from melt_jax.checkpoint import open_model, save_model
+from melt_jax.checkpoint import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
 from melt_jax.model.model import init_model, parameter_count, reconfigure
@@ -26,57 +27,66 @@ from melt_jax.training.log import RunLog
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import cast_to, init_state, make_train_step, phase_objective
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: a file of configs/; --config.key=value overrides a key.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is gone on with.")
 
 
 def main(argv):
-    """One run."""
+    """Reads the flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    run(CONFIG.value, pathlib.Path(WORKDIR.value))
+
+
+def run(config_dict, workdir):
+    """One run of a ConfigDict, new or gone on with, in a folder. Returns the trained model, float32."""
     console = Console(highlight=False, soft_wrap=True)
-    workdir = pathlib.Path(WORKDIR.value)
 
     # ---- the config, checked before anything is allocated
-    config = freeze(CONFIG.value)
+    config = freeze(config_dict)
     pretraining = config.phases == ("pretraining",)
-    teacher = None if pretraining else open_model(config.teacher, dtype=config.dtype)
-    shape = config.model if pretraining else teacher.config
+    shape = config.model if pretraining else open_folder(config.teacher).config
     if wrong := stream.problems(config.data, shape):
         raise ConfigError("the data does not fit:\n" + "\n".join(f"  - {line}" for line in wrong))
-    _keep_config(workdir)
+    _keep_config(config_dict, workdir)
 
     # ---- where the student starts
     key = jax.random.key(config.seed)
+    teacher = None
     if pretraining:
         params = init_model(config.model, key, config.pretraining.init_std)
     else:
+        teacher = open_model(config.teacher, dtype=config.dtype)
         params = make_student(open_model(config.teacher, dtype="float32"), config, key)
-    console.print(f"{parameter_count(params):,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s)")
-    results = Results(workdir / "results.json", console)
+    console.print(
+        f"{parameter_count(params):,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
+    results = Results(workdir / "results.json")
     if teacher is not None:
         results.measure("teacher", lambda: teacher, teacher, config)
-        bare = lambda: reconfigure(teacher, gate="last")
-        results.measure("teacher's weights, one shared row", bare, teacher, config)
+        results.measure("one shared row, untrained", lambda: reconfigure(teacher, gate="last"), teacher, config)
 
     # ---- the phases
     first_step = 0
     for name in config.phases:
         params = run_phase(name, config, workdir / name, params, teacher, first_step, console)
-        results.measure(f"after {name}", lambda: params, teacher, config)
+        results.measure(f"after {name}", lambda params=params: params, teacher, config)
         first_step += config.phase(name).steps
 
     # ---- the table, and a sample
     console.print(results.table())
     if config.evaluation.sample:
-        console.print(scoring.sample(params, config.evaluation.seed), markup=False)
+        console.print(scoring.sample(params, config.evaluation.seed, config.chunk_size), markup=False)
+    return params
 
 
 def run_phase(name, config, workdir, params, teacher, first_step, console):
     """Trains one phase to its end and returns the trained weights, float32.
 
-    Start-up order: a phase that has ended is read; one that has begun goes on from its newest checkpoint; else it starts from
-    `params`, what the phase before it made or the converted teacher.
+    Start-up order: a phase that has ended is read; one that has begun goes on from its newest checkpoint; else it
+    starts from `params`, what the phase before it made or the converted teacher.
 
     Args:
       name: of the phase.
@@ -130,8 +140,8 @@ def make_student(looplm, config, key):
 class Results:
     """What was measured of each model, kept in a file so that a run that goes on measures nothing twice."""
 
-    def __init__(self, path, console):
-        self._path, self._console = path, console
+    def __init__(self, path):
+        self._path = path
         self._rows = json.loads(path.read_text()) if path.exists() else {}
 
     def measure(self, name, make_model, teacher, config):
@@ -139,8 +149,7 @@ class Results:
         evaluation = config.evaluation
         if name in self._rows or not (evaluation.problems or evaluation.sequences):
             return
-        scores = scoring.score(make_model(), teacher, config)
-        self._rows[name] = scores
+        self._rows[name] = scoring.score(make_model(), teacher, config)
         self._path.write_text(json.dumps(self._rows, indent=1))
 
     def table(self):
@@ -148,14 +157,18 @@ class Results:
         return scoring.table(self._rows)
 
 
-def _keep_config(workdir):
+def _keep_config(config_dict, workdir):
     """Writes the config beside the run; a run is gone on with only under the config it began with."""
     workdir.mkdir(parents=True, exist_ok=True)
-    path, text = workdir / "config.json", CONFIG.value.to_json(indent=1, sort_keys=True)
+    path, text = workdir / "config.json", config_dict.to_json(indent=1, sort_keys=True)
     if path.exists() and path.read_text() != text:
         old, new = json.loads(path.read_text()), json.loads(text)
-        changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        raise ConfigError(f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed))
+        changed = [
+            f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+        ]
+        raise ConfigError(
+            f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
+        )
     path.write_text(text)
 
 

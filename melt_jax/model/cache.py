@@ -1,11 +1,11 @@
-"""The key/value cache: one row per token and layer shared by the loops, T rows for the LoopLM, or both in the transition.
+"""The key/value cache: a row per token and layer shared by the loops, T of them for the LoopLM, both in the transition.
 
 A `Cache` keeps up to two kinds of rows over the same slots:
 
     shared   [L, B, S, K, E]       the shared cache of MELT: one row per token and layer, projected from the last latent
     base     [T, L, B, S, K, E]    the loop cache of the LoopLM: a row per token, layer and loop, projected from u
 
-MELT has the first, the LoopLM the second, the transition both (DESIGN §4). Everything else is common to them.
+MELT has the first, the LoopLM the second, the transition both. Everything else is common to them.
 """
 
 import dataclasses
@@ -59,6 +59,11 @@ class Cache:
         """S, the number of slots."""
         return self.segments.shape[1]
 
+    def read(self, start, length):
+        """The `ChunkRows` of slots start … start + length − 1."""
+        take = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis)
+        return ChunkRows(jax.tree.map(take(2), self.shared), jax.tree.map(take(3), self.base))
+
     def write(self, rows, segments, start):
         """The cache with a chunk's `ChunkRows` and its segments [B, C] at slots start … start + C − 1.
 
@@ -91,7 +96,7 @@ def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, lo
 
 
 def bytes_per_token(config, itemsize=2, loops=None):
-    """Bytes of cache that one token takes: 2·L·K·E numbers, times the loops for the LoopLM. 196 608 for MELT-1.6B in bf16."""
+    """Bytes of cache that one token takes: 2·L·K·E numbers, times the loops for the LoopLM."""
     rows = 1 if config.gate != "none" else (loops or config.loops)
     return 2 * rows * config.layers * config.kv_heads * config.head_width * itemsize
 

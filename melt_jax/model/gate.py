@@ -1,7 +1,7 @@
-"""The cache recurrence (DESIGN §2): how a token's latent, from which its row is projected, changes from loop to loop.
+"""The cache recurrence (MELT, arXiv 2605.07721): a token's latent, from which its row is projected, loop by loop.
 
-    z  = σ(u W_z + hᵗ⁻¹ U_z + b_z)
-    hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u          z = 1 keeps, z = 0 overwrites
+z  = σ(u W_z + hᵗ⁻¹ U_z + b_z)
+hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u          z = 1 keeps, z = 0 overwrites
 """
 
 import jax

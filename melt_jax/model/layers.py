@@ -1,7 +1,8 @@
-"""The layers of a looped transformer (DESIGN §1): norm, rotary embedding, attention, feed-forward, decoder layer.
+"""The layers of a looped transformer (Ouro, arXiv 2510.25741): norm, rotary embedding, attention, feed-forward.
 
-Letters in shapes: B batch, S cached slots, C chunk length, D width, K key/value heads, G query heads per key/value head,
-E head width, F feed-forward width. Query head h is the pair (k, g) with h = k·G + g, so grouped heads need no reshape.
+Letters in shapes: B batch, S cached slots, C chunk length, D width, K key/value heads, G query heads per key/value
+head, E head width, F feed-forward width. Query head h is the pair (k, g) with h = k·G + g, so grouped heads need no
+reshape.
 """
 
 import math

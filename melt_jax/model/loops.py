@@ -1,4 +1,4 @@
-"""T loops over one chunk (DESIGN §3): the one function that training, prefill and decoding run."""
+"""T loops over one chunk: the one function that training, prefill and decoding run."""
 
 from typing import NamedTuple
 
@@ -31,8 +31,8 @@ class ChunkOutput(NamedTuple):
 def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alpha=None, loops=None):
     """Runs all T loops over C consecutive tokens in parallel.
 
-    A query of loop t sees its chunk's rows as they stand in loop t, causally, and of earlier chunks the cache's rows: the
-    final ones of a shared cache, loop t's of a loop cache, both blended in the transition.
+    A query of loop t sees its chunk's rows as they stand in loop t, causally, and of earlier chunks the cache's rows:
+    the final ones of a shared cache, loop t's of a loop cache, both blended in the transition.
 
     Args:
       model: `LoopedTransformer`.
@@ -113,8 +113,8 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
 def chunk_masks(segments, cache_segments, start):
     """Who sees whom: ([B, C, S] over the cache's slots, [B, C, C] within the chunk), bool.
 
-    A query sees earlier slots and, causally, the chunk's tokens of its own segment; padding (segment 0) is seen by nothing
-    but itself.
+    A query sees earlier slots and, causally, the chunk's tokens of its own segment; padding (segment 0) is seen by
+    nothing but itself.
     """
     earlier = jnp.arange(cache_segments.shape[1]) < jnp.reshape(start, (-1, 1))
     same = lambda keys: (segments[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]

@@ -1,4 +1,4 @@
-"""The looped transformer: LoopLM and MELT are one model with two ways to keep rows (DESIGN §1, §2)."""
+"""The looped transformer: LoopLM and MELT are one model with two ways to keep rows."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ from melt_jax.model.layers import DecoderLayer, einsum, token_sharding
 class Initializer:
     """Makes the weights that modules declare.
 
-    Each call states a weight once: its shape, a logical axis name for every dimension, its initial values. Initialisation,
-    shardings and what a checkpoint must hold all follow from these declarations.
+    Each call states a weight once: its shape, a logical axis name for every dimension, its initial values.
+    Initialisation, shardings and what a checkpoint must hold all follow from these declarations.
     """
 
     def __init__(self, key, std=0.02, dtype=jnp.float32, stack=()):
@@ -94,7 +94,7 @@ class LoopedTransformer(nnx.Module):
     def exit_pdf(self, hidden):
         """The probability that each loop is the last, float32: [T, B, S, D] → [B, S, T].
 
-        pₜ = λₜ Πₛ<ₜ(1 − λₛ) for t < T; p_T takes the rest (DESIGN §1).
+        pₜ = λₜ Πₛ<ₜ(1 − λₛ) for t < T; p_T takes the rest.
         """
         gate = self.early_exit_gate
         exact = einsum("tbsd,d->bst", hidden.astype(jnp.float32), gate.weight[...].astype(jnp.float32))
@@ -124,8 +124,9 @@ def init_model(config, key, std=0.02, dtype=jnp.float32):
 def reconfigure(model, key=None, gate_std=0.02, **changes):
     """The model with some fields of its config changed.
 
-    Weights that the changed model has too are kept. Gate weights that it adds are fresh: normal with `gate_std`, biases zero,
-    from `key`; gates that it no longer has are dropped. So `reconfigure(looplm, key, gate="elementwise")` makes a MELT.
+    Weights that the changed model has too are kept. Gate weights that it adds are fresh: normal with `gate_std`,
+    biases zero, from `key`; gates that it no longer has are dropped. So `reconfigure(looplm, key, gate="elementwise")`
+    makes a MELT.
 
     Raises:
       ValueError: the changed model has other weights than gates that this one lacks, or other shapes.

@@ -1,4 +1,4 @@
-"""Chunks over a sequence (DESIGN §3): sequential across chunks, parallel inside, and a gradient in memory linear in S."""
+"""Chunks over a sequence: sequential across chunks, parallel inside, and a gradient in memory linear in S."""
 
 import functools
 from typing import NamedTuple
@@ -54,14 +54,10 @@ def run_sequence(model, tokens, chunk_size, alpha=None, *, positions=None, segme
     def step(cache, xs):
         index, (tokens, positions, segments) = xs
         start = index * chunk_size
-        out = run_chunk(
-            model, tokens, cache, start, positions=positions, segments=segments, alpha=alpha, loops=loops
-        )
+        out = run_chunk(model, tokens, cache, start, positions=positions, segments=segments, alpha=alpha, loops=loops)
         return cache.write(out.rows, out.segments, start), out[:3]
 
-    cache = create_cache(
-        model.config, batch, count * chunk_size, model.dtype, alpha is not None, loops
-    )
+    cache = create_cache(model.config, batch, count * chunk_size, model.dtype, alpha is not None, loops)
     cache, outputs = jax.lax.scan(step, cache, (jnp.arange(count), chunks))
     outputs = (join_chunks(x, axis)[(slice(None),) * axis + (slice(length),)] for x, axis in zip(outputs, (2, 3, 3)))
     cut = lambda rows, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), rows)
@@ -115,10 +111,10 @@ def plain_chunk_sums(step, prepare, params, cache, data, chunks):
 def chunk_sums(step, prepare, params, cache, data, chunks):
     """`plain_chunk_sums` with the same gradient in memory linear in the sequence.
 
-    Final rows never change, so the cache after the last chunk, masked to the slots before a chunk, is the cache that chunk
-    saw. Kept between the passes are the parameters, the chunks and that one cache. The backward pass walks the chunks in
-    reverse: it recomputes a chunk against the final cache, pulls back the cotangents of the chunk's sums and of the
-    rows it wrote, and adds what falls on earlier rows to their accumulator. Exact, not truncated.
+    Final rows never change, so the cache after the last chunk, masked to the slots before a chunk, is the cache that
+    chunk saw. Kept between the passes are the parameters, the chunks and that one cache. The backward pass walks the
+    chunks in reverse: it recomputes a chunk against the final cache, pulls back the cotangents of the chunk's sums and
+    of the rows it wrote, and adds what falls on earlier rows to their accumulator. Exact, not truncated.
     """
     return _forward(step, prepare, params, cache, data, chunks)[0]
 
@@ -158,11 +154,8 @@ def _chunk_sums_backward(step, prepare, residuals, sums_bar):
             return sums, tuple(new_rows)
 
         (_, new_rows), pull_back = jax.vjp(chunk_step, weights, rows)
-        own = tuple(
-            jax.tree.map(lambda bar, new: jax.lax.dynamic_slice_in_dim(bar, start, chunk_size, axis).astype(new.dtype),
-                         bar, new)
-            for bar, new, axis in zip(rows_bar, new_rows, (2, 3))
-        )  # fmt: skip
+        own = Cache(*rows_bar, cache.segments).read(start, chunk_size)
+        own = jax.tree.map(lambda bar, new: bar.astype(new.dtype), tuple(own), new_rows)
         chunk_weights_bar, earlier_bar = pull_back((sums_bar, own))
         add = lambda total, x: total + x.astype(total.dtype)
         return (jax.tree.map(add, rows_bar, earlier_bar), jax.tree.map(add, weights_bar, chunk_weights_bar)), None
@@ -181,5 +174,7 @@ chunk_sums.defvjp(_chunk_sums_forward, _chunk_sums_backward)
 def _chunk_shape(cache, chunks):
     count, _, chunk_size, *_ = jax.tree.leaves(chunks)[0].shape
     if cache.length not in (0, count * chunk_size):
-        raise ValueError(f"{count} chunks of {chunk_size} tokens need a cache of {count * chunk_size} slots, got {cache.length}")
+        raise ValueError(
+            f"{count} chunks of {chunk_size} tokens need a cache of {count * chunk_size} slots, got {cache.length}"
+        )
     return chunk_size, count

@@ -19,14 +19,16 @@ class Checkpoints:
             preservation_policy=policies.LatestN(keep),
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(
+            folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def latest(self):
         """The step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step, state, force=False):
-        """Saves a state as of that many finished steps, if the interval or `force` says so; goes on in the background."""
+        """Saves the state after so many steps, if the interval or `force` says so, in the background."""
         if step == self.latest():
             return False
         return self._manager.save(step, args=ocp.args.StandardSave(flatten(state)), force=force)
@@ -43,9 +45,7 @@ class Checkpoints:
         found = [f"{name}: missing" for name in wanted.keys() - stored.keys()]
         found += [f"{name}: unknown" for name in stored.keys() - wanted.keys()]
         for name in wanted.keys() & stored.keys():
-            expected, actual = (
-                (tuple(leaf.shape), np.dtype(leaf.dtype).name) for leaf in (wanted[name], stored[name])
-            )
+            expected, actual = ((tuple(leaf.shape), np.dtype(leaf.dtype).name) for leaf in (wanted[name], stored[name]))
             if expected != actual:
                 found.append(f"{name}: expected {expected}, found {actual}")
         if found:
@@ -63,4 +63,7 @@ class Checkpoints:
 
 def flatten(tree):
     """{path: leaf} of a pytree, in its order; the names under which leaves are stored."""
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

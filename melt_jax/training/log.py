@@ -28,7 +28,7 @@ def scalars(metrics):
 
 
 class RunLog:
-    """Writes one phase's metrics. Use as a context manager; metrics of steps after `start` from an earlier start are dropped."""
+    """Writes one phase's metrics, as a context manager; lines of steps after `start` are dropped: they run again."""
 
     def __init__(self, folder, phase, start, steps, console=None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class RunLog:
         self._bar.advance(self._task)
 
     def write(self, step, interval, **extra):
-        """The line, the JSON record and the TensorBoard points of the steps up to `step` (finished steps of the phase)."""
+        """The line, the JSON record and the TensorBoard points of an interval that ends with `step`."""
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
         now = time.perf_counter()
         metrics["seconds_per_step"] = np.asarray((now - self._time) / max(step - self._step, 1))
@@ -77,5 +77,7 @@ class RunLog:
             if value.ndim <= 1:
                 parts.append(f"{name} " + " ".join(f"{number:.4g}" for number in np.atleast_1d(value)))
             else:
-                parts.append(f"{name} " + " ".join(f"{number:.4g}" for number in value.mean(axis=tuple(range(1, value.ndim)))))
+                parts.append(
+                    f"{name} " + " ".join(f"{number:.4g}" for number in value.mean(axis=tuple(range(1, value.ndim))))
+                )
         return "  ".join(parts)

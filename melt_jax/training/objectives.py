@@ -1,8 +1,8 @@
-"""What is minimised: Ouro's pre-training, the transition and the alignment (DESIGN §4).
+"""What is minimised: Ouro's pre-training, the transition and the alignment.
 
-An objective adds up *sums* over scored tokens, each with one number per loop, or per loop and layer. All are divided by the
-same count, the scored tokens of the whole batch, after everything is added up: so micro-batches, padding and hosts cannot
-change a loss or a metric.
+An objective adds up *sums* over scored tokens, each with one number per loop, or per loop and layer. All are divided
+by the same count, the scored tokens of the whole batch, after everything is added up: so micro-batches, padding and
+hosts cannot change a loss or a metric.
 """
 
 from typing import NamedTuple
@@ -39,10 +39,11 @@ class Targets(NamedTuple):
 
 
 def pretraining_sums(model, batch, chunk_size, prepare=None, chunk_sums=chunk_sums):
-    """Sums of Ouro's objective over a batch: cross-entropy per loop, its expectation under the exit pdf, the pdf's entropy.
+    """Sums of Ouro's objective over a batch (arXiv 2510.25741).
 
     Returns:
-      dict: cross_entropy [T], expected_cross_entropy [], exit_entropy [], exit_probability [T]; nats, summed over scored tokens.
+      dict, nats summed over scored tokens: cross_entropy [T] of each loop, expected_cross_entropy [] under the exit
+      distribution, exit_probability [T], that distribution, and exit_entropy [], its entropy.
     """
     return _sum_over_chunks(_pretraining_step, model, batch, None, None, chunk_size, False, prepare, chunk_sums)
 
@@ -52,7 +53,9 @@ def pretraining_loss(metrics, entropy_bonus):
     return metrics["expected_cross_entropy"] - entropy_bonus * metrics["exit_entropy"]
 
 
-def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=False, prepare=None, chunk_sums=chunk_sums):
+def distillation_sums(
+    student, teacher, batch, chunk_size, alpha=None, align=False, prepare=None, chunk_sums=chunk_sums
+):
     """Sums over a batch of what a student differs in from its teacher.
 
     Args:
@@ -66,8 +69,8 @@ def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=Fal
       chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
 
     Returns:
-      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; openness [T, L]; with align also
-      alignment [T, L], ‖o_student − o_teacher‖².
+      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; openness [T, L]; with align
+      also alignment [T, L], ‖o_student − o_teacher‖².
     """
     targets = teacher_targets(teacher, batch, chunk_size, align)
     data = (teacher, None if alpha is None else jnp.asarray(alpha, jnp.float32))
@@ -87,7 +90,7 @@ def transition_loss(student, teacher, tokens, loss_mask, alpha, chunk_size):
 
 
 def alignment_loss(student, teacher, tokens, loss_mask, beta, chunk_size):
-    """L_KD + β·L_align of phase 2; L_align is the mean over layers, loops and scored tokens of ‖o_student − o_teacher‖²."""
+    """L_KD + β·L_align of phase 2; the latter is the mean over layers, loops and tokens of ‖o_student − o_teacher‖²."""
     batch = whole_documents(tokens, loss_mask)
     metrics = normalize(distillation_sums(student, teacher, batch, chunk_size, align=True), scored_tokens(batch))
     return distillation_loss(metrics, beta)
@@ -141,9 +144,7 @@ def kl_per_loop(teacher, student, teacher_hidden, student_hidden, mask):
 def _distillation_step(student, cache, start, data, chunk):
     teacher, alpha = data
     batch, positions, targets = chunk
-    out = run_chunk(
-        student, batch.tokens, cache, start, positions=positions, segments=batch.segments, alpha=alpha
-    )
+    out = run_chunk(student, batch.tokens, cache, start, positions=positions, segments=batch.segments, alpha=alpha)
     mask = batch.loss_mask.astype(jnp.float32)
     teacher_hidden = jnp.moveaxis(targets.hidden, 2, 0)
     with jax.named_scope("distillation"):
@@ -189,7 +190,9 @@ def _sum_over_chunks(step, model, batch, targets, data, chunk_size, transition, 
     if targets is not None:
         token_first = Targets(jnp.moveaxis(targets.hidden, 0, 2), None)
         if targets.attention_output is not None:
-            token_first = token_first._replace(attention_output=jnp.transpose(targets.attention_output, (2, 3, 0, 1, 4)))
+            token_first = token_first._replace(
+                attention_output=jnp.transpose(targets.attention_output, (2, 3, 0, 1, 4))
+            )
         targets = token_first
     chunks = split_chunks((batch, positions, targets), chunk_size)
     count = chunks[0].tokens.shape[0]

@@ -8,7 +8,7 @@ GROUPS = ("base", "gate")
 
 
 def schedule(peak, steps, warmup, final_fraction):
-    """Linear warm-up from 0 over `warmup` steps, then a cosine from `peak` down to `final_fraction` of it at step `steps`."""
+    """Linear warm-up from 0 over `warmup` steps, then a cosine from `peak` to `final_fraction` of it at `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else peak,
         peak_value=peak,
@@ -58,7 +58,9 @@ def group_norms(tree):
     """{group: global norm, float32} of a gradient or a model, for the groups it has."""
     labels = jax.tree.leaves(group_labels(tree))
     leaves = jax.tree.leaves(tree)
-    norm = lambda group: optax.global_norm([x.astype(jnp.float32) for x, label in zip(leaves, labels) if label == group])
+    norm = lambda group: optax.global_norm(
+        [x.astype(jnp.float32) for x, label in zip(leaves, labels) if label == group]
+    )
     return {group: norm(group) for group in GROUPS if group in labels}
 
 

@@ -57,8 +57,8 @@ def phase_objective(name, phase, chunk_size, prepare):
 def make_train_step(objective, optimizer, micro_batches=1):
     """The jitted step `(state, teacher, batch) → (state, metrics)`; the state is donated.
 
-    Gradients of `micro_batches` equal parts of the batch are added up in float32 by a scan. Every part's sums are divided by
-    the scored tokens of the *whole* batch, so the result is the big batch's, however the scored tokens lie.
+    Gradients of `micro_batches` equal parts of the batch are added up in float32 by a scan. Every part's sums are
+    divided by the scored tokens of the *whole* batch, so the result is the big batch's, however the scored tokens lie.
 
     Args:
       objective: from `phase_objective`.
@@ -107,7 +107,7 @@ def make_train_step(objective, optimizer, micro_batches=1):
 
 
 def cast_to(dtype):
-    """`prepare` of the sequence gradient: a cast of every weight to the compute dtype, or None where there is none to do."""
+    """`prepare` of the sequence gradient: a cast of all weights to the compute dtype, None where that is float32."""
     if jnp.dtype(dtype) == jnp.float32:
         return None
     return lambda params: jax.tree.map(lambda x: x.astype(dtype), params)

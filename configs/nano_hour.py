@@ -1,0 +1,16 @@
+"""The recipe of `nano.py` with more steps: about an hour on two CPU cores.
+
+python -m melt_jax.train --config=configs/nano_hour.py --workdir=runs/nano_hour
+"""
+
+from configs import nano
+
+
+def get_config():
+    """The recipe."""
+    config = nano.get_config()
+    config.transition.steps = 3000
+    config.alignment.steps = 3000
+    config.log_every = 100
+    config.checkpoint_every = 500
+    return config

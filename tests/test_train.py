@@ -1,0 +1,85 @@
+"""Whole runs of the trainer: both phases, interrupted and gone on with, and what they refuse."""
+
+import dataclasses
+import json
+
+import chex
+import pytest
+
+from configs import nano
+from melt_jax import train
+from melt_jax.checkpoint import open_model
+from melt_jax.config import ConfigError
+from melt_jax.data import stream
+from melt_jax.hf import save_published
+from tests.tiny import TINY, make_model
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "looplm"
+    config = dataclasses.replace(TINY, vocab=64, gate="none")
+    save_published(folder, make_model(config), dtype="float32")
+    return str(folder)
+
+
+def tiny_run(teacher):
+    config = nano.get_config()
+    config.teacher = teacher
+    config.data.length, config.data.batch, config.data.high = 32, 2, 2
+    config.chunk_size = 8
+    for phase in (config.transition, config.alignment):
+        phase.steps, phase.warmup_steps = 5, 1
+    config.log_every, config.checkpoint_every = 2, 2
+    config.evaluation.problems, config.evaluation.sequences, config.evaluation.sample = 4, 2, False
+    return config
+
+
+def fail_at(step, monkeypatch):
+    """The stream breaks before the batch of that step of the run."""
+    whole = stream.batches
+
+    def broken(data, seed, start, stop):
+        for index, batch in enumerate(whole(data, seed, start, stop), start):
+            if index == step:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(stream, "batches", broken)
+
+
+def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_path, monkeypatch, capsys):
+    undisturbed = train.run(tiny_run(teacher), tmp_path / "undisturbed")
+    for step in (3, 8):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            fail_at(step, patch)
+            train.run(tiny_run(teacher), tmp_path / "disturbed")
+    capsys.readouterr()
+    resumed = train.run(tiny_run(teacher), tmp_path / "disturbed")
+    assert "alignment: goes on from step 2" in capsys.readouterr().out
+    chex.assert_trees_all_equal(resumed, undisturbed)
+    chex.assert_trees_all_equal(open_model(tmp_path / "disturbed/alignment/model"), resumed)
+
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("undisturbed", "disturbed")]
+    assert results[0] == results[1]
+    assert list(results[0]) == ["teacher", "one shared row, untrained", "after transition", "after alignment"]
+    assert results[0]["teacher"]["cache_bytes_per_token"] == 3 * results[0]["after alignment"]["cache_bytes_per_token"]
+    for phase in ("transition", "alignment"):
+        lines = [
+            json.loads(line) for line in (tmp_path / "disturbed" / phase / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert [line["step"] for line in lines] == [2, 4, 5]
+
+
+def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
+    config = tiny_run(teacher)
+    config.phases = ("alignment",)
+    config.alignment.steps = 2
+    train.run(config, tmp_path / "run")
+    config.seed = 7
+    with pytest.raises(ConfigError, match=r"another config.*\nseed: 0 → 7"):
+        train.run(config, tmp_path / "run")
+    config.data.length = 20_000_000
+    with pytest.raises(ConfigError, match="max_positions"):
+        train.run(config, tmp_path / "long")
+    assert not (tmp_path / "long").exists()

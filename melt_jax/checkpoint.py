@@ -127,7 +127,8 @@ def write_params(folder, weights):
     """Writes {path: array}, of JAX or numpy, as an Orbax checkpoint.
 
     One uncompressed piece per weight (per shard, where it has several) goes to disk from the memory it lies in: neither
-    Orbax's defensive copy of host arrays nor a compressed or regrouped one stands beside the weights.
+    Orbax's defensive copy of host arrays nor a compressed or regrouped one stands beside the weights. The exception is
+    weights with a dimension of 1, which TensorStore copies: q_proj and o_proj where G = 1.
     """
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False

@@ -1,4 +1,4 @@
-"""Model checkpoints in Orbax form, and the converting command: the same bits there and back, or a refusal that says why."""
+"""Model checkpoints in Orbax form, and the converting command: the same bits there and back, or a refusal."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def convert(source, target, form, *flags):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """Folders: a published Ouro in three files; as Orbax; published again; with gates; that published; without gates."""
+    """Folders: a published Ouro in three files; as Orbax; published again; with gates; that published; as Ouro."""
     base = tmp_path_factory.mktemp("converted")
     write_published(base / "ouro", OURO, files=3, metadata=True)
     for source, target, form, *flags in (

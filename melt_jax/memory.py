@@ -1,8 +1,8 @@
 """Temporary memory of the training gradient, by the compiler's own analysis: melt_jax's against plain differentiation.
 
-Both gradients are compiled, not run, and `memory_analysis` says what they need beside their arguments and results. Plain
-differentiation of the scan over chunks keeps a copy of the cache for every chunk, so that it grows with the square of the
-sequence; `model.sequence.chunk_sums` keeps one. The teacher's pass and its targets are part of both.
+Both gradients are compiled, not run, and `memory_analysis` says what they need beside their arguments and results.
+Plain differentiation of the scan over chunks keeps a copy of the cache for every chunk: it grows with the square of the
+sequence. `model.sequence.chunk_sums` keeps one. The teacher's pass and its targets are part of both.
 
     python -m melt_jax.memory                    the table: both phases, 4 to 32 chunks, about two minutes
     python -m melt_jax.memory --chunks 4,8 --phases alignment --remat layer
@@ -22,7 +22,7 @@ from melt_jax.training.objectives import Batch, distillation_loss, distillation_
 PHASES = {"transition": {"alpha": 0.5}, "alignment": {"align": True}}
 CHUNKS = (4, 8, 16, 20, 32)
 
-# Ouro's proportions at a sixteenth of its width: K·E = D and several layers, so that rows weigh what they do in the model.
+# Ouro's proportions at a sixteenth of its width: K·E = D and several layers, so that rows weigh what they do there.
 MINIATURE = ModelConfig(
     vocab=512, width=128, layers=6, loops=4, heads=4, kv_heads=4, head_width=32, feed_forward=352, gate="elementwise"
 )
@@ -66,10 +66,8 @@ def print_table(config, phases, batch, chunk, counts):
             plain = temporary_bytes(config, phase, batch, chunk, count, plain_chunk_sums)
             ours = before[count] = temporary_bytes(config, phase, batch, chunk, count)
             growth = f"x {ours / before[count / 2]:.2f}" if count / 2 in before else ""
-            print(
-                f"{phase:<12}{count:>8}{count * chunk:>8}{plain / 1e6:>12.1f}{ours / 1e6:>12.1f}{ours / plain:>10.1%}{growth:>9}",
-                flush=True,
-            )
+            sizes = f"{plain / 1e6:>12.1f}{ours / 1e6:>12.1f}{ours / plain:>10.1%}"
+            print(f"{phase:<12}{count:>8}{count * chunk:>8}{sizes}{growth:>9}", flush=True)
     print("growth: melt_jax's memory over that at half the chunks; 2 is linear in the sequence")
 
 

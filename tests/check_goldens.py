@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Compares melt_jax with reference data: check_goldens.py [DIR ...], from anywhere melt_jax can be imported.
+
+A DIR holds config.json, safetensors, golden.npz and a README that says how its numbers were made; by default it is each
+folder of tests/golden. A line is one array: its largest absolute error and the bound. Exit status 1 when any is passed.
+"""
+
+import json
+import pathlib
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import melt_jax
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+run_sequence = jax.jit(melt_jax.run_sequence, static_argnames="chunk_size")
+logits = jax.jit(lambda model, hidden: model.logits(hidden))
+exit_pdf = jax.jit(lambda model, hidden: model.exit_pdf(hidden))
+transition_loss = jax.jit(melt_jax.transition_loss, static_argnames="chunk_size")
+alignment_loss = jax.jit(melt_jax.alignment_loss, static_argnames=("beta", "chunk_size"))
+
+
+def run(*args, **kwargs):
+    """`run_sequence`, compiled; its arrays are numpy's, whose slices need no compilation."""
+    return jax.device_get(run_sequence(*args, **kwargs))
+
+
+class Comparison(NamedTuple):
+    """One array against its reference."""
+
+    name: str
+    error: float
+    bound: float
+    relative: bool
+
+    @property
+    def passed(self):
+        return bool(self.error <= self.bound)
+
+    def __str__(self):
+        unit = " of the largest" if self.relative else ""
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name:58s} {self.error:9.2e} <= {self.bound:.0e}{unit}"
+
+
+def compare(name, got, want, bound, relative=False):
+    """The largest absolute error, or that over the largest number wanted; infinite where shapes differ."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        return Comparison(f"{name}: shape {got.shape} for {want.shape}", float("inf"), bound, relative)
+    error = float(np.max(np.abs(got - want), initial=0.0))
+    if relative:
+        error /= max(float(np.max(np.abs(want), initial=0.0)), 1e-12)
+    return Comparison(name, error, bound, relative)
+
+
+def check_looplm(folder, golden):
+    """Yields the comparisons of a LoopLM's folder: sequences without padding, as one chunk and in chunks of five."""
+    model = melt_jax.load_model(folder)
+    ids = golden["input_ids"]
+    mask = golden.get("attention_mask", np.ones(ids.shape)).astype(bool)
+    rows_first = lambda x: x.transpose(0, 1, 2, 4, 3, 5)  # [T, L, B, K, S, E] → [T, L, B, S, K, E]
+    for b, keep in enumerate(mask):
+        row = ids[b : b + 1, keep]
+        for chunk in (row.shape[1], 5):
+            out = run(model, row, chunk_size=chunk)
+            at = f"row {b} chunk {chunk} "
+            yield compare(at + "hidden", out.hidden[:, 0], golden["hidden"][:, b][:, keep], 2e-4)
+            attended = golden["attn_out"][:, :, b][:, :, keep]
+            yield compare(at + "attention_output", out.attention_output[:, :, 0], attended, 2e-4)
+            yield compare(
+                at + "logits of every loop", logits(model, out.hidden)[:, 0], golden["logits"][:, b][:, keep], 3e-4
+            )
+            pdf = np.asarray(exit_pdf(model, out.hidden))[0]
+            yield compare(at + "exit pdf", pdf, golden["exit_pdf"][b][keep], 1e-5)
+            yield from check_exit_steps(at, pdf, golden, b, keep)
+            yield compare(at + "keys", out.cache.keys[:, :, 0], rows_first(golden["k"])[:, :, b][:, :, keep], 2e-4)
+            yield compare(at + "values", out.cache.values[:, :, 0], rows_first(golden["v"])[:, :, b][:, :, keep], 2e-4)
+    if "prompt_ids" in golden:
+        for prefill in (golden["prompt_ids"].shape[1], 3):
+            yield check_greedy(model, golden["prompt_ids"], golden["gen_ids"], prefill)
+    if "gen_batch_ids" in golden:
+        yield check_greedy(model, [row[keep] for row, keep in zip(ids, mask)], golden["gen_batch_ids"], 4)
+
+
+def check_exit_steps(at, pdf, golden, b, keep):
+    """Yields, per threshold, the comparison of the loop at which each token leaves."""
+    for key in sorted(k for k in golden if k.startswith("exit_step_q")):
+        threshold = int(key.removeprefix("exit_step_q")) / 100
+        yield compare(f"{at}exit loop at {threshold}", melt_jax.exit_loop(pdf, threshold), golden[key][b][keep], 0)
+
+
+def check_greedy(model, prompts, want, prefill):
+    """The comparison of greedy tokens after prompts that were read in chunks of `prefill`."""
+    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    got = melt_jax.generate_tokens(model, prompts, max_new_tokens=want.shape[1], prefill_chunk=prefill)
+    return compare(f"greedy tokens, prefill chunk {prefill}", got, want, 0)
+
+
+def check_melt(folder, golden):
+    """Yields the comparisons of a MELT's folder; the teacher is the LoopLM inside it."""
+    model, teacher = melt_jax.load_model(folder), melt_jax.load_model(folder, gate="none")
+    settings = json.loads((folder / "golden.json").read_text())
+    chunk, ids, mask = settings["chunk"], golden["input_ids"], golden["loss_mask"]
+    for c in sorted(int(k[5:-7]) for k in golden if k.startswith("chunk") and k.endswith("_hidden")):
+        out = run(model, ids, chunk_size=c)
+        get = lambda name, c=c: golden[f"chunk{c}_{name}"]
+        yield compare(f"chunk {c} hidden", out.hidden, get("hidden"), 2e-4)
+        yield compare(f"chunk {c} attention_output", out.attention_output, get("attn_out"), 2e-4)
+        yield compare(f"chunk {c} final logits", logits(model, out.hidden)[-1], get("final_logits"), 3e-4)
+        yield compare(f"chunk {c} exit pdf", exit_pdf(model, out.hidden), get("exit_pdf"), 1e-5)
+        yield compare(f"chunk {c} shared keys", out.cache.keys, get("k").transpose(0, 1, 3, 2, 4), 2e-4)
+        yield compare(f"chunk {c} shared values", out.cache.values, get("v").transpose(0, 1, 3, 2, 4), 2e-4)
+        loss = alignment_loss(model, teacher, ids, mask, beta=0.1, chunk_size=c)
+        yield compare(f"chunk {c} alignment loss", loss, get("kd") + 0.1 * get("align"), 1e-4, True)
+    for tag, alpha in (("alpha00", 0.0), ("alpha03", 0.3)):
+        out = run(model, ids, chunk_size=chunk, alpha=alpha)
+        yield compare(f"transition {alpha} hidden", out.hidden, golden[f"{tag}_hidden"], 2e-4)
+        yield compare(f"transition {alpha} attention_output", out.attention_output, golden[f"{tag}_attn_out"], 2e-4)
+        loss = transition_loss(model, teacher, ids, mask, alpha, chunk_size=chunk)
+        # The KL at α = 0 is zero: its reference is rounding.
+        yield compare(f"transition {alpha} loss", loss, golden[f"{tag}_kd"], 1e-5)
+    for kind in ("scalar", "last", "mean", "ema"):
+        out = run(melt_jax.load_model(folder, gate=kind), ids, chunk_size=chunk)
+        yield compare(f"gate {kind} hidden", out.hidden, golden[f"gate_{kind}_hidden"], 2e-4)
+    out = run(melt_jax.load_model(folder, first_loop="gated"), ids, chunk_size=chunk)
+    yield compare("first loop gated hidden", out.hidden, golden["first_gated_hidden"], 2e-4)
+    yield check_greedy(model, golden["prompt_ids"], golden["gen_ids"], settings["prefill"])
+    yield from check_gradients(model, teacher, golden, chunk)
+
+
+def check_gradients(model, teacher, golden, chunk):
+    """Yields, per phase, the comparisons of the loss, of every tensor's gradient norm and of some gradients in full."""
+    ids, mask = golden["input_ids"], golden["loss_mask"]
+    losses = {
+        "phase1": lambda s: melt_jax.transition_loss(s, teacher, ids, mask, alpha=0.3, chunk_size=chunk),
+        "phase2": lambda s: melt_jax.alignment_loss(s, teacher, ids, mask, beta=0.1, chunk_size=chunk),
+    }
+    for phase, loss in losses.items():
+        value, gradient = jax.device_get(jax.jit(jax.value_and_grad(loss))(model))
+        yield compare(f"{phase} loss", value, golden[f"{phase}_loss"], 1e-4, True)
+        gradient = {name: np.asarray(x, np.float64) for name, x in melt_jax.to_hf_tensors(gradient).items()}
+        for key in (k for k in golden if k.startswith(f"{phase}_gradnorm/")):
+            name, want = key.split("/", 1)[1], golden[key]
+            yield compare(
+                f"{phase} gradient norm {name}", np.linalg.norm(gradient[name]), want, 1e-3, bool(want > 1e-6)
+            )
+        for key in (k for k in golden if k.startswith(f"{phase}_grad/")):
+            name = key.split("/", 1)[1]
+            yield compare(f"{phase} gradient {name}", gradient[name], golden[key], 1e-3, True)
+
+
+def check_folder(folder):
+    """Yields every comparison of a folder."""
+    golden = dict(np.load(folder / "golden.npz"))
+    melt = json.loads((folder / "config.json").read_text())["model_type"] == "melt"
+    yield from (check_melt if melt else check_looplm)(folder, golden)
+
+
+def main(folders):
+    """Prints a line per comparison; returns the exit status."""
+    passed = []
+    for folder in map(pathlib.Path, folders or sorted(GOLDEN.iterdir())):
+        print(f"== {folder.name}")
+        for comparison in check_folder(folder):
+            print(comparison, flush=True)
+            passed.append(comparison.passed)
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return 0 if passed and all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

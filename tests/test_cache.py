@@ -1,0 +1,211 @@
+"""The cache and who sees whom: sizes, writes, finished rows, causality; rows, documents and padding kept apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TINY, jit_run, make_model, random_tokens, run
+
+from melt_jax import ModelConfig, run_chunk
+from melt_jax.model.cache import ChunkRows, Rows, blend, bytes_per_token, create_cache
+from melt_jax.model.gate import VARIANTS
+
+change = dataclasses.replace
+KINDS = {"LoopLM": ("none", None), "MELT": ("elementwise", None), "transition": ("elementwise", 0.4)}
+B, S, CHUNK = 2, 11, 4
+
+by_kind = pytest.mark.parametrize("gate, alpha", KINDS.values(), ids=KINDS)
+
+
+def row_bytes(cache):
+    return sum(x.nbytes for x in jax.tree.leaves((cache.shared, cache.base)))
+
+
+def test_bytes_do_not_depend_on_the_loops():
+    for loops in (1, 2, 4, 9):
+        for gate in VARIANTS:
+            melt = change(TINY, gate=gate, loops=loops)
+            assert bytes_per_token(melt) == bytes_per_token(TINY) == 2 * 2 * 2 * 6 * 2
+            assert row_bytes(create_cache(melt, 3, 7)) == 3 * 7 * bytes_per_token(TINY)
+        looplm = change(TINY, gate="none", loops=loops)
+        assert row_bytes(create_cache(looplm, 3, 7)) == 3 * 7 * bytes_per_token(looplm)
+        assert bytes_per_token(looplm) == loops * bytes_per_token(TINY)
+        both = create_cache(change(TINY, loops=loops), 3, 7, transition=True)
+        assert row_bytes(both) == 3 * 7 * (loops + 1) * bytes_per_token(TINY)
+    assert bytes_per_token(change(TINY, gate="none"), loops=8) == 8 * bytes_per_token(TINY)
+
+
+def test_bytes_of_the_published_model():
+    assert bytes_per_token(ModelConfig(gate="elementwise")) == 196_608
+    assert bytes_per_token(ModelConfig(gate="none")) == 786_432
+
+
+def test_a_transition_needs_a_gate():
+    with pytest.raises(ValueError, match="gate"):
+        create_cache(change(TINY, gate="none"), 1, 4, transition=True)
+
+
+def random_rows(config, length, seed, lead=()):
+    rng = np.random.default_rng(seed)
+    shape = (*lead, config.layers, B, length, config.kv_heads, config.head_width)
+    return Rows(*(rng.standard_normal(shape, np.float32) for _ in range(2)))
+
+
+@pytest.mark.parametrize("start", [3, (0, 5)], ids=["one start", "a start per batch row"])
+def test_writes_reach_their_slots_alone(start):
+    cache = create_cache(TINY, B, S, jnp.float32, transition=True)
+    old = ChunkRows(random_rows(TINY, S, 0), random_rows(TINY, S, 1, (TINY.loops,)))
+    cache = cache.write(jax.tree.map(jnp.asarray, old), jnp.full((B, S), 7), 0)
+    new = ChunkRows(random_rows(TINY, CHUNK, 2), random_rows(TINY, CHUNK, 3, (TINY.loops,)))
+    write = jax.jit(lambda cache, *args: cache.write(*args))
+    written = jax.device_get(write(cache, new, np.full((B, CHUNK), 9), np.asarray(start, np.int32)))
+    for b, first in enumerate(np.broadcast_to(start, B)):
+        inside = (np.arange(S) >= first) & (np.arange(S) < first + CHUNK)
+        np.testing.assert_array_equal(written.segments[b], np.where(inside, 9, 7))
+        for got, before, chunk, axis in (
+            *zip(written.shared, old.shared, new.shared, (1, 1)),
+            *zip(written.base, old.base, new.base, (2, 2)),
+        ):
+            take = lambda x, axis=axis, b=b: np.moveaxis(np.take(x, b, axis=axis), axis, 0)
+            np.testing.assert_array_equal(take(got)[inside], take(chunk))
+            np.testing.assert_array_equal(take(got)[~inside], take(before)[~inside])
+
+
+def test_blend():
+    shared, base = random_rows(TINY, 3, 0), random_rows(TINY, 3, 1)
+    for got, s, b in zip(blend(shared, base, 0.25), shared, base):
+        np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, atol=1e-6)
+    assert blend(shared, None, None) is shared and blend(None, base, None) is base
+
+
+@jax.jit
+def one_chunk(model, tokens, cache, start, alpha):
+    out = run_chunk(model, tokens, cache, start, alpha=alpha)
+    return cache.write(out.rows, out.segments, start), out.hidden
+
+
+@by_kind
+def test_rows_of_finished_chunks_never_change(gate, alpha):
+    """A chunk writes its own slots and no other, and what later slots hold is not read."""
+    config = change(TINY, gate=gate)
+    model, tokens = make_model(config), random_tokens(B, 12)
+    cache = create_cache(config, B, 12, jnp.float32, transition=alpha is not None)
+    cache = jax.device_get(cache)
+    dirty = jax.tree.map(lambda x: x + x.dtype.type(5), cache)
+    for start in range(0, 12, CHUNK):
+        piece = tokens[:, start : start + CHUNK]
+        before = (cache.shared, cache.base)
+        cache, hidden = jax.device_get(one_chunk(model, piece, cache, start, alpha))
+        dirty, dirty_hidden = one_chunk(model, piece, dirty, start, alpha)
+        np.testing.assert_array_equal(hidden, dirty_hidden)
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves((cache.shared, cache.base)), strict=True):
+            changed = np.abs(np.moveaxis(new - old, -3, 0)).reshape(12, -1).max(1) > 0
+            np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(start, start + CHUNK))
+
+
+def outputs(model, tokens, alpha, segments=None, chunk=CHUNK):
+    """Everything a run computes, tokens first: {name: [B, S, …]}."""
+    out = run(model, tokens, chunk_size=chunk, alpha=alpha, segments=segments)
+    found = {"hidden": np.moveaxis(out.hidden, (1, 2), (0, 1))}
+    found |= {"attention_output": np.moveaxis(out.attention_output, (2, 3), (0, 1))}
+    found |= {"openness": np.moveaxis(out.openness, (2, 3), (0, 1))}
+    for name, rows in (("shared", out.cache.shared), ("base", out.cache.base)):
+        if rows is not None:
+            found |= {f"{name} {part}": np.moveaxis(x, (-4, -3), (0, 1)) for part, x in rows._asdict().items()}
+    return found
+
+
+def assert_equal_where(same, one, other, alpha=None):
+    """Equal to the bit at the tokens of the mask [B, S]; and different at others, so that the comparison could fail."""
+    for name in one:
+        np.testing.assert_array_equal(one[name][same], other[name][same], err_msg=name)
+    assert np.abs(one["hidden"] - other["hidden"])[~same].max() > 1e-3
+
+
+@by_kind
+def test_a_later_token_changes_nothing_earlier(gate, alpha):
+    model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
+    before = outputs(model, tokens, alpha)
+    for changed in (0, 3, 4, 6, 10):
+        other = tokens.copy()
+        other[:, changed] = (other[:, changed] + 1) % TINY.vocab
+        same = np.broadcast_to(np.arange(S) < changed, (B, S))
+        assert_equal_where(same, before, outputs(model, other, alpha))
+
+
+@by_kind
+def test_gradients_are_zero_after_a_token_and_not_before(gate, alpha):
+    """Every token has an embedding of its own, so a row of the embedding's gradient is a token's."""
+    model, tokens = make_model(change(TINY, gate=gate)), np.arange(S)[None]
+    weight = np.random.default_rng(0).standard_normal((TINY.loops, 1, S, TINY.width), np.float32)
+
+    @jax.jit
+    def gradients(model):
+        """[S, S, D]: of the loss at each token, in each token's embedding."""
+        hidden = lambda model: jit_run(model, tokens, chunk_size=CHUNK, alpha=alpha).hidden
+        _, pull_back = jax.vjp(hidden, model)
+        at = jnp.eye(S)[:, None, None, :, None] * weight
+        return jax.vmap(lambda bar: pull_back(bar)[0].embed_tokens[...][:S])(at)
+
+    size = np.abs(np.asarray(gradients(model))).max(-1)
+    np.testing.assert_array_equal(np.triu(size, 1), 0)
+    assert size[np.tril_indices(S)].min() > 0
+
+
+@by_kind
+def test_batch_rows_do_not_influence_each_other(gate, alpha):
+    model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
+    other = tokens.copy()
+    other[1] = (other[1] + 1) % TINY.vocab
+    same = np.broadcast_to(np.array([[True], [False]]), (B, S))
+    assert_equal_where(same, outputs(model, tokens, alpha), outputs(model, other, alpha))
+    alone = outputs(model, tokens[:1], alpha)
+    for name, x in outputs(model, tokens, alpha).items():
+        np.testing.assert_allclose(x[:1], alone[name], atol=1e-5, err_msg=name)
+
+
+@by_kind
+def test_packed_neighbours_do_not_influence_each_other(gate, alpha):
+    """Documents of 4, 5 tokens and padding: exact where a neighbour changes, and a document alone computes the same."""
+    model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
+    segments = np.broadcast_to(np.repeat([1, 2, 0], [4, 5, 2]), (B, S)).astype(np.int32)
+    packed = outputs(model, tokens, alpha, segments)
+    for document in (1, 2):
+        other = np.where(segments == document, (tokens + 1) % TINY.vocab, tokens)
+        assert_equal_where(segments != document, packed, outputs(model, other, alpha, segments))
+    # The second document starts with a chunk, so that alone it falls into the same chunks.
+    alone = outputs(model, tokens[:, 4:9], alpha)
+    for name, x in alone.items():
+        np.testing.assert_allclose(packed[name][:, 4:9], x, atol=1e-5, err_msg=name)
+
+
+@by_kind
+def test_padding_is_seen_by_nothing(gate, alpha):
+    """Before, between and after documents; nor does a document's gradient reach it."""
+    model = make_model(change(TINY, gate=gate))
+    tokens = np.arange(S)[None]
+    segments = np.array([[0, 0, 1, 1, 1, 0, 2, 2, 2, 0, 0]], np.int32)
+    padding = segments == 0
+    other = np.where(padding, TINY.vocab - 1, tokens)
+    assert_equal_where(~padding, outputs(model, tokens, alpha, segments), outputs(model, other, alpha, segments))
+
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        hidden = jit_run(model, tokens, chunk_size=CHUNK, alpha=alpha, segments=segments).hidden
+        return jnp.sum(jnp.sin(hidden) * ~padding[0, :, None])
+
+    size = np.abs(np.asarray(gradient(model).embed_tokens[...]))[:S].max(-1)
+    np.testing.assert_array_equal(size > 0, ~padding[0])
+
+
+def test_documents_of_one_id_that_do_not_touch_are_still_one_id():
+    """Ids, not runs, decide who is seen: a packer must not use an id twice in a sequence."""
+    model, tokens = make_model(TINY), random_tokens(1, 6)
+    twice, apart = (
+        outputs(model, tokens, None, np.array([ids], np.int32)) for ids in ([1, 1, 2, 2, 1, 1], [1, 1, 2, 2, 3, 3])
+    )
+    np.testing.assert_array_equal(twice["hidden"][:, :4], apart["hidden"][:, :4])
+    assert np.abs(twice["hidden"] - apart["hidden"])[:, 4:].max() > 1e-3

@@ -1,0 +1,128 @@
+"""The cache recurrence hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u: convexity, its limits, its closed forms; with and without jit."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+from tiny import TINY
+
+from melt_jax.model.gate import VARIANTS, Gate, update_latent
+from melt_jax.model.model import Initializer
+
+SHAPES = ((1, 1, 4), (2, 5, 16), (3, 2, 33))  # B, C, D
+LOOPS = 5
+
+
+def make_gate(width, seed, bias=0.0):
+    gate = Gate(dataclasses.replace(TINY, width=width), Initializer(jax.random.key(seed), std=1.0))
+    gate.b_z[...] = gate.b_z[...] + bias
+    return gate
+
+
+def make_inputs(shape, seed):
+    return np.random.default_rng(seed).standard_normal((LOOPS, *shape), np.float32)
+
+
+def latents(step, kind, first_loop, gate, inputs):
+    """h¹ … hᵀ as [T, B, C, D], and the openness [T, B, C]."""
+    h, out = jnp.zeros_like(inputs[0]), []
+    for t, u in enumerate(inputs, start=1):
+        h, openness = step(kind, first_loop, gate, u, h, jnp.int32(t))
+        out.append((np.asarray(h), np.asarray(openness)))
+    return tuple(map(np.stack, zip(*out)))
+
+
+class GateTest(chex.TestCase):
+    def step(self):
+        return self.variant(update_latent, static_argnums=(0, 1))
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(kind=tuple(VARIANTS), first_loop=("copy", "gated"), seed=(0, 1, 2))
+    def test_latent_lies_between_the_smallest_and_largest_input(self, kind, first_loop, seed):
+        shape = SHAPES[seed]
+        inputs = make_inputs(shape, seed)
+        h, openness = latents(self.step(), kind, first_loop, make_gate(shape[-1], seed), inputs)
+        seen = inputs if first_loop == "copy" else np.concatenate([np.zeros_like(inputs[:1]), inputs])
+        skip = len(seen) - LOOPS
+        low = np.minimum.accumulate(seen)[skip:]
+        high = np.maximum.accumulate(seen)[skip:]
+        rounding = 1e-6 * np.abs(inputs).max()
+        self.assertTrue((h >= low - rounding).all() and (h <= high + rounding).all())
+        self.assertTrue((openness >= 0).all() and (openness <= 1).all())
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(kind=("elementwise", "scalar"), seed=(0, 1, 2))
+    def test_z_one_keeps_and_z_zero_overwrites(self, kind, seed):
+        shape = SHAPES[seed]
+        inputs = make_inputs(shape, seed)
+        kept, closed = latents(self.step(), kind, "copy", make_gate(shape[-1], seed, bias=1e4), inputs)
+        np.testing.assert_array_equal(kept, np.broadcast_to(inputs[0], kept.shape))
+        np.testing.assert_array_equal(closed[1:], 0)
+        overwritten, opened = latents(self.step(), kind, "copy", make_gate(shape[-1], seed, bias=-1e4), inputs)
+        np.testing.assert_array_equal(overwritten, inputs)
+        np.testing.assert_array_equal(opened, 1)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(kind=("elementwise", "scalar"), first_loop=("copy", "gated"), seed=(0, 1, 2))
+    def test_one_step_is_the_equation(self, kind, first_loop, seed):
+        """z = σ(u W_z + h U_z + b_z), in float64; the scalar gate is the first output column for the whole vector."""
+        shape = SHAPES[seed]
+        gate = make_gate(shape[-1], seed, bias=0.3)
+        w, v, b = (np.asarray(x[...], np.float64) for x in (gate.w_z, gate.u_z, gate.b_z))
+        u, h, *_ = make_inputs(shape, seed).astype(np.float64)
+        for t in (1, 2):
+            z = 1 / (1 + np.exp(-(u @ w + h @ v + b)))
+            z = z if kind == "elementwise" else z[..., :1]
+            z = np.zeros_like(z) if t == 1 and first_loop == "copy" else z
+            want = z * h + (1 - z) * u
+            args = (kind, first_loop, gate, jnp.float32(u), jnp.float32(h), jnp.int32(t))
+            got, openness = self.step()(*args)
+            np.testing.assert_allclose(got, want, atol=2e-5)
+            np.testing.assert_allclose(openness, (1 - z).mean(-1), atol=2e-5)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(0, 1, 2)
+    def test_closed_forms(self, seed):
+        """`mean` is the mean of the inputs, `ema` 0.8ᵗ⁻¹ u¹ + Σ 0.2 · 0.8ᵗ⁻ˢ uˢ, `last` the last input."""
+        inputs = make_inputs(SHAPES[seed], seed)
+        steps = np.arange(1, LOOPS + 1)
+        ema = np.where(steps[:, None] >= steps, 0.2 * 0.8 ** (steps[:, None] - steps.astype(float)), 0)
+        ema[:, 0] *= 5
+        weights = {"mean": np.tri(LOOPS) / steps[:, None], "ema": ema, "last": np.eye(LOOPS)}
+        for kind, weight in weights.items():
+            h, openness = latents(self.step(), kind, "copy", None, inputs)
+            np.testing.assert_allclose(h, np.einsum("ts,sbcd->tbcd", weight, inputs), atol=1e-6, err_msg=kind)
+            np.testing.assert_allclose(openness[:, 0, 0], np.diag(weight), atol=1e-6, err_msg=kind)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*VARIANTS)
+    def test_first_loop(self, kind):
+        """`copy` takes u whatever was there; `gated` with h⁰ = 0 is (1 − z) ⊙ u."""
+        gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
+        copied, _ = self.step()(kind, "copy", gate, u, h, jnp.int32(1))
+        np.testing.assert_array_equal(copied, u)
+        gated, openness = self.step()(kind, "gated", gate, u, np.zeros_like(u), jnp.int32(1))
+        np.testing.assert_allclose((np.asarray(gated) / u).mean(-1), openness, rtol=1e-4)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters("elementwise", "scalar")
+    def test_tokens_do_not_mix(self, kind):
+        """The latent of a token has no gradient in another token's inputs."""
+        gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
+        one = lambda u, h: update_latent(kind, "copy", gate, u, h, jnp.int32(2))[0][0, 2].sum()
+        for gradient in self.variant(jax.grad(one, argnums=(0, 1)))(u, h):
+            assert np.abs(gradient[0, 2]).min() > 0
+            others = np.asarray(gradient).copy()
+            others[0, 2] = 0
+            np.testing.assert_array_equal(others, 0)
+
+    def test_bfloat16_keeps_its_dtype_and_float32_inside(self):
+        gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
+        low = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
+        got, openness = update_latent("elementwise", "copy", low(gate), low(u), low(h), jnp.int32(2))
+        want, _ = update_latent("elementwise", "copy", gate, u, h, jnp.int32(2))
+        self.assertEqual((got.dtype, openness.dtype), (jnp.bfloat16, jnp.float32))
+        np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05)

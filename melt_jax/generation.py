@@ -289,7 +289,8 @@ def generate(
     check_request(model.config, prompts, max_new_tokens, prefill_chunk, sampling, loops, exit_threshold, block)
     clock = time.perf_counter
     indices = jnp.asarray(range(len(prompts)) if indices is None else indices, jnp.int32)
-    stop_tokens = jnp.asarray(tuple(stop), jnp.int32)
+    # Filled up with what is no token, so that a few stop tokens more or less need no other compilation.
+    stop_tokens = jnp.asarray((*stop, *[-1] * (8 - len(stop))), jnp.int32)
     request = Request(jax.tree.map(jnp.asarray, sampling), indices, stop_tokens, jnp.int32(max_new_tokens))
     threshold = None if exit_threshold is None else float(exit_threshold)
     begin = clock()

@@ -23,7 +23,9 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, publish
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A file with one prompt a line, added to those of --prompt.")
 CHAT = flags.DEFINE_boolean("chat", True, "Put prompts into the checkpoint's chat template; --nochat: as they are.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most new tokens of each prompt.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "The most new tokens of each prompt; by default 512, or what the model's positions leave."
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that together reach this probability; 1: all.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Only so many of the likeliest tokens; 0: all.")
@@ -34,7 +36,9 @@ LOOPS = flags.DEFINE_integer("loops", None, "T, where it is not the checkpoint's
 EXIT_THRESHOLD = flags.DEFINE_float(
     "exit_threshold", None, "Cumulative exit probability at which a loop's logits are taken; 1: the last loop's."
 )
-PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Tokens of a chunk of the prefill.")
+PREFILL_CHUNK = flags.DEFINE_integer(
+    "prefill_chunk", 512, "Tokens of a chunk of the prefill; a MELT does best with the length it was trained with."
+)
 GATE = flags.DEFINE_enum("gate", None, GATES, "A gate in place of the checkpoint's; none: the LoopLM inside a MELT.")
 DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the weights and rows; by default as stored.")
 
@@ -57,7 +61,7 @@ def main(argv):
         result = generate(
             model,
             prompts,
-            MAX_NEW_TOKENS.value,
+            most_new_tokens(model.config, prompts) if MAX_NEW_TOKENS.value is None else MAX_NEW_TOKENS.value,
             PREFILL_CHUNK.value,
             sampling,
             stop=tokenizer.stop_ids,
@@ -79,6 +83,11 @@ def main(argv):
 def encode_prompt(tokenizer, text, chat):
     """Token ids of a prompt, in the chat template or as it is."""
     return tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
+
+
+def most_new_tokens(config, prompts):
+    """512, or as many as the model's positions leave beside the longest prompt, but one."""
+    return max(1, min(512, config.max_positions - max(map(len, prompts))))
 
 
 def printer(streamer, stop):

@@ -16,6 +16,7 @@ import re
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 FORMATS = (".png", ".svg", ".pdf")
 GRAY = "0.55"
@@ -44,7 +45,7 @@ PANELS = (
     Panel("cross-entropy, nats a token", ("cross_entropy",), log=True),
     Panel("gate openness, mean of 1 − z; dashed: α", ("openness", "alpha"), limits=(-0.03, 1.03)),
     Panel("exit probability", ("exit_probability",), limits=(-0.03, 1.03)),
-    Panel("attention alignment ‖o − o teacher‖²", ("alignment",), log=True),
+    Panel("attention alignment, ‖o student − o teacher‖²", ("alignment",), log=True),
     Panel("exit entropy, nats", ("exit_entropy",)),
     Panel("gradient norm before clipping", ("gradient_norm",), log=True),
 )
@@ -156,6 +157,9 @@ def dress(axes, panel, phases):
     axes.set_title(panel.title, fontsize=10, loc="left")
     if panel.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     if panel.limits:
         axes.set_ylim(panel.limits)
     axes.set_xlim(0, max(stop for _, stop in phases.values()))

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
@@ -28,7 +29,8 @@ def make_model(config=TINY, seed=0):
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     rng = np.random.default_rng(seed)
     noise = [0.3 * rng.standard_normal(leaf.shape, np.float32) for _, leaf in leaves]
-    return jax.tree.unflatten(structure, [x + ("norm" in keystr(path)) for x, (path, _) in zip(noise, leaves)])
+    weights = [jnp.asarray(x + ("norm" in keystr(path))) for x, (path, _) in zip(noise, leaves)]
+    return jax.tree.unflatten(structure, weights)
 
 
 def with_config(model, config):

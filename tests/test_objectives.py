@@ -1,0 +1,191 @@
+"""What is minimised: formulas, sums that add up, padding that adds nothing, and the teacher that is its own student."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny import TINY, make_model, random_batch, random_tokens, run, with_config
+
+from melt_jax import alignment_loss, transition_loss
+from melt_jax.training.objectives import (
+    distillation_loss,
+    distillation_sums,
+    normalize,
+    pretraining_loss,
+    pretraining_sums,
+    scored_tokens,
+)
+
+change = dataclasses.replace
+B, S, CHUNK = 4, 10, 4
+PHASES = {"transition": (0.3, False), "alignment": (None, True)}
+by_phase = pytest.mark.parametrize("alpha, align", PHASES.values(), ids=PHASES)
+
+jit_distill = jax.jit(distillation_sums, static_argnames=("chunk_size", "align"))
+pretrain = jax.jit(pretraining_sums, static_argnames="chunk_size")
+
+
+def distill(*args, **kwargs):
+    return jax.device_get(jit_distill(*args, **kwargs))
+
+
+def looplm(model):
+    return with_config(model, change(model.config, gate="none"))
+
+
+def models(config=TINY):
+    return make_model(config, 1), make_model(change(config, gate="none"), 2)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@by_phase
+def test_distillation_sums_are_their_formulas(alpha, align):
+    """KL(teacher ‖ student) per loop, ‖o_student − o_teacher‖² and openness per loop and layer, over scored tokens."""
+    student, teacher = models()
+    batch = random_batch(B, S)
+    got = distill(student, teacher, batch, chunk_size=CHUNK, alpha=alpha, align=align)
+    theirs = run(teacher, batch.tokens, chunk_size=S, segments=batch.segments)
+    ours = run(student, batch.tokens, chunk_size=CHUNK, alpha=alpha, segments=batch.segments)
+    log_p, log_q = log_softmax(teacher.logits(theirs.hidden)), log_softmax(student.logits(ours.hidden))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    np.testing.assert_allclose(got["kd"], (kl * batch.loss_mask).sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(got["openness"], (ours.openness * batch.loss_mask).sum((2, 3)), rtol=1e-4)
+    assert ("alignment" in got) == align
+    if align:
+        square = ((ours.attention_output - theirs.attention_output) ** 2).sum(-1)
+        np.testing.assert_allclose(got["alignment"], (square * batch.loss_mask).sum((2, 3)), rtol=1e-4)
+
+
+def test_losses_are_means_over_loops_layers_and_scored_tokens():
+    student, teacher = models()
+    batch = random_batch(B, S, packed=False)
+    count = batch.loss_mask.sum()
+    sums = distill(student, teacher, batch, chunk_size=CHUNK, align=True)
+    want = np.sum(sums["kd"]) / count / TINY.loops + 0.7 * np.sum(sums["alignment"]) / count / TINY.loops / TINY.layers
+    args = student, teacher, batch.tokens, batch.loss_mask
+    loss = jax.jit(lambda *args: alignment_loss(*args, beta=0.7, chunk_size=CHUNK))
+    np.testing.assert_allclose(loss(*args), want, rtol=1e-5)
+    blended = distill(student, teacher, batch, chunk_size=CHUNK, alpha=0.3)
+    want = np.sum(blended["kd"]) / count / TINY.loops
+    loss = jax.jit(lambda *args: transition_loss(*args, alpha=0.3, chunk_size=CHUNK))
+    np.testing.assert_allclose(loss(*args), want, rtol=1e-5)
+
+
+def test_pretraining_sums_are_their_formulas():
+    """Cross-entropy per loop, its expectation under the exit pdf, and the pdf's entropy."""
+    model = make_model(change(TINY, gate="none"))
+    batch = random_batch(B, S)
+    got = pretrain(model, batch, chunk_size=CHUNK)
+    out = run(model, batch.tokens, chunk_size=S, segments=batch.segments)
+    log_q = log_softmax(model.logits(out.hidden))
+    cross_entropy = -np.take_along_axis(log_q, np.asarray(batch.targets)[None, ..., None], axis=-1)[..., 0]
+    pdf = np.moveaxis(np.asarray(model.exit_pdf(out.hidden), np.float64), -1, 0)
+    want = {
+        "cross_entropy": (cross_entropy * batch.loss_mask).sum((1, 2)),
+        "expected_cross_entropy": (pdf * cross_entropy * batch.loss_mask).sum(),
+        "exit_entropy": -(pdf * np.log(pdf) * batch.loss_mask).sum(),
+        "exit_probability": (pdf * batch.loss_mask).sum((1, 2)),
+    }
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(
+        pretraining_loss(got, 0.2), want["expected_cross_entropy"] - 0.2 * want["exit_entropy"], rtol=1e-4
+    )
+
+
+def assert_sums(got, want, factor=1.0):
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], factor * np.asarray(want[name]), rtol=2e-5, atol=1e-5, err_msg=name)
+
+
+@by_phase
+def test_sums_of_micro_batches_add_up(alpha, align):
+    """However unevenly their scored tokens are spread; the mean of their means would differ."""
+    student, teacher = models()
+    batch = random_batch(B, S)
+    batch = batch._replace(loss_mask=batch.loss_mask * np.array([[1], [0], [1], [1]]))
+    sums = lambda part: distill(student, teacher, part, chunk_size=CHUNK, alpha=alpha, align=align)
+    halves = [jax.tree.map(lambda x, part=part: x[part], batch) for part in (slice(0, 2), slice(2, 4))]
+    parts = [sums(half) for half in halves]
+    counts = [scored_tokens(half) for half in halves]
+    whole = sums(batch)
+    assert_sums(jax.tree.map(np.add, *parts), whole)
+    assert counts[0] != counts[1] and sum(counts) == scored_tokens(batch)
+    loss = lambda total, count: distillation_loss(normalize(total, count), beta=0.1)
+    together = loss(whole, scored_tokens(batch))
+    assert abs(np.mean([loss(*part) for part in zip(parts, counts)]) - together) > 1e-3
+
+
+@by_phase
+def test_padding_adds_nothing(alpha, align):
+    """Neither more of it, nor sequences of it alone, nor what tokens stand in it."""
+    student, teacher = models()
+    batch = random_batch(B, S)
+    sums = lambda batch: distill(student, teacher, batch, chunk_size=CHUNK, alpha=alpha, align=align)
+    want = sums(batch)
+    longer = jax.tree.map(lambda x: np.pad(x, ((0, 1), (0, 3))), batch)
+    assert_sums(sums(longer), want)
+    noise = np.where(batch.segments == 0, (batch.tokens + 1) % TINY.vocab, batch.tokens)
+    for name, value in sums(batch._replace(tokens=noise)).items():
+        np.testing.assert_array_equal(value, want[name], err_msg=name)
+
+
+def test_a_batch_without_scored_tokens_has_zero_loss():
+    student, teacher = models()
+    batch = random_batch(B, S)
+    batch = batch._replace(loss_mask=np.zeros_like(batch.loss_mask))
+    metrics = normalize(distill(student, teacher, batch, chunk_size=CHUNK, align=True), scored_tokens(batch))
+    assert distillation_loss(metrics, beta=0.1) == 0 and scored_tokens(batch) == 1
+
+
+def test_a_teacher_that_is_its_own_student_has_zero_loss_and_gradient():
+    """Gate `last`, one chunk: both phases, any α."""
+    student = make_model(change(TINY, gate="last"))
+    tokens, mask = random_tokens(2, 8), np.ones((2, 8), np.int32)
+
+    @jax.jit
+    def phases(student, teacher, alpha):
+        transition = lambda s: transition_loss(s, teacher, tokens, mask, alpha, chunk_size=8)
+        alignment = lambda s: alignment_loss(s, teacher, tokens, mask, beta=0.1, chunk_size=8)
+        return [jax.value_and_grad(loss)(student) for loss in (transition, alignment)]
+
+    for alpha in (0.0, 0.3, 1.0):
+        for value, gradient in jax.device_get(phases(student, looplm(student), alpha)):
+            assert abs(value) < 1e-6
+            assert max(np.abs(x).max() for x in jax.tree.leaves(gradient)) < 1e-5
+    other = looplm(make_model(change(TINY, gate="last"), seed=1))
+    (value, gradient), _ = jax.device_get(phases(student, other, 0.3))
+    assert value > 0.1 and np.abs(gradient.embed_tokens[...]).max() > 1e-3
+
+
+def test_the_transition_starts_at_zero_loss():
+    """At α = 0 the student is the teacher inside it, whatever its gates and chunks; at α = 1 it is not."""
+    student, tokens = make_model(TINY), random_tokens(2, 10)
+    loss = jax.jit(lambda a: transition_loss(student, looplm(student), tokens, np.ones_like(tokens), a, chunk_size=4))
+    losses = [float(loss(alpha)) for alpha in (0.0, 0.5, 1.0)]
+    assert abs(losses[0]) < 1e-6 and losses[2] > losses[1] > 0.01
+
+
+def test_no_gradient_reaches_the_teacher():
+    student, teacher = models()
+    tokens = random_tokens(1, 6)
+    loss = lambda teacher: alignment_loss(student, teacher, tokens, np.ones_like(tokens), beta=1.0, chunk_size=3)
+    gradient = jax.jit(jax.grad(loss))(teacher)
+    assert all(not np.any(x) for x in jax.tree.leaves(gradient.layers))
+
+
+def test_openness_of_fixed_gates():
+    """`last` is always open; `mean` opens by 1/t."""
+    batch = random_batch(B, S)
+    for kind, want in (("last", np.ones(3)), ("mean", 1 / np.arange(1, 4))):
+        student, teacher = models(change(TINY, gate=kind))
+        metrics = normalize(distill(student, teacher, batch, chunk_size=CHUNK), scored_tokens(batch))
+        np.testing.assert_allclose(metrics["openness"], np.broadcast_to(want[:, None], (3, 2)), rtol=1e-5)

@@ -29,8 +29,8 @@ def get_config():
     config.micro_batches = 1  # parts of a batch whose gradients are added up, one after the other
 
     config.data = ConfigDict()
-    config.data.source = "tokens"  # "tokens", a file of ids, or "arithmetic", problems made on the fly
-    config.data.path = ""  # the token file: .npy, or .npz with tokens, segments and loss_mask
+    config.data.source = "tokens"  # "tokens", a file; "records", from melt_jax.prepare; "arithmetic", made on the fly
+    config.data.path = ""  # tokens: .npy, or .npz with tokens, segments and loss_mask; records: the prepared folder
     config.data.length = 10_000  # tokens of a sequence
     config.data.batch = 32  # sequences of a step, over all devices
     config.data.low = 2  # arithmetic: the fewest definitions of a problem

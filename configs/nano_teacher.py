@@ -30,7 +30,7 @@ def get_config():
     config.data.length = 128
     config.data.batch = 16
 
-    config.pretraining.steps = 9000
+    config.pretraining.steps = 6000
     config.pretraining.learning_rate = 3e-3
     config.pretraining.warmup_steps = 200
     config.pretraining.final_fraction = 0.02

@@ -1,7 +1,7 @@
 """Ouro-1.4B-Thinking becomes MELT-1.6B: the paper's recipe (arXiv 2605.07721).
 
-Reasoning traces, 320 000 tokens a step; the paper took 1 040 H100-hours. Convert the published folder first, and give a
-token file of your data:
+Reasoning traces, 320 000 tokens a step, one sequence at a time; the paper took 1 040 H100-hours. Convert the published
+folder first, and give a token file of your data:
 
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/ouro_1_4b --to=orbax
     python -m melt_jax.train --config=configs/ouro_1_4b.py --workdir=runs/melt_1_6b \\
@@ -16,4 +16,5 @@ def get_config():
     config = base.get_config()
     config.teacher = "checkpoints/ouro_1_4b"
     config.data.path = "data/tokens.npz"
+    config.micro_batches = 32
     return config

@@ -12,8 +12,9 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from melt_jax.folders import atomic_folder
-from melt_jax.hf import PublishedFolder, abstract_model, assemble, companions, module_leaves
+from melt_jax.hf import PublishedFolder, assemble, companions
 from melt_jax.hf_config import DTYPES, fail, parse_config, published_config, read_raw_config, write_config
+from melt_jax.model.model import abstract_model, module_leaves
 
 PARAMS = "params"
 READ_BYTES = 2**30  # in flight while reading; Orbax refuses a smaller limit than the largest weight

@@ -21,10 +21,10 @@ from absl import app, flags, logging
 
 from melt_jax.checkpoint import PARAMS, open_folder, write_params
 from melt_jax.folders import atomic_folder, copy_companions, folder_bytes
-from melt_jax.hf import abstract_model, chosen_dtype, module_leaves, override, write_weights
+from melt_jax.hf import chosen_dtype, override, write_weights
 from melt_jax.hf_config import FIRST_LOOPS, fail, published_config, write_config
 from melt_jax.model.gate import VARIANTS
-from melt_jax.model.model import init_model, parameter_count
+from melt_jax.model.model import abstract_model, draw_weights, module_leaves, parameter_count
 
 GATE_STD = 0.02
 
@@ -57,11 +57,8 @@ def main(_):
     print(f"{FLAGS.input}: {source.form}, gate {source.config.gate}, {source.dtype or 'several dtypes'}")
 
     # Fresh gates, if the input has none, then the input's weights: one at a time.
-    gates = (
-        fresh_gates(config, FLAGS.seed, dtype)
-        if any(p not in source.shapes for p, _ in module_leaves(abstract))
-        else {}
-    )
+    new = {path for path, _ in module_leaves(abstract) if path not in source.shapes}
+    gates = draw_weights(config, jax.random.key(FLAGS.seed), new, GATE_STD, jnp.dtype(dtype))
     weights = stream_weights(source, gates, abstract, dtype)
 
     # Written whole or not at all.
@@ -78,23 +75,12 @@ def main(_):
     print(f"{parameter_count(abstract):,} parameters, {folder_bytes(FLAGS.output):,} bytes, {seconds:.1f} s")
 
 
-def fresh_gates(config, seed, dtype):
-    """{path: array} of the gate weights of a new model; the rest of it is not drawn."""
-
-    @jax.jit
-    def draw(key):
-        model = init_model(config, key, GATE_STD, jnp.dtype(dtype))
-        return {path: leaf for path, leaf in module_leaves(model) if ".kv_gate." in path}
-
-    return {path: np.asarray(gate) for path, gate in draw(jax.random.key(seed)).items()}
-
-
 def stream_weights(source, gates, abstract, dtype):
     """(path, weight) of every weight of the output, each read in its turn; a line of progress on the terminal."""
     done, total = 0, parameter_count(abstract)
     # Embedding and head first: reading a tensor takes twice its size beside the weights, and these are the largest.
     for path, leaf in sorted(module_leaves(abstract), key=lambda entry: entry[0].startswith("layers.")):
-        yield path, gates[path] if path in gates else source.read(path, dtype)
+        yield path, np.asarray(gates[path]) if path in gates else source.read(path, dtype)
         done += leaf.size
         if sys.stdout.isatty():
             print(f"\r{done / total:4.0%} {path:40s}", end="\n" if done == total else "", flush=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from melt_jax.folders import atomic_folder, copy_companions
 from melt_jax.hf_config import fail, parse_config, published_config, read_config, read_raw_config, write_config
-from melt_jax.model.model import init_model
+from melt_jax.model.model import abstract_model, module_leaves
 
 __all__ = ["PublishedFolder", "load_model", "read_config", "save_published", "to_hf_tensors"]
 
@@ -63,12 +63,6 @@ LAYER_TABLE = {
     "kv_gate.b_z": Entry("self_attn.kv_gate.w_z.bias"),
     "kv_gate.u_z": Entry("self_attn.kv_gate.u_z.weight", 1),
 }
-
-
-def module_leaves(model):
-    """[(path, weight)] of a model, or of a gradient of one: path as in the tables, `layers.` before a layer's."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return [(".".join(key.name for key in path[:-1]), leaf) for path, leaf in leaves]
 
 
 def published_tensors(model):
@@ -118,11 +112,6 @@ def to_hf_tensors(model):
 
 def _entry(path):
     return LAYER_TABLE[path.removeprefix("layers.")] if path.startswith("layers.") else MODEL_TABLE[path]
-
-
-def abstract_model(config, dtype="float32"):
-    """The model of a config with shapes and dtypes in place of weights."""
-    return jax.eval_shape(lambda: init_model(config, jax.random.key(0), dtype=jnp.dtype(dtype)))
 
 
 class PublishedFolder:

@@ -76,7 +76,7 @@ def main():
     parser = argparse.ArgumentParser("python -m melt_jax.memory", description=__doc__.splitlines()[0])
     numbers = lambda text: tuple(int(word) for word in text.split(","))
     parser.add_argument("--chunks", type=numbers, default=CHUNKS, help="chunks in a sequence, e.g. 4,8,16,20,32")
-    parser.add_argument("--chunk", type=int, default=32, help="tokens in a chunk")
+    parser.add_argument("--chunk_size", type=int, default=32, help="tokens in a chunk")
     parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument("--phases", type=lambda text: text.split(","), default=list(PHASES), help=", ".join(PHASES))
     parser.add_argument("--remat", choices=("none", "attention", "layer"), default="none", help="see ModelConfig")
@@ -84,7 +84,7 @@ def main():
     if unknown := [phase for phase in flags.phases if phase not in PHASES]:
         parser.error(f"--phases: {', '.join(unknown)} unknown; there are {', '.join(PHASES)}")
     config = dataclasses.replace(MINIATURE, remat=flags.remat)
-    print_table(config, flags.phases, flags.batch, flags.chunk, flags.chunks)
+    print_table(config, flags.phases, flags.batch, flags.chunk_size, flags.chunks)
 
 
 if __name__ == "__main__":

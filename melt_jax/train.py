@@ -61,7 +61,7 @@ def run(config_dict, workdir):
         teacher = open_model(config.teacher, dtype=config.dtype)
         params = make_student(open_model(config.teacher, dtype="float32"), config, key)
     console.print(
-        f"{parameter_count(params):,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"{parameter_count(params):,} parameters on {jax.devices()[0].device_kind}"
     )
     results = Results(workdir / "results.json")
     if teacher is not None:

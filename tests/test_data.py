@@ -172,7 +172,7 @@ def test_the_task_does_not_change():
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
 
 
-FIRST_PROBLEM = "<|im_start|>m=o+2;v=0;o=r*3;r=v*2;m?<think>v=0;r=0*2=0;o=0*3=0;m=0+2=2</think>2<|im_end|>"
+FIRST_PROBLEM = "<|im_start|>m=o+2;v=0;o=r*3;r=v*2;m?<think>v=0;r=v*2=0;o=r*3=0;m=o+2=2</think>2<|im_end|>"
 
 
 def test_unknown_score():

@@ -49,11 +49,17 @@ def test_each_group_follows_its_own_schedule():
         assert np.any(np.asarray(update)) == ("kv_gate" in name), name
 
 
-def test_a_looplm_has_no_gate_group_and_gates_need_a_rate():
-    optimizer = make_optimizer(dataclasses.replace(TRANSITION, gate_learning_rate=None), OPTIMIZER, make_model(LOOPLM))
-    optimizer.init(make_model(LOOPLM))
-    with pytest.raises(ValueError, match="gate_learning_rate"):
-        make_optimizer(dataclasses.replace(TRANSITION, gate_learning_rate=None), OPTIMIZER, make_model())
+def test_every_group_of_the_optimizer_has_weights():
+    """And a LoopLM, which has no gates, gets no group for them."""
+    for model, groups in ((make_model(), {"base", "gate"}), (make_model(LOOPLM), {"base"})):
+        optimizer = make_optimizer(TRANSITION, OPTIMIZER, model)
+        states = optimizer.init(model)[1].inner_states
+        assert set(states) == groups
+        moments = {group: [x for x in jax.tree.leaves(state) if x.ndim] for group, state in states.items()}
+        assert all(moments.values())
+        assert sum(x.size for leaves in moments.values() for x in leaves) == 2 * sum(
+            x.size for x in jax.tree.leaves(model)
+        )
 
 
 def test_schedule():

@@ -1,6 +1,6 @@
 """Worked arithmetic: the embedded task. A chain of definitions in random order, a question, the steps, the answer.
 
-    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=4+2=6;c=6*3=8</think>8<|im_end|>
+    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=a+2=6;c=b*3=8</think>8<|im_end|>
 
 Every value is modulo 10; sums and differences are with 0 to 9, products with 2 or 3. What stands up to and including
 `<think>` is the prompt, the rest the completion. A chain of n definitions takes 14·n tokens: one per character or
@@ -53,7 +53,7 @@ def make_problem(rng, definitions):
         operand = int(rng.integers(2, 4) if sign == "*" else rng.integers(10))
         stated.append(f"{name}={previous}{sign}{operand}")
         result = OPERATIONS[sign](value, operand) % 10
-        steps.append(f"{name}={value}{sign}{operand}={result}")
+        steps.append(f"{name}={previous}{sign}{operand}={result}")
         value = result
     order = rng.permutation(definitions)
     question = ";".join(stated[i] for i in order) + f";{names[-1]}?"

@@ -121,35 +121,52 @@ def init_model(config, key, std=0.02, dtype=jnp.float32):
     return LoopedTransformer(config, Initializer(key, std, dtype))
 
 
+def abstract_model(config, dtype="float32"):
+    """The model of a config with shapes and dtypes in place of weights."""
+    return jax.eval_shape(lambda: init_model(config, jax.random.key(0), dtype=jnp.dtype(dtype)))
+
+
+def module_leaves(model):
+    """[(path, weight)] of a model, or of a gradient of one; a path is attribute names joined by dots."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return [(".".join(key.name for key in path[:-1]), leaf) for path, leaf in leaves]
+
+
+def draw_weights(config, key, paths, std=0.02, dtype=jnp.float32):
+    """{path: array} of some of the weights that `init_model` draws from that key; the others are not drawn."""
+    draw = jax.jit(
+        lambda key: dict(entry for entry in module_leaves(init_model(config, key, std, dtype)) if entry[0] in paths)
+    )
+    return draw(key) if paths else {}
+
+
 def reconfigure(model, key=None, gate_std=0.02, **changes):
     """The model with some fields of its config changed.
 
-    Weights that the changed model has too are kept. Gate weights that it adds are fresh: normal with `gate_std`,
-    biases zero, from `key`; gates that it no longer has are dropped. So `reconfigure(looplm, key, gate="elementwise")`
-    makes a MELT.
+    Weights that the changed model has too are kept. Gate weights that it adds are fresh: normal with `gate_std`, biases
+    zero, from `key`; gates that it no longer has are dropped. So `reconfigure(looplm, key, gate="elementwise")` makes a
+    MELT.
 
     Raises:
-      ValueError: the changed model has other weights than gates that this one lacks, or other shapes.
+      ValueError: the changed model has other weights than gates that this one lacks, or other shapes; or no key is given
+        where gates are to be drawn.
     """
     config = dataclasses.replace(model.config, **changes)
-    fresh = jax.eval_shape(lambda: init_model(config, jax.random.key(0), dtype=model.dtype))
-    old = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    wanted, structure = jax.tree_util.tree_flatten_with_path(fresh)
-    names = [jax.tree_util.keystr(path) for path, _ in wanted]
-    wrong = [
-        f"{name}: {old[name].shape if name in old else 'missing'}, needs {leaf.shape}"
-        for name, (_, leaf) in zip(names, wanted)
-        if (name in old and old[name].shape != leaf.shape) or (name not in old and "kv_gate" not in name)
+    abstract = abstract_model(config, model.dtype)
+    old, wanted = dict(module_leaves(model)), dict(module_leaves(abstract))
+    missing = {path for path in wanted if path not in old}
+    wrong = [f"{path}: missing" for path in sorted(missing) if ".kv_gate." not in path]
+    wrong += [
+        f"{path}: expected {leaf.shape}, found {old[path].shape}"
+        for path, leaf in wanted.items()
+        if path in old and old[path].shape != leaf.shape
     ]
     if wrong:
         raise ValueError(f"a model cannot be reconfigured with {changes}: " + "; ".join(wrong))
-    if any(name not in old for name in names):
-        if key is None:
-            raise ValueError(f"reconfiguring with {changes} adds gate weights: a key is needed to draw them")
-        drawn = jax.tree.leaves(init_model(config, key, gate_std, model.dtype))
-    else:
-        drawn = [None] * len(names)
-    return jax.tree.unflatten(structure, [old.get(name, new) for name, new in zip(names, drawn)])
+    if missing and key is None:
+        raise ValueError(f"reconfiguring with {changes} adds gate weights: a key is needed to draw them")
+    weights = old | draw_weights(config, key, missing, gate_std, model.dtype)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in wanted])
 
 
 def parameter_count(model):

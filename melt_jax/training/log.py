@@ -36,8 +36,8 @@ class RunLog:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._path = folder / "metrics.jsonl"
         if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
-            self._path.write_text("".join(line + "\n" for line in lines))
+            whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("\n")]
+            self._path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
         self._board = SummaryWriter(str(folder), purge_step=start + 1)
         columns = (TextColumn(phase), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -73,11 +73,8 @@ class RunLog:
 
     def _line(self, step, metrics):
         parts = [f"{self.phase} {step}/{self.steps}"]
-        for name, value in metrics.items():
-            if value.ndim <= 1:
-                parts.append(f"{name} " + " ".join(f"{number:.4g}" for number in np.atleast_1d(value)))
-            else:
-                parts.append(
-                    f"{name} " + " ".join(f"{number:.4g}" for number in value.mean(axis=tuple(range(1, value.ndim))))
-                )
+        for name in sorted(metrics, key=lambda name: name != "loss"):
+            value = metrics[name]
+            loops = value.mean(axis=tuple(range(1, value.ndim))) if value.ndim > 1 else np.atleast_1d(value)
+            parts.append(f"{name} " + " ".join(f"{number:.4g}" for number in loops))
         return "  ".join(parts)

@@ -152,6 +152,8 @@ def _distillation_step(student, cache, start, data, chunk):
             "kd": kl_per_loop(teacher, student, teacher_hidden, out.hidden, mask),
             "openness": jnp.einsum("tlbc,bc->tl", out.openness, mask),
         }
+    if alpha is not None:
+        sums["alpha"] = alpha * jnp.sum(mask)
     if targets.attention_output is not None:
         with jax.named_scope("alignment"):
             teacher_output = jnp.transpose(targets.attention_output, (2, 3, 0, 1, 4))

@@ -48,7 +48,7 @@ def run(config_dict, workdir):
     config = freeze(config_dict)
     pretraining = config.phases == ("pretraining",)
     shape = config.model if pretraining else open_folder(config.teacher).config
-    if wrong := stream.problems(config.data, shape):
+    if wrong := stream.problems(config.data, shape, config.tokenizer or config.teacher):
         raise ConfigError("the data does not fit:\n" + "\n".join(f"  - {line}" for line in wrong))
     _keep_config(config_dict, workdir)
 

@@ -1,7 +1,8 @@
 """The training stream: the batch of step n is a function of (seed, n), whatever came before.
 
 So nothing about the data is saved with a run: one that starts again at step n goes on with exactly the batches that it
-would have met. Batches are made by background threads while the device computes.
+would have met. Batches are made by background threads while the device computes. Of several processes each makes its
+own rows of the same global batch.
 """
 
 import difflib
@@ -12,19 +13,21 @@ import grain
 import numpy as np
 
 from melt_jax.data import arithmetic
+from melt_jax.data.records import open_records, record_problems
 from melt_jax.data.token_files import open_tokens, token_problems
 from melt_jax.training.objectives import Batch
 
-SOURCES = ("arithmetic", "tokens")
+SOURCES = ("arithmetic", "tokens", "records")
 SCORES = ("completion", "all")
 SEED_LIMIT = 2**32
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-def problems(data, model):
+def problems(data, model, tokenizer=None):
     """Everything that keeps a `DataConfig` from feeding a model of that `ModelConfig`: a list of messages.
 
-    Empty if nothing does. A token file is read through once to check its ids.
+    Empty if nothing does. A token file is read through once to check its ids. Records must be written with the
+    tokenizer of the checkpoint folder `tokenizer`, if one is given and it has one.
     """
     found = []
     if data.batch < 1:
@@ -41,56 +44,82 @@ def problems(data, model):
     elif data.source == "arithmetic":
         found += _arithmetic_problems(data, model)
     elif not data.path:
-        found.append('data.path: source "tokens" needs a .npy or .npz file; none is given')
+        needed = "a .npy or .npz file" if data.source == "tokens" else "a folder that melt_jax.prepare wrote"
+        found.append(f'data.path: source "{data.source}" needs {needed}; none is given')
+    elif data.source == "records":
+        wrong = record_problems(data.path, data.length, model.vocab, tokenizer)
+        found += [f"data.path: {message}" for message in wrong]
     elif data.length >= 2:
         found += [f"data.path: {message}" for message in token_problems(data.path, data.length, model.vocab)]
     return found
 
 
-def batches(data, seed, start, stop):
+def batches(data, seed, start, stop, rows=None):
     """The batches of steps start … stop − 1, in order, made ahead of their use.
 
     Args:
       data: `melt_jax.config.DataConfig`, free of `problems`.
-      seed: in [0, 2³²); another seed gives other problems, or another order of the token file.
+      seed: in [0, 2³²); another seed gives other problems, or another order of the file's sequences.
       start, stop: step numbers.
+      rows: a slice, the rows of the global batch to make, as `process_rows` gives them; None: all.
 
     Returns:
-      An iterator of `Batch`, [batch, length] int32 numpy arrays.
+      An iterator of `Batch`, [batch, length] int32 numpy arrays, of the asked rows.
 
     Raises:
-      ValueError: steps or seed out of range, an unknown source, or a token file that cannot be read.
+      ValueError: steps or seed out of range, an unknown source, or data that cannot be read.
     """
     if not 0 <= start <= stop:
         raise ValueError(f"steps: expected 0 <= start <= stop, found start {start}, stop {stop}")
-    make = batch_maker(data, seed)
+    make = batch_maker(data, seed, rows)
     if start == stop:
         return iter(())
     return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(PREFETCH))
 
 
-def batch_maker(data, seed):
+def process_rows(batch, process, processes):
+    """The slice of a global batch's rows that one of several processes makes: equal shares, in the processes' order.
+
+    Args:
+      batch: sequences of the global batch.
+      process: this process's index, from 0, such as `jax.process_index()`.
+      processes: their number.
+
+    Raises:
+      ValueError: an index out of range, or a batch that cannot be shared equally.
+    """
+    if not 0 <= process < processes:
+        raise ValueError(f"process: expected 0 <= process < {processes}, found {process}")
+    share, rest = divmod(batch, processes)
+    if rest:
+        raise ValueError(f"data.batch: {batch} sequences cannot be shared equally by {processes} processes")
+    return slice(process * share, (process + 1) * share)
+
+
+def batch_maker(data, seed, rows=None):
     """The function step → `Batch` that `batches` walks over; for single batches, and evaluation."""
     if not 0 <= seed < SEED_LIMIT:
         raise ValueError(f"seed: expected 0 <= seed < 2**32, found {seed}")
+    rows = rows or slice(None)
     if data.source == "arithmetic":
-        return functools.partial(_arithmetic_step, data, seed)
-    if data.source == "tokens":
-        sequences = open_tokens(data.path, data.length)
+        return functools.partial(_arithmetic_step, data, seed, rows)
+    if data.source in SOURCES:
+        sequences = open_records(data.path) if data.source == "records" else open_tokens(data.path, data.length)
         # `seed` is hashed before the shuffle adds the epoch to it: neighbouring seeds must not share their orders.
         ordered = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
-        return functools.partial(_token_step, ordered, data.batch)
+        return functools.partial(_file_step, ordered, data.batch, rows)
     raise ValueError(f"data.source: {_unknown(data.source, SOURCES)}")
 
 
-def _arithmetic_step(data, seed, step):
+def _arithmetic_step(data, seed, rows, step):
+    # One random stream makes the whole batch; it is quick.
     fields = arithmetic.arithmetic_batch(seed, int(step), data.batch, data.length, data.low, data.high, data.score)
-    return Batch(**fields)
+    return Batch(**{name: field[rows] for name, field in fields.items()})
 
 
-def _token_step(ordered, batch, step):
-    rows = [ordered[i] for i in range(int(step) * batch, (int(step) + 1) * batch)]
-    return Batch(*(np.stack(field) for field in zip(*rows)))
+def _file_step(ordered, batch, rows, step):
+    indices = range(int(step) * batch, (int(step) + 1) * batch)[rows]
+    return Batch(*(np.stack(field) for field in zip(*[ordered[i] for i in indices])))
 
 
 def _arithmetic_problems(data, model):

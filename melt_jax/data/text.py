@@ -16,6 +16,8 @@ class Tokenizer:
       folder: where its files stand.
       vocab: one more than the largest token id.
       stop_ids: the ids that end a text, sorted: the eos of generation_config.json and of the tokenizer, the chat's end.
+      eos: the tokenizer's own end of a text, an id, or None.
+      template: the chat template's source, or None.
       sha256: hex digest of tokenizer.json, by which prepared data says what it was written with.
     """
 
@@ -35,6 +37,8 @@ class Tokenizer:
         self.sha256 = hashlib.sha256((self.folder / "tokenizer.json").read_bytes()).hexdigest()
         self.vocab = max(self._tokenizer.get_vocab().values()) + 1
         self.stop_ids = self._find_stop_ids()
+        self.eos = self._tokenizer.eos_token_id
+        self.template = self._tokenizer.chat_template
 
     def encode(self, text):
         """Token ids of a text; special tokens written out in it become their ids, and none are added.
@@ -49,6 +53,16 @@ class Tokenizer:
             if not missing:
                 raise
             raise ValueError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
+
+    def encode_many(self, texts):
+        """`encode` of each text, by all cores: a list of id lists, with the ValueError in place of one that fails."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        try:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception:  # as in `encode`; which text it was is found by trying each
+            return [self._encode_or_error(text) for text in texts]
 
     def decode(self, ids, skip_special=False):
         """The text of token ids; special tokens are written out unless skipped."""
@@ -69,10 +83,11 @@ class Tokenizer:
             raise ValueError("chat: expected at least one message, found none")
         if not self._tokenizer.chat_template:
             raise ValueError(f"{self.folder}: no chat template in tokenizer_config.json; give the prompt as plain text")
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] != "assistant"
-        )
-        return self.encode(text)
+        return self.encode(self.render(messages, messages[-1]["role"] != "assistant"))
+
+    def render(self, messages, generation_prompt):
+        """The text of a conversation by the chat template, with or without the head of the assistant's next answer."""
+        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
 
     def stream(self, skip_special=False):
         """A `Streamer` for one text."""
@@ -80,6 +95,12 @@ class Tokenizer:
 
     def _encode(self, text):
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _encode_or_error(self, text):
+        try:
+            return self.encode(text)
+        except ValueError as error:
+            return error
 
     def _knows(self, character):
         try:

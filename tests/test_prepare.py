@@ -1,0 +1,398 @@
+"""Preparing data: what is scored is what the assistant writes, nothing is lost untold, the same bytes every time."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+
+from melt_jax import prepare as command
+from melt_jax.data.documents import Document, Form, Malformed, Rows, documents
+from melt_jax.data.packing import Packer, split
+from melt_jax.data.records import open_records, read_manifest
+from melt_jax.data.text import Tokenizer
+from melt_jax.prepare import PrepareError, Settings, input_files, prepare, summary
+
+# Ouro's form of ChatML: the generation prompt opens the assistant's thoughts.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+# As some published templates: thoughts of earlier turns are left out once the conversation goes on.
+FORGETFUL = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+END, STOP = 0, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint folder's tokenizer: byte-level BPE in which a newline pair is one token, as it would be Ouro's."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["the sum of two numbers\n\nis a number\n\n"] * 8, trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    save_config(folder, CHATML)
+    return folder
+
+
+def save_config(folder, template):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(folder)
+
+
+def with_template(tmp_path, folder, template):
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    save_config(tmp_path, template)
+    return Tokenizer(tmp_path)
+
+
+def chat(*turns):
+    """Messages of turns: user, assistant, user, …"""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def line(row):
+    return json.dumps(row).encode() + b"\n"
+
+
+def only(row, tokenizer, form=Form()):  # noqa: B008, frozen
+    (found,) = documents([("x:1", row if isinstance(row, bytes) else line(row))], tokenizer, form)
+    return found
+
+
+def scored_texts(document, tokenizer):
+    """The texts of the runs of tokens whose prediction is scored."""
+    predicted = np.flatnonzero(document.loss_mask) + 1
+    runs = np.split(predicted, np.flatnonzero(np.diff(predicted) > 1) + 1)
+    return [tokenizer.decode(document.tokens[run]) for run in runs]
+
+
+# Documents
+
+
+def test_exactly_what_the_assistant_writes_is_scored(tokenizer):
+    document = only(
+        {"messages": chat("1+1?", "<think>\n\nsum</think>2", "and 2+2?", "<think>\nsum</think>4")}, tokenizer
+    )
+    assert scored_texts(document, tokenizer) == ["\nsum</think>2<|im_end|>", "sum</think>4<|im_end|>"]
+    assert not document.unprompted and not document.loss_mask[-1]
+
+
+def test_a_prompt_has_the_tokens_that_generation_gives_it(tokenizer):
+    # A newline pair is one token; it would span the prompt's end and the answer's start if they were encoded together.
+    assert len(tokenizer.encode("\n\n")) == 1
+    messages = chat("1+1?", "<think>\n\nsum</think>2")
+    document = only({"messages": messages}, tokenizer)
+    prompt = tokenizer.chat(messages[:1])
+    assert document.tokens[: len(prompt)].tolist() == prompt
+    assert np.flatnonzero(document.loss_mask)[0] == len(prompt) - 1
+    assert tokenizer.decode(document.tokens) == tokenizer.render(messages, False)
+
+
+def test_an_answer_unlike_its_prompt_is_scored_from_where_it_differs_and_told(tokenizer):
+    document = only({"messages": chat("1+1?", "2")}, tokenizer)
+    assert scored_texts(document, tokenizer) == ["2<|im_end|>"] and document.unprompted
+
+
+def test_everything_is_scored_if_asked(tokenizer):
+    document = only({"messages": chat("1+1?", "2")}, tokenizer, Form(score="all"))
+    assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]
+    assert document.tokens.tolist() == tokenizer.chat(chat("1+1?", "2"))
+
+
+def test_plain_text_ends_with_the_end_token(tokenizer):
+    document = only({"text": "the sum"}, tokenizer)
+    assert document.tokens.tolist() == [*tokenizer.encode("the sum"), END]
+    assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]
+
+
+def test_the_forms_of_a_conversation_are_one(tokenizer):
+    share = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
+    pair = {"input": "1+1?", "output": "2", "text": "other"}
+    found = [
+        only({"messages": chat("1+1?", "2")}, tokenizer),
+        only({"conversations": share, "text": "other"}, tokenizer),
+        only({"turns": share}, tokenizer, Form(messages="turns")),
+        only(pair, tokenizer, Form(question="input", answer="output")),
+    ]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.tokens, found[0].tokens)
+        np.testing.assert_array_equal(other.loss_mask, found[0].loss_mask)
+
+
+def test_a_template_that_forgets_is_told(tmp_path, folder):
+    tokenizer = with_template(tmp_path, folder, FORGETFUL)
+    messages = chat("a", "<think>b</think>c", "d", "<think>e</think>f")
+    found = only({"messages": messages}, tokenizer)
+    assert isinstance(found, Malformed) and "renders the first 2 messages otherwise alone" in found.reason
+    assert isinstance(only({"messages": messages[:2]}, tokenizer), Document)
+    assert isinstance(only({"messages": messages}, tokenizer, Form(score="all")), Document)
+
+
+MALFORMED = {
+    "no JSON in UTF-8": b'{"text": "a"\n',
+    "no JSON in UTF-8: 'utf-8'": b'{"text": "\xff"}\n',
+    "expected an object of columns, found [1, 2]": b"[1, 2]\n",
+    "expected one of the columns messages, conversations, text, found body": {"body": "a"},
+    "messages: expected a list of messages, found": {"messages": "a"},
+    "text: expected text, found 3": {"text": 3},
+    "text: empty": {"text": ""},
+    "messages: no messages": {"messages": []},
+    "messages[0]: expected an object, found": {"messages": ["a"]},
+    "messages[0]: expected role and content, or from and value; found speaker": {"messages": [{"speaker": "a"}]},
+    "messages[1]: expected content to be text, found null": {"messages": [*chat("a"), {"role": "assistant"}]},
+    "no assistant's turn, so nothing would be scored; found the roles user": {"messages": chat("a")},
+}
+
+
+@pytest.mark.parametrize("message", MALFORMED)
+def test_malformed_rows_say_why(message, tokenizer):
+    found = only(MALFORMED[message], tokenizer)
+    assert isinstance(found, Malformed) and found.place == "x:1" and message in found.reason
+
+
+def test_a_column_that_is_not_there(tokenizer):
+    found = only({"input": "a"}, tokenizer, Form(question="input", answer="output"))
+    assert found.reason == 'no column "output"; found input'
+
+
+def test_a_template_refuses(tmp_path, folder):
+    tokenizer = with_template(tmp_path, folder, "{{ raise_exception('no such role') }}")
+    assert (
+        "the chat template refuses the conversation: no such role"
+        in only({"messages": chat("a", "b")}, tokenizer).reason
+    )
+
+
+def test_one_text_without_tokens_spoils_no_other(tmp_path):
+    from melt_jax.data.arithmetic_tokenizer import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    rows = [(f"x:{i}", line({"text": text})) for i, text in enumerate(("a=4", "é=4", "b=5"), 1)]
+    good, bad, last = documents(rows, Tokenizer(tmp_path), Form())
+    assert isinstance(bad, Malformed) and bad.place == "x:2" and "no token for 'é'" in bad.reason
+    assert len(good.tokens) == len(last.tokens) == 4
+
+
+def test_rows_of_several_blocks_keep_their_order(tokenizer, monkeypatch):
+    monkeypatch.setattr("melt_jax.data.documents.BLOCK_BYTES", 40)
+    rows = [(f"x:{i}", line({"text": "the sum " * (i % 7 + 1)})) for i in range(50)]
+    assert [document.place for document in documents(rows, tokenizer, Form())] == [place for place, _ in rows]
+
+
+def test_rows_are_read_only_as_they_are_needed(tokenizer, monkeypatch):
+    monkeypatch.setattr("melt_jax.data.documents.BLOCK_ROWS", 1)
+    read = []
+    rows = ((f"x:{i}", read.append(i) or line({"text": "a"})) for i in range(1000))
+    next(documents(rows, tokenizer, Form()))
+    assert len(read) < 10
+
+
+# Files
+
+
+def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
+    table = [{"messages": chat(f"{i}?", "<think>\n2"), "source": "x"} for i in range(150)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(line, table)))  # blank lines are no rows, but count as lines
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "b.parquet", row_group_size=40)
+    found = []
+    for name in ("a.jsonl", "b.parquet"):
+        rows = Rows([tmp_path / name], Form().columns)
+        found.append(list(documents(rows, tokenizer, Form())))
+        assert rows.position == rows.total
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+    assert [f[1].place.rsplit(":")[-1] for f in found] == ["3", "2"] and found[1][149].place.endswith("b.parquet:150")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError) as error:
+        Rows([tmp_path / "a.txt", tmp_path / "b.jsonl"], ["text"])
+    assert "a.txt: expected .jsonl or .parquet" in str(error.value) and "b.jsonl: no such file" in str(error.value)
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(ValueError, match=r"c.parquet: cannot be read as parquet, after row 0"):
+        list(Rows([tmp_path / "c.parquet"], ["text"]))
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d.parquet: none of the columns text; it has body"):
+        list(Rows([tmp_path / "d.parquet"], ["text"]))
+
+
+def test_patterns(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.parquet"):
+        (tmp_path / name).touch()
+    found = input_files([f"{tmp_path}/*.jsonl|{tmp_path}/*.parquet", f"{tmp_path}/a*"])
+    assert [pathlib.Path(path).name for path in found] == ["a.jsonl", "b.jsonl", "c.parquet"]
+    with pytest.raises(ValueError, match=r"no file matches .*\*\.x"):
+        input_files([f"{tmp_path}/*.x"])
+
+
+# Packing
+
+
+def sized(size):
+    return Document("x:1", np.arange(size, dtype=np.int32), np.arange(size) < size - 1)
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_every_document_is_packed_once_and_whole(window):
+    sizes = np.random.default_rng(window).integers(1, 21, 200)
+    packer = Packer(20, window)
+    packed = [full for size in sizes if (full := packer.add(sized(size)))] + packer.finish()
+    assert sorted(len(d.tokens) for sequence in packed for d in sequence) == sorted(sizes)
+    assert all(1 <= sum(len(d.tokens) for d in sequence) <= 20 for sequence in packed)
+    if window == 1:
+        assert [len(d.tokens) for sequence in packed for d in sequence] == list(sizes)
+
+
+def test_a_wider_window_wastes_less():
+    sizes = np.random.default_rng(0).integers(1, 21, 400)
+    count = lambda window: len([1 for s in sizes if packers[window].add(sized(s))]) + len(packers[window].finish())
+    packers = {window: Packer(20, window) for window in (1, 64)}
+    assert count(64) < 0.85 * count(1)
+
+
+def test_pieces_of_a_long_document():
+    pieces = split(sized(25), 10)
+    assert np.concatenate([piece.tokens for piece in pieces]).tolist() == list(range(25))
+    assert [int(piece.loss_mask.sum()) for piece in pieces] == [9, 9, 4]
+
+
+# The command
+
+
+def write_input(path, count=60, seed=0):
+    """Conversations of differing lengths; returns how many."""
+    rng = np.random.default_rng(seed)
+    words = ["the", "sum", "of", "two", "numbers", "is"]
+    text = lambda: " ".join(rng.choice(words, rng.integers(1, 40)))
+    with open(path, "wb") as file:
+        for _ in range(count):
+            file.write(line({"messages": chat(text(), f"<think>\n{text()}</think>{text()}")}))
+    return count
+
+
+def test_the_whole_way(tmp_path, folder, tokenizer):
+    count = write_input(tmp_path / "a.jsonl")
+    manifest = prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(256, shard_sequences=8))
+    counts = manifest["counts"]
+    assert read_manifest(tmp_path / "out") == {"format": "melt_jax records 1", **manifest}
+    sequences = open_records(tmp_path / "out")
+    rows = [sequences[i] for i in range(len(sequences))]
+    assert counts["documents"] == count == sum(row.segments.max() for row in rows)
+    assert counts["sequences"] == len(rows) == sum(shard["sequences"] for shard in manifest["shards"])
+    assert counts["tokens"] == sum((row.segments > 0).sum() for row in rows)
+    assert counts["scored"] == sum(row.loss_mask.sum() for row in rows)
+    assert counts["padding"] == sum((row.segments == 0).sum() for row in rows)
+    written = {
+        document.tokens.tobytes()
+        for document in documents(Rows([tmp_path / "a.jsonl"], ["messages"]), tokenizer, Form())
+    }
+    assert written == {
+        row.tokens[row.segments == s].tobytes() for row in rows for s in range(1, row.segments.max() + 1)
+    }
+    assert manifest["tokenizer"] == {"sha256": tokenizer.sha256, "vocab": tokenizer.vocab}
+    assert "60 documents read" in summary("out", manifest)
+
+
+def test_long_documents(tmp_path, folder):
+    (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}) + line({"text": "x" * 40}))
+    run = lambda long: prepare(folder, [tmp_path / "a.jsonl"], tmp_path / long, Form(), Settings(16, long=long))
+    with pytest.raises(PrepareError, match=r"a.jsonl:2: 41 tokens, but a sequence has 16"):
+        run("error")
+    assert not (tmp_path / "error").exists()
+    dropped, cut = run("drop"), run("split")
+    assert dropped["counts"]["dropped"] == 1 and dropped["counts"]["dropped_tokens"] == 41
+    assert "1 documents were longer than a sequence and dropped, 41 tokens" in summary("out", dropped)
+    assert cut["counts"]["split"] == 1 and cut["counts"]["tokens"] == dropped["counts"]["tokens"] + 41
+
+
+def test_malformed_rows_stop_or_are_counted(tmp_path, folder, capsys):
+    (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}) + b"\n{\n" + line({"text": "two"}))
+    run = lambda malformed: prepare(
+        folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(16, malformed=malformed)
+    )
+    with pytest.raises(PrepareError, match=r"a.jsonl:3: no JSON"):
+        run("stop")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
+    assert run("count")["counts"]["malformed"] == 1
+    assert "a.jsonl:3: no JSON" in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_kept(tmp_path, folder):
+    (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}))
+    run = lambda **kwargs: prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(16), **kwargs)
+    run()
+    with pytest.raises(FileExistsError):
+        run()
+    run(overwrite=True)
+
+
+def test_nothing_to_write_is_an_error(tmp_path, folder):
+    (tmp_path / "a.jsonl").write_bytes(b"\n")
+    with pytest.raises(PrepareError, match="no document to write"):
+        prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(16))
+    assert not (tmp_path / "out").exists()
+
+
+def start(tmp_path, folder, output, *more):
+    """The command in a process of its own, with one core for the tokenizer and small blocks."""
+    flags = {"tokenizer": folder, "input": tmp_path / "*.jsonl", "output": output, "length": 256, "threads": 1}
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    code = "import melt_jax.prepare as p, melt_jax.data.documents as d; d.BLOCK_BYTES = 3000; p.app.run(p.main)"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(command.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, *more],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_the_same_bytes_on_any_number_of_cores(tmp_path, folder):
+    write_input(tmp_path / "a.jsonl", 120)
+    prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "all", Form(), Settings(256))
+    process = start(tmp_path, folder, tmp_path / "one")
+    out, _ = process.communicate()
+    assert process.returncode == 0 and "120 documents read" in out, out
+    one, other = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "all"))
+    assert one == other and sorted(one) == ["00000.arrayrecord", "manifest.json"]
+
+
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, folder):
+    (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum " * 50}) * 100_000)
+    process = start(tmp_path, folder, tmp_path / "out", "--window=1", "--shard_sequences=1")
+    unfinished = tmp_path / ".out.incomplete"
+    while process.poll() is None and not list(unfinished.glob("*.arrayrecord")):
+        time.sleep(0.05)
+    process.kill()
+    out, _ = process.communicate()
+    assert list(unfinished.glob("*.arrayrecord")), out
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("manifest.json"))
+    with pytest.raises(ValueError, match="no finished data"):
+        open_records(unfinished)

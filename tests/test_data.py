@@ -295,7 +295,7 @@ CONFIGS = {
     "data.batch: expected at least 1 sequence, found 0": DataConfig(batch=0),
     "data.length: expected at least 2 tokens, found 1": DataConfig(length=1),
     "data.length: 1024 tokens exceed the model's max_positions, 512": DataConfig(length=1024),
-    'data.source: unknown "arithmetics", expected one of arithmetic, tokens; did you mean "arithmetic"?': DataConfig(
+    'data.source: unknown "arithmetics", expected one of arithmetic, tokens, records; did you mean "arithmetic"?': DataConfig(
         "arithmetics"
     ),
     'data.path: source "arithmetic" reads no file; drop x.npy': DataConfig(path="a/x.npy"),

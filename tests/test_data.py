@@ -172,7 +172,7 @@ def test_the_task_does_not_change():
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
 
 
-FIRST_PROBLEM = "<|im_start|>m=o+2;v=0;o=r*3;r=v*2;m?<think>v=0;r=v*2=0;o=r*3=0;m=o+2=2</think>2<|im_end|>"
+FIRST_PROBLEM = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2=4;j=d*2=8;g=j*3=4</think>4<|im_end|>"
 
 
 def test_unknown_score():
@@ -295,7 +295,7 @@ CONFIGS = {
     "data.batch: expected at least 1 sequence, found 0": DataConfig(batch=0),
     "data.length: expected at least 2 tokens, found 1": DataConfig(length=1),
     "data.length: 1024 tokens exceed the model's max_positions, 512": DataConfig(length=1024),
-    'data.source: unknown "arithmetics", expected one of arithmetic, tokens, records; did you mean "arithmetic"?': DataConfig(
+    'unknown "arithmetics", expected one of arithmetic, tokens, records; did you mean "arithmetic"?': DataConfig(
         "arithmetics"
     ),
     'data.path: source "arithmetic" reads no file; drop x.npy': DataConfig(path="a/x.npy"),

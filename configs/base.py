@@ -60,7 +60,8 @@ def get_config():
     config.pretraining.warmup_steps = 100
     config.pretraining.final_fraction = 0.1
     config.pretraining.entropy_bonus = 0.05  # nats of loss per nat of exit entropy
-    config.pretraining.init_std = 0.02  # standard deviation of fresh weights
+    config.pretraining.init_std = 0.02  # standard deviation of fresh weights,
+    config.pretraining.embedding_std = 0.02  # and of fresh embeddings
 
     config.model = ConfigDict()  # of a LoopLM from scratch; a run with a teacher takes the teacher's
     config.model.vocab = 49152  # token ids

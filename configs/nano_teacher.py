@@ -30,11 +30,12 @@ def get_config():
     config.data.length = 128
     config.data.batch = 16
 
-    config.pretraining.steps = 6000
+    config.pretraining.steps = 4000
     config.pretraining.learning_rate = 3e-3
     config.pretraining.warmup_steps = 200
     config.pretraining.final_fraction = 0.02
     config.pretraining.init_std = 0.05
+    config.pretraining.embedding_std = 1.0
 
     config.log_every = 50
     config.checkpoint_every = 500

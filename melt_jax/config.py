@@ -84,6 +84,7 @@ class PretrainingConfig(PhaseConfig):
 
     entropy_bonus: float
     init_std: float
+    embedding_std: float
 
 
 @dataclasses.dataclass(frozen=True)

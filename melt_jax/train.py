@@ -56,7 +56,7 @@ def run(config_dict, workdir):
     key = jax.random.key(config.seed)
     teacher = None
     if pretraining:
-        params = init_model(config.model, key, config.pretraining.init_std)
+        params = init_model(config.model, key, config.pretraining.init_std, embedding_std=config.pretraining.embedding_std)
     else:
         teacher = open_model(config.teacher, dtype=config.dtype)
         params = make_student(open_model(config.teacher, dtype="float32"), config, key)

@@ -129,9 +129,9 @@ def test_problems_are_whole_and_answered_correctly():
             assert (begin, end) == ("", "") and int(answer) == evaluate(question)
             for step in steps.split(";"):
                 name, *sides = step.split("=")
-                value = evaluate(";".join(question.split(";")[:-1] + [f"{name}?"]))
-                assert int(sides[-1]) == value
-                assert all(evaluate(f"x={side};x?") == value for side in sides)
+                stated = question.split(";")[:-1]
+                assert int(sides[-1]) == evaluate(";".join([*stated, f"{name}?"]))
+                assert all(evaluate(";".join([*stated, f"x={side}", "x?"])) == int(sides[-1]) for side in sides)
             definitions = question.count(";")
             assert len(where) == arithmetic.problem_tokens(definitions)
             lengths.add(definitions)
@@ -300,7 +300,7 @@ CONFIGS = {
     ),
     'data.path: source "arithmetic" reads no file; drop x.npy': DataConfig(path="a/x.npy"),
     'data.score: unknown "al", expected one of completion, all; did you mean "all"?': DataConfig(score="al"),
-    "expected 1 <= low <= high <= 26 definitions, found 5 and 4": DataConfig(low=5, high=4),
+    "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
     "data.high: a problem of 5 definitions takes 70 tokens, but data.length is 69": DataConfig(length=69),
     'data.path: source "tokens" needs a .npy or .npz file; none is given': DataConfig("tokens"),
     "data.path: nowhere.npy: no such file": DataConfig("tokens", "nowhere.npy"),

@@ -2,9 +2,9 @@
 
     <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=a+2=6;c=b*3=8</think>8<|im_end|>
 
-Every value is modulo 10; sums and differences are with 0 to 9, products with 2 or 3. What stands up to and including
-`<think>` is the prompt, the rest the completion. A chain of n definitions takes 14·n tokens: one per character or
-special token.
+Names are `a` to `j`. Every value is modulo 10; sums and differences are with 0 to 9, products with 2 or 3. What stands up
+to and including `<think>` is the prompt, the rest the completion. A chain of n definitions takes 14·n tokens: one per
+character or special token.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</t
 CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyz=+-*?;,.:"
 VOCABULARY = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
 END, BEGIN, STOP, THINK, ANSWER = range(5)
+NAMES = "abcdefghij"
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
@@ -45,7 +46,7 @@ def encode(text):
 
 def make_problem(rng, definitions):
     """A problem with a chain of that many definitions, from a `numpy.random.Generator`."""
-    names = [chr(ord("a") + i) for i in rng.permutation(26)[:definitions]]
+    names = [NAMES[i] for i in rng.permutation(len(NAMES))[:definitions]]
     value = int(rng.integers(10))
     stated, steps = [f"{names[0]}={value}"], [f"{names[0]}={value}"]
     for previous, name in itertools.pairwise(names):

@@ -129,9 +129,9 @@ def _arithmetic_problems(data, model):
         found.append(f'data.path: source "arithmetic" reads no file; drop {path}, or set data.source to "tokens"')
     if data.score not in SCORES:
         found.append(f"data.score: {_unknown(data.score, SCORES)}")
-    if not 1 <= data.low <= data.high <= 26:
+    if not 1 <= data.low <= data.high <= (names := len(arithmetic.NAMES)):
         found.append(
-            f"data.low, data.high: expected 1 <= low <= high <= 26 definitions, found {data.low} and {data.high}"
+            f"data.low, data.high: expected 1 <= low <= high <= {names} definitions, found {data.low} and {data.high}"
         )
     elif (longest := arithmetic.problem_tokens(data.high)) > data.length:
         found.append(

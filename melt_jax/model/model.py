@@ -16,9 +16,10 @@ class Initializer:
     Initialisation, shardings and what a checkpoint must hold all follow from these declarations.
     """
 
-    def __init__(self, key, std=0.02, dtype=jnp.float32, stack=()):
+    def __init__(self, key, std=0.02, dtype=jnp.float32, stack=(), embedding_std=None):
         """`stack` is prepended to every shape: ((length, axis name), …)."""
         self.key, self.std, self.dtype, self.stack = key, std, dtype, stack
+        self.embedding_std = std if embedding_std is None else embedding_std
         self.declared = 0
 
     def stacked(self, length, axis):
@@ -27,11 +28,12 @@ class Initializer:
         key = jax.random.fold_in(self.key, self.declared)
         return Initializer(key, self.std, self.dtype, ((length, axis), *self.stack))
 
-    def normal(self, shape, axes):
-        """Normal with the standard deviation `std`."""
+    def normal(self, shape, axes, std=None):
+        """Normal with the standard deviation `std`, by default the initializer's."""
         self.declared += 1
         key = jax.random.fold_in(self.key, self.declared)
-        return self._declare(lambda full: self.std * jax.random.normal(key, full, self.dtype), shape, axes)
+        std = self.std if std is None else std
+        return self._declare(lambda full: std * jax.random.normal(key, full, self.dtype), shape, axes)
 
     def ones(self, shape, axes):
         """Ones: the scale of a norm."""
@@ -70,7 +72,7 @@ class LoopedTransformer(nnx.Module):
 
     def __init__(self, config, weight):
         self.config = config
-        self.embed_tokens = weight.normal((config.vocab, config.width), ("vocab", "embed"))
+        self.embed_tokens = weight.normal((config.vocab, config.width), ("vocab", "embed"), weight.embedding_std)
         self.layers = DecoderLayer(config, weight.stacked(config.layers, "layers"))
         self.norm = weight.ones((config.width,), ("norm",))
         self.early_exit_gate = ExitGate(config, weight)
@@ -116,9 +118,9 @@ def exit_loop(pdf, threshold):
     return jnp.where(reached.any(-1), jnp.argmax(reached, axis=-1), last).astype(jnp.int32)
 
 
-def init_model(config, key, std=0.02, dtype=jnp.float32):
-    """A model with fresh weights: normal with `std`, norms one, biases zero."""
-    return LoopedTransformer(config, Initializer(key, std, dtype))
+def init_model(config, key, std=0.02, dtype=jnp.float32, embedding_std=None):
+    """A model with fresh weights: normal with `std` (embeddings with `embedding_std`), norms one, biases zero."""
+    return LoopedTransformer(config, Initializer(key, std, dtype, embedding_std=embedding_std))
 
 
 def abstract_model(config, dtype="float32"):

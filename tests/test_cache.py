@@ -11,6 +11,7 @@ from tiny import TINY, jit_run, make_model, random_tokens, run
 from melt_jax import ModelConfig, run_chunk
 from melt_jax.model.cache import ChunkRows, Rows, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
+from melt_jax.model.loops import chunk_masks
 
 change = dataclasses.replace
 KINDS = {"LoopLM": ("none", None), "MELT": ("elementwise", None), "transition": ("elementwise", 0.4)}
@@ -93,7 +94,7 @@ def test_rows_of_finished_chunks_never_change(gate, alpha):
     model, tokens = make_model(config), random_tokens(B, 12)
     cache = create_cache(config, B, 12, jnp.float32, transition=alpha is not None)
     cache = jax.device_get(cache)
-    dirty = jax.tree.map(lambda x: x + x.dtype.type(5), cache)
+    dirty = jax.tree.map(lambda x: x + x.dtype.type(1), cache)
     for start in range(0, 12, CHUNK):
         piece = tokens[:, start : start + CHUNK]
         before = (cache.shared, cache.base)
@@ -122,6 +123,19 @@ def assert_equal_where(same, one, other, alpha=None):
     for name in one:
         np.testing.assert_array_equal(one[name][same], other[name][same], err_msg=name)
     assert np.abs(one["hidden"] - other["hidden"])[~same].max() > 1e-3
+
+
+def test_who_sees_whom():
+    """Slots before the chunk and, causally, the chunk, of the same document; padding is seen by itself alone."""
+    rng = np.random.default_rng(0)
+    segments, cached = rng.integers(3, size=(B, CHUNK)), rng.integers(3, size=(B, S))
+    for start in (0, 5, np.array([2, 7])):
+        earlier, own = jax.device_get(chunk_masks(segments, cached, start))
+        for b, q in np.ndindex(B, CHUNK):
+            mine, first = segments[b, q], np.broadcast_to(start, B)[b]
+            assert earlier[b, q].tolist() == [mine != 0 and mine == cached[b, s] and s < first for s in range(S)]
+            seen = [c == q or (mine != 0 and mine == segments[b, c] and c < q) for c in range(CHUNK)]
+            assert own[b, q].tolist() == seen
 
 
 @by_kind

@@ -56,7 +56,8 @@ def run(config_dict, workdir):
     key = jax.random.key(config.seed)
     teacher = None
     if pretraining:
-        params = init_model(config.model, key, config.pretraining.init_std, embedding_std=config.pretraining.embedding_std)
+        phase = config.pretraining
+        params = init_model(config.model, key, phase.init_std, embedding_std=phase.embedding_std)
     else:
         teacher = open_model(config.teacher, dtype=config.dtype)
         params = make_student(open_model(config.teacher, dtype="float32"), config, key)

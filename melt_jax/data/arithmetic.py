@@ -2,9 +2,9 @@
 
     <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=a+2=6;c=b*3=8</think>8<|im_end|>
 
-Names are `a` to `j`. Every value is modulo 10; sums and differences are with 0 to 9, products with 2 or 3. What stands up
-to and including `<think>` is the prompt, the rest the completion. A chain of n definitions takes 14·n tokens: one per
-character or special token.
+Names are `a` to `j`. Every value is modulo 10; sums and differences are with 0 to 9, products with 2 or 3. What stands
+up to and including `<think>` is the prompt, the rest the completion. A chain of n definitions takes 14·n tokens: one
+per character or special token.
 """
 
 import dataclasses

@@ -150,8 +150,8 @@ def reconfigure(model, key=None, gate_std=0.02, **changes):
     MELT.
 
     Raises:
-      ValueError: the changed model has other weights than gates that this one lacks, or other shapes; or no key is given
-        where gates are to be drawn.
+      ValueError: the changed model has other weights than gates that this one lacks, or other shapes; or no key is
+        given where gates are to be drawn.
     """
     config = dataclasses.replace(model.config, **changes)
     abstract = abstract_model(config, model.dtype)

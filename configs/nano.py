@@ -1,6 +1,6 @@
 """The main job on a laptop: the embedded LoopLM becomes a MELT in two phases, on two CPU cores, in under ten minutes.
 
-python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+    python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 """
 
 from configs import base
@@ -10,18 +10,18 @@ def get_config():
     """The recipe."""
     config = base.get_config()
     config.teacher = "melt_jax/assets/ouro_nano"
-    config.chunk_size = 16
+    config.chunk_size = 1  # what decoding runs: longer chunks train faster and decode worse
     config.dtype = "float32"
     config.remat = "none"
 
     config.data.source = "arithmetic"
-    config.data.length = 128
-    config.data.batch = 16
+    config.data.length = 72
+    config.data.batch = 32
 
-    config.transition.steps = 300
+    config.transition.steps = 200
     config.transition.learning_rate = 1e-3
     config.transition.gate_learning_rate = 1e-2
-    config.alignment.steps = 300
+    config.alignment.steps = 500
     config.alignment.learning_rate = 1e-3
     config.alignment.gate_learning_rate = 1e-2
     config.alignment.beta = 0.005

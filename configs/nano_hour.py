@@ -1,6 +1,6 @@
 """The recipe of `nano.py` with more steps: about an hour on two CPU cores.
 
-python -m melt_jax.train --config=configs/nano_hour.py --workdir=runs/nano_hour
+    python -m melt_jax.train --config=configs/nano_hour.py --workdir=runs/nano_hour
 """
 
 from configs import nano

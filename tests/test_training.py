@@ -87,7 +87,7 @@ def test_micro_batches_are_the_big_batch(name, phase):
     objective = phase_objective(name, phase, 5, None)
     outcomes = []
     for parts in (1, 2, 4):
-        state = init_state(jax.tree.map(jnp.copy, student), optimizer)
+        state = init_state(student, optimizer)
         outcomes.append(make_train_step(objective, optimizer, parts)(state, teacher, batch))
     (whole, metrics), *others = outcomes
     for state, other_metrics in others:
@@ -115,7 +115,7 @@ def test_bfloat16_computes_on_float32_masters():
     student = make_model()
     optimizer = make_optimizer(ALIGNMENT, OPTIMIZER, student)
     step = make_train_step(phase_objective("alignment", ALIGNMENT, 4, cast_to("bfloat16")), optimizer)
-    state, metrics = step(init_state(jax.tree.map(jnp.copy, student), optimizer), teacher, random_batch(2, 8))
+    state, metrics = step(init_state(student, optimizer), teacher, random_batch(2, 8))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("float32")}
     exact = make_train_step(phase_objective("alignment", ALIGNMENT, 4, None), optimizer)

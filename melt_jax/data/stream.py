@@ -129,7 +129,8 @@ def _arithmetic_problems(data, model):
         found.append(f'data.path: source "arithmetic" reads no file; drop {path}, or set data.source to "tokens"')
     if data.score not in SCORES:
         found.append(f"data.score: {_unknown(data.score, SCORES)}")
-    if not 1 <= data.low <= data.high <= (names := len(arithmetic.NAMES)):
+    names = len(arithmetic.NAMES)
+    if not 1 <= data.low <= data.high <= names:
         found.append(
             f"data.low, data.high: expected 1 <= low <= high <= {names} definitions, found {data.low} and {data.high}"
         )

@@ -26,7 +26,8 @@ class TrainState(NamedTuple):
 
 
 def init_state(params, optimizer):
-    """The state before a phase's first step."""
+    """The state before a phase's first step, with weights of its own: the step gives its state away."""
+    params = jax.tree.map(jnp.copy, params)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 

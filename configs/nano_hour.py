@@ -1,4 +1,4 @@
-"""The recipe of `nano.py` with more steps: about an hour on two CPU cores.
+"""The recipe of `nano.py` with several times its steps.
 
     python -m melt_jax.train --config=configs/nano_hour.py --workdir=runs/nano_hour
 """

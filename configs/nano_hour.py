@@ -9,8 +9,8 @@ from configs import nano
 def get_config():
     """The recipe."""
     config = nano.get_config()
-    config.transition.steps = 3000
-    config.alignment.steps = 3000
+    config.transition.steps = 1000
+    config.alignment.steps = 2000
     config.log_every = 100
     config.checkpoint_every = 500
     return config

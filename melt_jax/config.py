@@ -122,6 +122,17 @@ class StudentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out: factors within a slice (ICI), and over slices (DCN). 0: what is left."""
+
+    replica: int = 1
+    fsdp: int = 0
+    tensor: int = 1
+    replica_slices: int = 1
+    fsdp_slices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured at the end of a phase."""
 

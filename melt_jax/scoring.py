@@ -17,7 +17,7 @@ from melt_jax.data import arithmetic, stream
 from melt_jax.generation import generate
 from melt_jax.model.cache import bytes_per_token
 from melt_jax.model.sequence import run_sequence, split_chunks
-from melt_jax.training.objectives import Batch, kl_per_loop, teacher_targets
+from melt_jax.training.objectives import Batch, kl_per_loop
 
 PROBLEM_STREAM = 2**63  # beside the training stream, which counts steps: no step reaches it
 SPARE_TOKENS = 12  # room for a completion that takes a step more than the truth
@@ -287,7 +287,7 @@ def _comparison_sums(model, teacher, batch, chunk_size, loops):
     if teacher is not None:
         # A LoopLM's outcome does not depend on the chunk: long ones are quicker.
         chunk = max(chunk_size, HEAD_TOKENS) if teacher.config.gate == "none" else chunk_size
-        teacher_hidden = jnp.moveaxis(teacher_targets(teacher, batch, chunk, align=False).hidden, 0, 2)
+        teacher_hidden = jnp.moveaxis(run_sequence(teacher, batch.tokens, chunk, segments=batch.segments).hidden, 0, 2)
 
     def piece_sums(totals, piece):
         hidden, teacher_hidden, targets, mask = piece

@@ -73,22 +73,22 @@ def test_chunks_are_split_and_joined():
     np.testing.assert_array_equal(join_chunks(chunks, 1)[:, :7], x)
 
 
-def make_loss(phase, mechanism, chunk, prepare=None, alpha=0.4):
-    def loss(student, teacher, batch):
+def make_loss(phase, mechanism, chunk, alpha=0.4):
+    def loss(student, teacher, batch, sink=None):
         if phase == "pretraining":
-            sums = pretraining_sums(student, batch, chunk, prepare, mechanism)
+            sums = pretraining_sums(student, batch, chunk, sink, mechanism)
             return pretraining_loss(sums, 0.3)
         how = {"alpha": alpha} if phase == "transition" else {"align": True}
-        sums = distillation_sums(student, teacher, batch, chunk, prepare=prepare, chunk_sums=mechanism, **how)
+        sums = distillation_sums(student, teacher, batch, chunk, sink=sink, chunk_sums=mechanism, **how)
         return distillation_loss(sums, beta=0.1)
 
     return loss
 
 
-def gradients(config, phase, batch, chunk, prepare=None, mechanisms=(chunk_sums, plain_chunk_sums)):
+def gradients(config, phase, batch, chunk, mechanisms=(chunk_sums, plain_chunk_sums)):
     """[(loss, gradient)] by each mechanism, compiled as one program."""
     student, teacher = make_model(config, 1), make_model(change(config, gate="none"), 2)
-    losses = [make_loss(phase, mechanism, chunk, prepare) for mechanism in mechanisms]
+    losses = [make_loss(phase, mechanism, chunk) for mechanism in mechanisms]
     compiled = jax.jit(lambda *args: [jax.value_and_grad(loss)(*args) for loss in losses])
     return jax.device_get(compiled(student, teacher, batch))
 
@@ -118,15 +118,18 @@ def test_gradient_is_that_of_plain_differentiation(name):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6 * largest)
 
 
-def to_bfloat16(params):
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-
-
-def test_bfloat16_compute_with_float32_masters():
-    """Gradients are float32, arrive at every master, and point where plain differentiation's do."""
+@pytest.mark.parametrize("chunk", [3, 10])
+def test_gradients_of_bfloat16_weights_fall_on_a_float32_sink(chunk):
+    """They are added up in float32, arrive at every weight, and point where plain differentiation's do."""
     batch = random_batch(2, 10, packed=True)
-    (_, gradient), (_, plain) = gradients(SHORT, "alignment", batch, 3, to_bfloat16)
-    [(_, exact)] = gradients(SHORT, "alignment", batch, 3, mechanisms=(chunk_sums,))
+    low = lambda model: jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    student, teacher = make_model(SHORT, 1), make_model(change(SHORT, gate="none"), 2)
+    sink = jax.tree.map(jnp.zeros_like, student)
+    gradient, plain = (
+        jax.jit(jax.grad(make_loss("alignment", mechanism, chunk), 3))(low(student), low(teacher), batch, sink)
+        for mechanism in (chunk_sums, plain_chunk_sums)
+    )
+    [(_, exact)] = gradients(SHORT, "alignment", batch, chunk, mechanisms=(chunk_sums,))
     flat = lambda tree: np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
     cosine = lambda a, b: flat(a) @ flat(b) / np.linalg.norm(flat(a)) / np.linalg.norm(flat(b))
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {np.dtype("float32")}

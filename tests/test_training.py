@@ -16,7 +16,7 @@ from melt_jax.model.model import init_model, reconfigure
 from melt_jax.training.checkpoint import Checkpoints, RestoreError
 from melt_jax.training.log import RunLog, add_up
 from melt_jax.training.optimizer import group_labels, group_norms, make_optimizer, matrices, schedule
-from melt_jax.training.step import cast_to, init_state, make_train_step, phase_objective, transition_alpha
+from melt_jax.training.step import init_state, make_train_step, phase_objective, transition_alpha
 from tests.tiny import TINY, make_model, random_batch, with_config
 
 OPTIMIZER = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
@@ -84,7 +84,7 @@ def test_micro_batches_are_the_big_batch(name, phase):
         loss_mask=batch.loss_mask * (np.arange(4) < 3)[:, None] * (np.arange(12) % (1 + np.arange(4)[:, None]) == 0)
     )
     optimizer = make_optimizer(phase, OPTIMIZER, student)
-    objective = phase_objective(name, phase, 5, None)
+    objective = phase_objective(name, phase, 5)
     outcomes = []
     for parts in (1, 2, 4):
         state = init_state(student, optimizer)
@@ -101,7 +101,7 @@ def test_training_brings_the_student_closer():
     student = reconfigure(teacher, jax.random.key(0), gate="elementwise")
     phase = dataclasses.replace(ALIGNMENT, steps=30, learning_rate=1e-2)
     optimizer = make_optimizer(phase, OPTIMIZER, student)
-    step = make_train_step(phase_objective("alignment", phase, 4, None), optimizer)
+    step = make_train_step(phase_objective("alignment", phase, 4), optimizer)
     state, batch = init_state(student, optimizer), random_batch(4, 12)
     losses = []
     for _ in range(30):
@@ -114,11 +114,11 @@ def test_bfloat16_computes_on_float32_masters():
     teacher = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), make_model(LOOPLM))
     student = make_model()
     optimizer = make_optimizer(ALIGNMENT, OPTIMIZER, student)
-    step = make_train_step(phase_objective("alignment", ALIGNMENT, 4, cast_to("bfloat16")), optimizer)
+    step = make_train_step(phase_objective("alignment", ALIGNMENT, 4), optimizer, dtype="bfloat16")
     state, metrics = step(init_state(student, optimizer), teacher, random_batch(2, 8))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("float32")}
-    exact = make_train_step(phase_objective("alignment", ALIGNMENT, 4, None), optimizer)
+    exact = make_train_step(phase_objective("alignment", ALIGNMENT, 4), optimizer)
     _, wanted = exact(init_state(student, optimizer), make_model(LOOPLM), random_batch(2, 8))
     ratio = float(metrics["loss"][0] / wanted["loss"][0])
     assert ratio == pytest.approx(1, rel=0.05) and ratio != 1

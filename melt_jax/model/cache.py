@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from melt_jax.model.layout import split_zeros
+
 
 class Rows(NamedTuple):
     """Keys (after RoPE) and values of tokens, [..., B, tokens, K, E] each."""
@@ -75,7 +77,7 @@ class Cache:
         return Cache(shared, base, _write_slots(self.segments, segments, start, 1))
 
 
-def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, loops=None):
+def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, loops=None, batch_axes=None):
     """An empty cache for a model.
 
     Args:
@@ -85,14 +87,16 @@ def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, lo
       dtype: of the rows.
       transition: keep base rows beside the shared ones.
       loops: T, where it is not the config's.
+      batch_axes: the mesh axes that batch rows are split over, under a mesh; heads are split over its tensor axis.
     """
     shape = (config.layers, batch, length, config.kv_heads, config.head_width)
-    empty = lambda *lead: Rows(jnp.zeros((*lead, *shape), dtype), jnp.zeros((*lead, *shape), dtype))
+    zeros = lambda lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
+    empty = lambda *lead: Rows(zeros(lead), zeros(lead))
     melt = config.gate != "none"
     if transition and not melt:
         raise ValueError("a transition needs a model with a gate; this one has gate='none' (a LoopLM)")
     base = empty(loops or config.loops) if transition or not melt else None
-    return Cache(empty() if melt else None, base, jnp.zeros((batch, length), jnp.int32))
+    return Cache(empty() if melt else None, base, split_zeros((batch, length), jnp.int32, 0, batch_axes))
 
 
 def bytes_per_token(config, itemsize=2, loops=None):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from melt_jax.model.layout import whole_features
+
 EMA_KEEP = 0.8  # z of the `ema` variant
 
 
@@ -81,4 +83,5 @@ def update_latent(kind, first_loop, gate, u, latent, loop):
 def _sigmoid_gate(w_z, u_z, b_z, u, latent):
     precision = jax.lax.Precision.HIGHEST if u.dtype == jnp.float32 else None
     dot = lambda x, w: jnp.einsum("bcd,de->bce", x, w, precision=precision, preferred_element_type=jnp.float32)
+    latent = whole_features(latent)
     return jax.nn.sigmoid(dot(u, w_z) + dot(latent, u_z) + b_z.astype(jnp.float32))

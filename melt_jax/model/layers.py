@@ -13,6 +13,7 @@ from flax import nnx
 
 from melt_jax.model.cache import Rows
 from melt_jax.model.gate import Gate
+from melt_jax.model.layout import token_sharding
 
 
 def einsum(equation, *operands, out_sharding=None, **kwargs):
@@ -25,12 +26,6 @@ def einsum(equation, *operands, out_sharding=None, **kwargs):
         out_sharding=out_sharding,
         **kwargs,
     )
-
-
-def token_sharding(x):
-    """The sharding of a [batch, chunk, features] array whose tokens lie as those of `x` do; None without a mesh."""
-    sharding = jax.typeof(x).sharding
-    return None if sharding.mesh.empty else jax.P(*sharding.spec[:2], None)
 
 
 def rms_norm(x, scale, eps):

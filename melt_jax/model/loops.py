@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from melt_jax.model.cache import ChunkRows, Rows, blend
+from melt_jax.model.cache import ChunkRows, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import attend, rms_norm, rope_table
+from melt_jax.model.layout import batch_axes, split_features, split_zeros, whole_features
 
 
 class ChunkOutput(NamedTuple):
@@ -68,7 +69,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
             shared = base = None
             if cache.shared is not None:
                 latent, openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
-                shared = layer.project_rows(latent, rope)
+                shared = layer.project_rows(whole_features(latent), rope)
             if cache.base is not None:
                 base = layer.project_rows(u, rope)
         with jax.named_scope("attention"):
@@ -79,7 +80,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
         with jax.named_scope("mlp"):
             m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
             y = y + layer.norm(m, "post_attention_layernorm_2")
-        return y, (latent, shared, base, attended, openness)
+        return y, (latent, shared, base, split_features(attended), openness)
 
     attention = attend
     if config.remat == "attention":
@@ -101,9 +102,8 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
     x = model.embed(tokens)
     latents = shared = None
     if cache.shared is not None:
-        latents = jnp.zeros((config.layers, *x.shape), x.dtype)
-        empty = jnp.zeros((config.layers, batch, length, config.kv_heads, config.head_width), x.dtype)
-        shared = Rows(empty, empty)
+        latents = split_zeros((config.layers, *x.shape), x.dtype, 1, batch_axes(x), -1)
+        shared = create_cache(config, batch, length, x.dtype, batch_axes=batch_axes(x)).shared
     (_, _, shared), (hidden, base, attended, openness) = jax.lax.scan(
         run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.base)
     )

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from melt_jax.model.layers import DecoderLayer, einsum, token_sharding
+from melt_jax.model.layers import DecoderLayer, einsum
+from melt_jax.model.layout import split_features, token_sharding
 
 
 class Initializer:
@@ -85,7 +86,12 @@ class LoopedTransformer(nnx.Module):
 
     def embed(self, tokens):
         """x⁰ = embed[token], unscaled: [B, C] → [B, C, D]."""
-        return self.embed_tokens[...].at[tokens].get(out_sharding=token_sharding(tokens[..., None]))
+        table, sharding = self.embed_tokens[...], token_sharding(tokens[..., None])
+        if jax.typeof(table).sharding.spec[0] is None:
+            return table.at[tokens].get(out_sharding=sharding)
+        # A vocabulary split over devices cannot be indexed; a product with one-hot rows adds up the pieces.
+        one_hot = split_features(tokens[..., None] == jnp.arange(len(table)))
+        return einsum("bcv,vd->bcd", one_hot.astype(table.dtype), table, out_sharding=sharding)
 
     def logits(self, hidden):
         """Next-token logits, float32: [..., D] → [..., V]."""

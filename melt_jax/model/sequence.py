@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from melt_jax.model.cache import Cache, create_cache
+from melt_jax.model.layout import batch_axes
 from melt_jax.model.loops import run_chunk
 
 
@@ -48,8 +49,24 @@ def run_sequence(model, tokens, chunk_size, alpha=None, *, positions=None, segme
         segments = jnp.ones_like(tokens)
     if positions is None:
         positions = segment_positions(segments)
-    chunks = split_chunks((tokens, positions, segments), chunk_size)
-    count = chunks[0].shape[0]
+    outputs, cache = run_chunks(model, split_chunks((tokens, positions, segments), chunk_size), alpha, loops)
+    outputs = (join_chunks(x, axis)[(slice(None),) * axis + (slice(length),)] for x, axis in zip(outputs, (2, 3, 3)))
+    cut = lambda rows, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), rows)
+    return SequenceOutput(*outputs, Cache(cut(cache.shared, 2), cut(cache.base, 3), cache.segments[:, :length]))
+
+
+def run_chunks(model, chunks, alpha=None, loops=None):
+    """Runs a model over the N chunks of sequences, one after the other.
+
+    Args:
+      model: `LoopedTransformer`.
+      chunks: (tokens, positions, segments), [N, B, C] each, as `split_chunks` makes them.
+      alpha, loops: see `run_sequence`.
+
+    Returns:
+      ((hidden [N, T, B, C, D], attention_output [N, T, L, B, C, D], openness [N, T, L, B, C]), `Cache` of N·C slots).
+    """
+    count, batch, chunk_size = chunks[0].shape
 
     def step(cache, xs):
         index, (tokens, positions, segments) = xs
@@ -57,11 +74,10 @@ def run_sequence(model, tokens, chunk_size, alpha=None, *, positions=None, segme
         out = run_chunk(model, tokens, cache, start, positions=positions, segments=segments, alpha=alpha, loops=loops)
         return cache.write(out.rows, out.segments, start), out[:3]
 
-    cache = create_cache(model.config, batch, count * chunk_size, model.dtype, alpha is not None, loops)
+    split = batch_axes(chunks[0][0])
+    cache = create_cache(model.config, batch, count * chunk_size, model.dtype, alpha is not None, loops, split)
     cache, outputs = jax.lax.scan(step, cache, (jnp.arange(count), chunks))
-    outputs = (join_chunks(x, axis)[(slice(None),) * axis + (slice(length),)] for x, axis in zip(outputs, (2, 3, 3)))
-    cut = lambda rows, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), rows)
-    return SequenceOutput(*outputs, Cache(cut(cache.shared, 2), cut(cache.base, 3), cache.segments[:, :length]))
+    return outputs, cache
 
 
 def segment_positions(segments):
@@ -89,14 +105,15 @@ def join_chunks(x, axis):
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
 
-def plain_chunk_sums(step, prepare, params, cache, data, chunks):
+def plain_chunk_sums(step, weights, sink, cache, data, chunks):
     """Sums `step` over the chunks of a sequence; differentiated plainly, it keeps a copy of the cache per chunk.
 
     Args:
       step: `(weights, cache, start, data, chunk) → (sums, rows, segments)`: the objective's sums over one chunk, and
         what the chunk adds to the cache. Static: it must not close over arrays.
-      prepare: `params → weights`, linear, e.g. a cast to the compute dtype; run once a call.
-      params: what is differentiated.
+      weights: a model, in the dtype of the computation.
+      sink: zeros like the weights, in the dtype in which gradients are added up: differentiate with respect to it,
+        and the gradient has that dtype. None: differentiate with respect to the weights.
       cache: an empty `Cache` of N·C slots.
       data: a pytree that every chunk sees, not differentiated.
       chunks: a pytree of [N, B, C, …] leaves, not differentiated.
@@ -104,23 +121,27 @@ def plain_chunk_sums(step, prepare, params, cache, data, chunks):
     Returns:
       The sums, added up over the chunks.
     """
-    return _forward(step, prepare, params, cache, data, chunks)[0]
+    return _forward(step, add_sink(weights, sink), cache, data, chunks)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunk_sums(step, prepare, params, cache, data, chunks):
+def add_sink(weights, sink):
+    """The weights as they are, with a gradient that falls on the sink too."""
+    return weights if sink is None else jax.tree.map(lambda w, s: w + s.astype(w.dtype), weights, sink)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunk_sums(step, weights, sink, cache, data, chunks):
     """`plain_chunk_sums` with the same gradient in memory linear in the sequence.
 
     Final rows never change, so the cache after the last chunk, masked to the slots before a chunk, is the cache that
-    chunk saw. Kept between the passes are the parameters, the chunks and that one cache. The backward pass walks the
+    chunk saw. Kept between the passes are the weights, the chunks and that one cache. The backward pass walks the
     chunks in reverse: it recomputes a chunk against the final cache, pulls back the cotangents of the chunk's sums and
     of the rows it wrote, and adds what falls on earlier rows to their accumulator. Exact, not truncated.
     """
-    return _forward(step, prepare, params, cache, data, chunks)[0]
+    return _forward(step, weights, cache, data, chunks)[0]
 
 
-def _forward(step, prepare, params, cache, data, chunks):
-    weights = prepare(params)
+def _forward(step, weights, cache, data, chunks):
     chunk_size, count = _chunk_shape(cache, chunks)
 
     def body(cache, xs):
@@ -133,14 +154,13 @@ def _forward(step, prepare, params, cache, data, chunks):
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), cache
 
 
-def _chunk_sums_forward(step, prepare, params, cache, data, chunks):
-    sums, cache = _forward(step, prepare, params, cache, data, chunks)
-    return sums, (params, cache, data, chunks)
+def _chunk_sums_forward(step, weights, sink, cache, data, chunks):
+    sums, cache = _forward(step, weights, cache, data, chunks)
+    return sums, (weights, sink, cache, data, chunks)
 
 
-def _chunk_sums_backward(step, prepare, residuals, sums_bar):
-    params, cache, data, chunks = residuals
-    weights = prepare(params)
+def _chunk_sums_backward(step, residuals, sums_bar):
+    weights, sink, cache, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
     rows = (cache.shared, cache.base)
 
@@ -160,12 +180,12 @@ def _chunk_sums_backward(step, prepare, residuals, sums_bar):
         add = lambda total, x: total + x.astype(total.dtype)
         return (jax.tree.map(add, rows_bar, earlier_bar), jax.tree.map(add, weights_bar, chunk_weights_bar)), None
 
-    zeros = lambda tree, dtype=None: jax.tree.map(lambda x: jnp.zeros_like(x, dtype), tree)
-    master = jax.tree.leaves(params)[0].dtype
-    (_, weights_bar), _ = jax.lax.scan(
-        body, (zeros(rows, jnp.float32), zeros(weights, master)), (jnp.arange(count), chunks), reverse=True
-    )
-    return weights_bar, None, None, None
+    float32 = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+    totals = jax.tree.map(float32, rows), jax.tree.map(float32 if sink is None else jnp.zeros_like, sink or weights)
+    (_, weights_bar), _ = jax.lax.scan(body, totals, (jnp.arange(count), chunks), reverse=True)
+    if sink is not None:
+        return None, weights_bar, None, None, None
+    return jax.tree.map(lambda bar, w: bar.astype(w.dtype), weights_bar, weights), None, None, None, None
 
 
 chunk_sums.defvjp(_chunk_sums_forward, _chunk_sums_backward)

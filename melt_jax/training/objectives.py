@@ -5,14 +5,16 @@ by the same count, the scored tokens of the whole batch, after everything is add
 hosts cannot change a loss or a metric.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from melt_jax.model.cache import create_cache
+from melt_jax.model.layout import batch_axes
 from melt_jax.model.loops import run_chunk
-from melt_jax.model.sequence import chunk_sums, run_sequence, segment_positions, split_chunks
+from melt_jax.model.sequence import add_sink, chunk_sums, run_chunks, segment_positions, split_chunks
 
 
 class Batch(NamedTuple):
@@ -32,20 +34,20 @@ class Batch(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The teacher's outputs: hidden [T, B, S, D], and attention outputs [T, L, B, S, D] where they are aligned."""
+    """The teacher's outputs, chunk by chunk: hidden [N, T, B, C, D], and attention outputs [N, T, L, B, C, D] or None."""
 
     hidden: jax.Array
     attention_output: jax.Array | None
 
 
-def pretraining_sums(model, batch, chunk_size, prepare=None, chunk_sums=chunk_sums):
+def pretraining_sums(model, batch, chunk_size, sink=None, chunk_sums=chunk_sums):
     """Sums of Ouro's objective over a batch (arXiv 2510.25741).
 
     Returns:
       dict, nats summed over scored tokens: cross_entropy [T] of each loop, expected_cross_entropy [] under the exit
       distribution, exit_probability [T], that distribution, and exit_entropy [], its entropy.
     """
-    return _sum_over_chunks(_pretraining_step, model, batch, None, None, chunk_size, False, prepare, chunk_sums)
+    return _sum_over_chunks(_pretraining_step, model, batch, None, None, chunk_size, False, sink, chunk_sums)
 
 
 def pretraining_loss(metrics, entropy_bonus):
@@ -54,28 +56,28 @@ def pretraining_loss(metrics, entropy_bonus):
 
 
 def distillation_sums(
-    student, teacher, batch, chunk_size, alpha=None, align=False, prepare=None, chunk_sums=chunk_sums
+    student, teacher, batch, chunk_size, alpha=None, align=False, sink=None, chunk_sums=chunk_sums
 ):
     """Sums over a batch of what a student differs in from its teacher.
 
     Args:
-      student: a MELT model, float32 masters.
+      student: a MELT model, in the dtype of the computation.
       teacher: the frozen LoopLM; it runs over its own stream of the same tokens, in the dtype of its weights.
       batch: `Batch`.
       chunk_size: C of the student.
       alpha: the transition's blend; None in the alignment phase.
       align: also compare attention outputs.
-      prepare: `masters → weights`, a cast to the compute dtype.
+      sink: what the gradient falls on in place of the student; see `plain_chunk_sums`.
       chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
 
     Returns:
       dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; openness [T, L]; with align
       also alignment [T, L], ‖o_student − o_teacher‖².
     """
-    targets = teacher_targets(teacher, batch, chunk_size, align)
+    targets = functools.partial(teacher_targets, teacher, align=align)
     data = (teacher, None if alpha is None else jnp.asarray(alpha, jnp.float32))
     return _sum_over_chunks(
-        _distillation_step, student, batch, targets, data, chunk_size, alpha is not None, prepare, chunk_sums
+        _distillation_step, student, batch, targets, data, chunk_size, alpha is not None, sink, chunk_sums
     )
 
 
@@ -103,13 +105,13 @@ def distillation_loss(metrics, beta=0.0):
 
 
 def scored_tokens(batch):
-    """The count by which every sum is divided, float32; at least one, so that an empty batch gives zeros."""
-    return jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1.0)
+    """The count by which every sum is divided, float32."""
+    return jnp.sum(batch.loss_mask, dtype=jnp.float32)
 
 
 def normalize(sums, count):
-    """Sums over scored tokens → means per scored token."""
-    return jax.tree.map(lambda x: x / count, sums)
+    """Sums over scored tokens → means per scored token; zeros where none is scored."""
+    return jax.tree.map(lambda x: x / jnp.maximum(count, 1.0), sums)
 
 
 def whole_documents(tokens, loss_mask):
@@ -118,11 +120,10 @@ def whole_documents(tokens, loss_mask):
     return Batch(tokens, jnp.ones_like(tokens), jnp.asarray(loss_mask, jnp.int32))
 
 
-def teacher_targets(teacher, batch, chunk_size, align):
-    """Runs the frozen teacher over the batch; its rows are dropped when its last chunk is done."""
-    out = run_sequence(teacher, batch.tokens, chunk_size, segments=batch.segments)
-    targets = Targets(out.hidden, out.attention_output if align else None)
-    return jax.tree.map(jax.lax.stop_gradient, targets)
+def teacher_targets(teacher, chunks, align):
+    """Runs the frozen teacher over (tokens, positions, segments) chunks; its rows are dropped when the last is done."""
+    (hidden, attention_output, _), _ = run_chunks(teacher, chunks)
+    return jax.tree.map(jax.lax.stop_gradient, Targets(hidden, attention_output if align else None))
 
 
 def kl_per_loop(teacher, student, teacher_hidden, student_hidden, mask):
@@ -146,18 +147,16 @@ def _distillation_step(student, cache, start, data, chunk):
     batch, positions, targets = chunk
     out = run_chunk(student, batch.tokens, cache, start, positions=positions, segments=batch.segments, alpha=alpha)
     mask = batch.loss_mask.astype(jnp.float32)
-    teacher_hidden = jnp.moveaxis(targets.hidden, 2, 0)
     with jax.named_scope("distillation"):
         sums = {
-            "kd": kl_per_loop(teacher, student, teacher_hidden, out.hidden, mask),
+            "kd": kl_per_loop(teacher, student, targets.hidden, out.hidden, mask),
             "openness": jnp.einsum("tlbc,bc->tl", out.openness, mask),
         }
     if alpha is not None:
         sums["alpha"] = alpha * jnp.sum(mask)
     if targets.attention_output is not None:
         with jax.named_scope("alignment"):
-            teacher_output = jnp.transpose(targets.attention_output, (2, 3, 0, 1, 4))
-            gap = out.attention_output.astype(jnp.float32) - teacher_output.astype(jnp.float32)
+            gap = out.attention_output.astype(jnp.float32) - targets.attention_output.astype(jnp.float32)
             sums["alignment"] = jnp.sum(jnp.square(gap) * mask[..., None], axis=(2, 3, 4))
     return sums, out.rows, out.segments
 
@@ -171,7 +170,9 @@ def _pretraining_step(model, cache, start, data, chunk):
     @jax.checkpoint
     def one_loop(_, hidden):
         log_q = jax.nn.log_softmax(model.logits(hidden))
-        return None, -jnp.take_along_axis(log_q, batch.targets[..., None], axis=-1)[..., 0]
+        # A masked sum, not an index: it works on a vocabulary that is split over devices.
+        at_target = jnp.arange(log_q.shape[-1]) == batch.targets[..., None]
+        return None, -jnp.sum(jnp.where(at_target, log_q, 0.0), axis=-1)
 
     cross_entropy = jax.lax.scan(one_loop, None, out.hidden)[1]
     pdf = jnp.moveaxis(model.exit_pdf(out.hidden), -1, 0)
@@ -184,28 +185,15 @@ def _pretraining_step(model, cache, start, data, chunk):
     return sums, out.rows, out.segments
 
 
-def _sum_over_chunks(step, model, batch, targets, data, chunk_size, transition, prepare, chunk_sums):
-    prepare = prepare or _identity
-    length = batch.tokens.shape[1]
-    chunk_size = min(chunk_size, length)
-    positions = segment_positions(batch.segments)
-    if targets is not None:
-        token_first = Targets(jnp.moveaxis(targets.hidden, 0, 2), None)
-        if targets.attention_output is not None:
-            token_first = token_first._replace(
-                attention_output=jnp.transpose(targets.attention_output, (2, 3, 0, 1, 4))
-            )
-        targets = token_first
-    chunks = split_chunks((batch, positions, targets), chunk_size)
-    count = chunks[0].tokens.shape[0]
-    dtype = jax.eval_shape(prepare, model).dtype
+def _sum_over_chunks(step, model, batch, make_targets, data, chunk_size, transition, sink, chunk_sums):
+    chunk_size = min(chunk_size, batch.tokens.shape[1])
+    batch, positions = split_chunks((batch, segment_positions(batch.segments)), chunk_size)
+    targets = make_targets((batch.tokens, positions, batch.segments)) if make_targets else None
+    chunks = batch, positions, targets
+    count, rows, _ = batch.tokens.shape
     slots = count * chunk_size if count > 1 else 0
-    cache = create_cache(model.config, len(batch.tokens), slots, dtype, transition)
+    cache = create_cache(model.config, rows, slots, model.dtype, transition, batch_axes=batch_axes(batch.tokens[0]))
     if count == 1:
         only = jax.tree.map(lambda x: x[0], chunks)
-        return step(prepare(model), cache, 0, data, only)[0]
-    return chunk_sums(step, prepare, model, cache, data, chunks)
-
-
-def _identity(params):
-    return params
+        return step(add_sink(model, sink), cache, 0, data, only)[0]
+    return chunk_sums(step, model, sink, cache, data, chunks)

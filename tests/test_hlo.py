@@ -308,6 +308,75 @@ def test_a_convolution_counts_what_meets_a_number():
         assert flops == 2 * 5 * 7 * 11 * meetings, line
 
 
+LIMITS_IN_THE_STATE = """HloModule by_hand, is_scheduled=true, replica_count=1, num_partitions=2
+
+%advance (limit: s32[], i: s32[]) -> (s32[], s32[]) {
+  %limit = s32[] parameter(0)
+  ROOT %both = (s32[], s32[]{:T(128)}) tuple(%limit, %next)
+  %i = s32[] parameter(1)
+  %three = s32[] constant(3)
+  %next = s32[] add(%three, %i)
+}
+
+%inner_body (state: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %state = (s32[]{:T(128)}, s32[], f32[4,4]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state), index=0
+  %n.1 = s32[] get-tuple-element(%state), index=1
+  %x.1 = f32[4,4] get-tuple-element(%state), index=2
+  %advanced = (s32[], s32[]) fusion(%n.1, %i.1), kind=kLoop, calls=%advance
+  %next.1 = s32[] get-tuple-element(%advanced), index=1
+  %dot = f32[4,4]{1,0} dot(%x.1, %x.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out.1 = (s32[], s32[], f32[4,4]) tuple(%next.1, %n.1, %dot)
+}
+
+%inner_test (state.2: (s32[], s32[], f32[4,4])) -> pred[] {
+  %state.2 = (s32[], s32[], f32[4,4]) parameter(0)
+  %i.2 = s32[] get-tuple-element(%state.2), index=0
+  %n.2 = s32[] get-tuple-element(%state.2), index=1
+  ROOT %less = pred[] compare(%n.2, %i.2), direction=GT
+}
+
+%outer_body (state.3: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %state.3 = (s32[], s32[], f32[4,4]) parameter(0)
+  %zero = s32[] constant(0)
+  %one = s32[] constant(1)
+  %i.3 = s32[] get-tuple-element(%state.3), index=0
+  %n.3 = s32[] get-tuple-element(%state.3), index=1
+  %x.3 = f32[4,4] get-tuple-element(%state.3), index=2
+  %begin = (s32[], s32[], f32[4,4]) tuple(%zero, %n.3, %x.3)
+  %inner = (s32[], s32[], f32[4,4]) while(%begin), condition=%inner_test, body=%inner_body
+  %n.4 = s32[] get-tuple-element(%inner), index=1
+  %next.3 = s32[] add(%i.3, %one)
+  %x.4 = f32[4,4] get-tuple-element(%inner), index=2
+  ROOT %out.3 = (s32[], s32[], f32[4,4]) tuple(%next.3, %n.4, %x.4)
+}
+
+%outer_test (state.4: (s32[], s32[], f32[4,4])) -> pred[] {
+  %state.4 = (s32[], s32[], f32[4,4]) parameter(0)
+  %i.4 = s32[] get-tuple-element(%state.4), index=0
+  %two = s32[] constant(2)
+  ROOT %less.2 = pred[] compare(%i.4, %two), direction=LT
+}
+
+ENTRY %main (x: f32[4,4]) -> (s32[], s32[], /*a comment*/f32[4,4]) {
+  %x = f32[4,4]{1,0} parameter(0)
+  %zero.1 = s32[] constant(0)
+  %ten = s32[] constant(10)
+  %begin.1 = (s32[], s32[], /*index=2*/f32[4,4]) tuple(%zero.1, %ten, /*index=2*/%x)
+  ROOT %outer = (s32[], s32[], f32[4,4]) while(%begin.1), condition=%outer_test, body=%outer_body
+}, execution_thread="main"
+"""
+
+
+def test_a_limit_may_come_from_the_state_of_a_loop_around():
+    """The inner loop counts 0, 3, 6, 9 up to a 10 that the outer loop carries, through the inner one, unchanged."""
+    program = analyse(LIMITS_IN_THE_STATE)
+    assert [loop.trips for loop in program.loops] == [2, 4]
+    assert program.flops == 2 * 4 * 2 * 4**3
+    changing = LIMITS_IN_THE_STATE.replace("tuple(%next.3, %n.4, %x.4)", "tuple(%next.3, %next.3, %x.4)")
+    assert [loop.source for loop in analyse(changing).loops] == ["text", "unknown"]
+
+
 @pytest.mark.parametrize(
     ("attributes", "size"),
     [

@@ -10,7 +10,7 @@ for TPU and CPU print.
 
 A multiply-add is 2 FLOPs; only `dot` and `convolution` count (the TPU's compiler writes products as convolutions).
 Products that the compiler turned into multiply and reduce have none, nor have custom calls, which are listed by name.
-The CPU's compiler computes bfloat16 in float32: its products and collectives are of float32 and twice as large.
+The CPU's compiler computes bfloat16 in float32: its collectives move twice the bytes.
 """
 
 import collections

@@ -25,7 +25,7 @@ def get_config():
 
     config.chunk_size = 500  # tokens that run in parallel; final rows pass from chunk to chunk
     config.dtype = "bfloat16"  # of computation and of the teacher; masters and moments are float32
-    config.remat = "attention"  # what a chunk's backward pass recomputes: none, attention (its scores) or layer
+    config.remat = "products"  # what a chunk's backward pass recomputes: none, all but "products" with weights, "layer"
     config.micro_batches = 1  # parts of a batch whose gradients are added up, one after the other
 
     config.data = ConfigDict()

@@ -25,7 +25,8 @@ class ModelConfig:
       first_loop: "copy" (h¹ = u) or "gated" (h⁰ = 0, the gate applied at loop 1 too).
       exit_threshold: cumulative exit probability at which generation takes a loop's output; 1 is the last loop.
       bos, eos, pad: token ids, None where there is none.
-      remat: what the backward pass recomputes: "none", "attention" (scores and softmax) or "layer".
+      remat: what the backward pass recomputes of a layer: "none" (but scores), all but the "products" with weights, or
+        the whole "layer" but attention.
     """
 
     vocab: int = 49152
@@ -176,7 +177,7 @@ GATES = ("none", "elementwise", "scalar", "mean", "ema", "last")
 CHOICES = {
     "gate": GATES,
     "first_loop": ("copy", "gated"),
-    "remat": ("none", "attention", "layer"),
+    "remat": ("none", "products", "layer"),
     "dtype": ("float32", "bfloat16"),
 }
 

@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--chunk_size", type=int, default=32, help="tokens in a chunk")
     parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument("--phases", type=lambda text: text.split(","), default=list(PHASES), help=", ".join(PHASES))
-    parser.add_argument("--remat", choices=("none", "attention", "layer"), default="none", help="see ModelConfig")
+    parser.add_argument("--remat", choices=("none", "products", "layer"), default="none", help="see ModelConfig")
     flags = parser.parse_args()
     if unknown := [phase for phase in flags.phases if phase not in PHASES]:
         parser.error(f"--phases: {', '.join(unknown)} unknown; there are {', '.join(PHASES)}")

@@ -9,9 +9,9 @@ import pytest
 from tiny import TINY, jit_run, make_model, random_tokens, run
 
 from melt_jax import ModelConfig, run_chunk
+from melt_jax.model.attention import Seen
 from melt_jax.model.cache import ChunkRows, Rows, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
-from melt_jax.model.loops import chunk_masks
 
 change = dataclasses.replace
 KINDS = {"LoopLM": ("none", None), "MELT": ("elementwise", None), "transition": ("elementwise", 0.4)}
@@ -130,7 +130,8 @@ def test_who_sees_whom():
     rng = np.random.default_rng(0)
     segments, cached = rng.integers(3, size=(B, CHUNK)), rng.integers(3, size=(B, S))
     for start in (0, 5, np.array([2, 7])):
-        earlier, own = jax.device_get(chunk_masks(segments, cached, start))
+        mask = Seen(segments, cached, start)
+        earlier, own = jax.device_get((mask.earlier(0, 0, S), mask.own()))
         for b, q in np.ndindex(B, CHUNK):
             mine, first = segments[b, q], np.broadcast_to(start, B)[b]
             assert earlier[b, q].tolist() == [mine != 0 and mine == cached[b, s] and s < first for s in range(S)]

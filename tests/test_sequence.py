@@ -97,7 +97,7 @@ SHORT = change(TINY, loops=2)
 GRADIENT_CASES = {
     "transition, grouped heads, packed, short last chunk": (SHORT, "transition", 11, 4),
     "transition, ema, chunks of one, remat of layers": (change(SHORT, gate="ema", remat="layer"), "transition", 4, 1),
-    "alignment, remat of attention": (change(EQUAL_HEADS, remat="attention"), "alignment", 12, 4),
+    "alignment, remat of all but products": (change(EQUAL_HEADS, remat="products"), "alignment", 12, 4),
     "alignment, scalar gated, packed, short last chunk, remat of layers": (
         change(SHORT, gate="scalar", first_loop="gated", remat="layer"), "alignment", 10, 3,
     ),

@@ -5,27 +5,13 @@ head, E head width, F feed-forward width. Query head h is the pair (k, g) with h
 reshape.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from melt_jax.model.cache import Rows
 from melt_jax.model.gate import Gate
-from melt_jax.model.layout import token_sharding
-
-
-def einsum(equation, *operands, out_sharding=None, **kwargs):
-    """`jnp.einsum` that keeps float32 exact on accelerators, where the default would round operands to bfloat16."""
-    exact = all(x.dtype == jnp.float32 for x in operands)
-    return jnp.einsum(
-        equation,
-        *operands,
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        out_sharding=out_sharding,
-        **kwargs,
-    )
+from melt_jax.model.layout import einsum, token_sharding
 
 
 def rms_norm(x, scale, eps):
@@ -48,29 +34,6 @@ def apply_rope(x, table):
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def attend(query, earlier, own, earlier_mask, own_mask):
-    """Softmax attention over the rows of earlier tokens ++ the chunk's own rows of this loop.
-
-    Args:
-      query: [B, C, K, G, E].
-      earlier: `Rows` of [B, S, K, E], the cache.
-      own: `Rows` of [B, C, K, E].
-      earlier_mask: [B, C, S] bool, True where a query sees a cached slot.
-      own_mask: [B, C, C] bool. Every query sees itself, so that no softmax is empty.
-
-    Returns:
-      [B, C, K, G, E] in the query's dtype; scores and softmax are float32.
-    """
-    slots = earlier.keys.shape[1]
-    scale = 1 / math.sqrt(query.shape[-1])
-    score = lambda keys: einsum("bckge,bske->bkgcs", query, keys, preferred_element_type=jnp.float32)
-    scores = jnp.concatenate([score(earlier.keys), score(own.keys)], axis=-1) * scale
-    mask = jnp.concatenate([earlier_mask, own_mask], axis=-1)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(query.dtype)
-    mix = lambda weights, values: einsum("bkgcs,bske->bckge", weights, values)
-    return mix(weights[..., :slots], earlier.values) + mix(weights[..., slots:], own.values)
 
 
 class DecoderLayer(nnx.Module):

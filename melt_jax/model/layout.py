@@ -1,12 +1,24 @@
-"""How activations lie under a mesh: tokens over the batch axes, features over the tensor axis. No-ops without one.
+"""Products of activations, and how activations lie under a mesh: tokens over the batch axes, features over tensor.
 
-Inside a training step the batch axes are not seen here (`melt_jax.sharding.over_batch`); elsewhere they may be.
+Inside a training step the batch axes are not seen here (`melt_jax.sharding.over_batch`); elsewhere they may be. Without a mesh nothing is done.
 """
 
 import jax
 import jax.numpy as jnp
 
 TENSOR = "tensor"  # the mesh axis that splits heads, latents and rows
+
+
+def einsum(equation, *operands, out_sharding=None, **kwargs):
+    """`jnp.einsum` that keeps float32 exact on accelerators, where the default would round operands to bfloat16."""
+    exact = all(x.dtype == jnp.float32 for x in operands)
+    return jnp.einsum(
+        equation,
+        *operands,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        out_sharding=out_sharding,
+        **kwargs,
+    )
 
 
 def token_sharding(x):

@@ -5,10 +5,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from melt_jax.model.attention import SAVED, Seen, attend
 from melt_jax.model.cache import ChunkRows, blend, create_cache
 from melt_jax.model.gate import update_latent
-from melt_jax.model.layers import attend, rms_norm, rope_table
+from melt_jax.model.layers import rms_norm, rope_table
 from melt_jax.model.layout import batch_axes, split_features, split_zeros, whole_features
+
+
+_policies = jax.checkpoint_policies
+_attention = _policies.save_only_these_names(SAVED)
+# What the gradient of a layer keeps of its forward pass beside its inputs: the outcome of attention always.
+REMAT = {
+    "products": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
+    "layer": _attention,
+}
 
 
 class ChunkOutput(NamedTuple):
@@ -59,7 +69,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
     if (alpha is None) != (cache.shared is None or cache.base is None):
         raise ValueError("alpha goes with a transition cache, which keeps shared and base rows, and only with one")
     rope = rope_table(positions, config.head_width, config.rope_theta)
-    masks = chunk_masks(segments, cache.segments, start)
+    seen = Seen(segments, cache.segments, jnp.asarray(start, jnp.int32))
 
     def run_layer(y, xs):
         layer, latent, earlier_shared, earlier_base, loop = xs
@@ -73,8 +83,8 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
             if cache.base is not None:
                 base = layer.project_rows(u, rope)
         with jax.named_scope("attention"):
-            earlier, own = blend(earlier_shared, earlier_base, alpha), blend(shared, base, alpha)
-            heads = attention(layer.project_query(u, rope), earlier, own, *masks)
+            earlier, own = ChunkRows(earlier_shared, earlier_base), blend(shared, base, alpha)
+            heads = attend(layer.project_query(u, rope), earlier, own, alpha, seen)
             attended = layer.project_output(heads)
             y = y + layer.norm(attended, "input_layernorm_2")
         with jax.named_scope("mlp"):
@@ -82,11 +92,8 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
             y = y + layer.norm(m, "post_attention_layernorm_2")
         return y, (latent, shared, base, split_features(attended), openness)
 
-    attention = attend
-    if config.remat == "attention":
-        attention = jax.checkpoint(attend)
-    elif config.remat == "layer":
-        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+    if config.remat != "none":
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
     def run_loop(state, xs):
         x, latents, _ = state
@@ -108,16 +115,3 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
         run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.base)
     )
     return ChunkOutput(hidden, attended, openness, ChunkRows(shared, base), segments)
-
-
-def chunk_masks(segments, cache_segments, start):
-    """Who sees whom: ([B, C, S] over the cache's slots, [B, C, C] within the chunk), bool.
-
-    A query sees earlier slots and, causally, the chunk's tokens of its own segment; padding (segment 0) is seen by
-    nothing but itself.
-    """
-    earlier = jnp.arange(cache_segments.shape[1]) < jnp.reshape(start, (-1, 1))
-    same = lambda keys: (segments[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
-    length = segments.shape[1]
-    own = same(segments) & jnp.tril(jnp.ones((length, length), bool)) | jnp.eye(length, dtype=bool)
-    return same(cache_segments) & earlier[:, None, :], own

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from melt_jax.model.layers import DecoderLayer, einsum
-from melt_jax.model.layout import split_features, token_sharding
+from melt_jax.model.layers import DecoderLayer
+from melt_jax.model.layout import einsum, split_features, token_sharding
 
 
 class Initializer:

@@ -83,7 +83,9 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
     def local_gradients(specs, params, teacher, batch, step):
         count = jnp.maximum(sum_over_batch(scored_tokens(batch)), 1.0)
         with jax.named_scope("gather"):
-            weights = gather_model(jax.tree.map(lambda x: x.astype(dtype), params), specs[0])
+            # The barrier keeps the compiler from gathering first and casting then: twice the bytes.
+            weights = jax.lax.optimization_barrier(jax.tree.map(lambda x: x.astype(dtype), params))
+            weights = gather_model(weights, specs[0])
             teacher = gather_model(teacher, specs[1]) if teacher is not None else None
         sink = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
 

@@ -1,0 +1,89 @@
+"""Attention block by block is plain softmax attention, and its gradient plain differentiation's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from melt_jax.model.attention import Seen, attend
+from melt_jax.model.cache import ChunkRows, Rows, blend
+
+B, C, K, G, E = 2, 5, 2, 3, 4
+
+
+def plain_attend(query, earlier, own, alpha, seen):
+    """All scores at once."""
+    slots = seen.cached.shape[1]
+    earlier = blend(*earlier, alpha)
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
+    mask = jnp.concatenate([seen.earlier(0, 0, slots), seen.own()], axis=-1)[:, None, None]
+    scores = jnp.einsum("bckge,bske->bkgcs", query, keys, precision="highest") / E**0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgcs,bske->bckge", weights, values, precision="highest")
+
+
+def inputs(slots, start, which="shared", dtype=np.float32, seed=0):
+    """Random arguments of `attend`; rows beyond `start` are large, so that seeing one would show."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    rows = lambda length: Rows(normal(B, length, K, E), normal(B, length, K, E))
+    beyond = lambda rows: jax.tree.map(lambda x: x.at[:, np.max(start) :].set(100.0), rows)
+    shared, base = (beyond(rows(slots)) if which in (name, "both") else None for name in ("shared", "base"))
+    alpha = jnp.float32(0.3) if which == "both" else None
+    cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
+    segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
+    seen = Seen(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
+    return normal(B, C, K, G, E), ChunkRows(shared, base), rows(C), alpha, seen
+
+
+CASES = {
+    "one block": (8, 6, "shared", 512),
+    "whole blocks": (12, 8, "shared", 4),
+    "blocks that overlap": (13, 13, "base", 4),
+    "a block partly empty": (13, 6, "both", 4),
+    "nothing before": (12, 0, "shared", 4),
+    "a start for each row": (13, (3, 11), "both", 4),
+    "no cache": (0, 0, "shared", 4),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_are_plain_attention(name):
+    slots, start, which, block = CASES[name]
+    query, earlier, own, alpha, seen = inputs(slots, start, which)
+    weight = np.random.default_rng(1).standard_normal((B, C, K, G, E)).astype(np.float32)
+
+    def outcome(function, *more):
+        run = lambda query, earlier, own: function(query, earlier, own, alpha, seen, *more)
+        loss = lambda *args: jnp.sum(run(*args) * weight)
+        return jax.jit(lambda *args: (run(*args), jax.grad(loss, (0, 1, 2))(*args)))(query, earlier, own)
+
+    got, want = outcome(attend, block), outcome(plain_attend)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(want) if x.size) > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
+
+
+def test_bfloat16_differs_by_its_rounding_alone():
+    arguments = inputs(13, 11, dtype=jnp.bfloat16)
+    got = attend(*arguments, 4)
+    want = plain_attend(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-7 * np.abs(want).max())
+
+
+def test_blocks_that_hold_no_rows_are_not_visited():
+    """Not a number in a slot of an unvisited block cannot come through, as it would through a mask."""
+    query, earlier, own, alpha, seen = inputs(16, 4)
+    poisoned = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
+    np.testing.assert_array_equal(attend(query, poisoned, own, alpha, seen, 4), attend(query, earlier, own, alpha, seen, 4))
+
+
+def test_scores_of_one_block_exist_at_a_time():
+    """Temporary memory beyond one block does not grow with the cache, forward; the program neither."""
+
+    def temporary(slots):
+        query, earlier, own, alpha, seen = inputs(slots, slots)
+        compiled = jax.jit(lambda *args: attend(*args, alpha, seen, 64)).lower(query, earlier, own).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) <= 1.1 * temporary(512)

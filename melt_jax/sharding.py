@@ -12,12 +12,13 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 
 AXES = ("replica", "fsdp", "tensor")
-BATCH = ("replica", "fsdp")  # the axes that split the batch; a training step is manual over them (`jax.shard_map`)
+BATCH = ("replica", "fsdp")  # the axes that split the batch; a group of devices has one index on both
 RULES = {
     "vocab": "tensor",
     "embed": "fsdp",
@@ -161,108 +162,67 @@ def place_batch(batch, sharding, rows, size):
     return jax.tree.map(place, batch)
 
 
-# ---- inside a step, manual over the batch axes
+# ---- inside a step: no-ops without a mesh
 
 
-def over_batch(function, *arguments):
-    """Calls a function on each device's share of the batch and of the weights: manual over the batch axes alone.
-
-    Args:
-      function: `(specs, *arguments) → (gradients, sums)`: gradients split as the first argument is, sums alike on all
-        devices. `specs` are the `PartitionSpec`s of the arguments over the batch axes.
-      arguments: pytrees of arrays. Without a mesh the function gets them as they are.
-    """
-    if not batch_axes():
-        return function(jax.tree.map(lambda _: jax.P(), arguments), *arguments)
-    specs = jax.tree.map(_batch_part, arguments)
-    return jax.shard_map(
-        lambda *arguments: function(specs, *arguments),
-        in_specs=specs,
-        out_specs=(specs[0], jax.P()),
-        axis_names=set(BATCH),
-        check_vma=False,
-    )(*arguments)
+def batch_groups():
+    """How many parts the batch axes of the current mesh split a batch into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.axis_names)
 
 
-def batch_axes():
-    """The axes of the current mesh that split the batch; none without a mesh."""
-    return tuple(axis for axis in BATCH if axis in jax.sharding.get_abstract_mesh().axis_names)
+def group_batch(batch, parts):
+    """[batch, …] arrays → [groups, parts, rest, …]: what each group of devices has of a batch, in equal parts."""
+    groups = batch_groups()
+    shape = lambda x: (groups, parts, x.shape[0] // (groups * parts), *x.shape[1:])
+    return jax.tree.map(lambda x: jnp.reshape(x, shape(x), out_sharding=in_mesh(jax.P(BATCH))), batch)
 
 
-def sum_over_batch(tree):
-    """Adds up over the batch axes."""
-    total = lambda x: _on_pieces(lambda x: jax.lax.psum(x, batch_axes()), x)
-    return jax.tree.map(total, tree) if batch_axes() else tree
+def ungroup_batch(grouped):
+    """[groups, parts, rest, …] arrays → [parts, batch of the part, …], each part split over the batch axes."""
+    shape = lambda x: (x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
+    merge = lambda x: jnp.reshape(jnp.swapaxes(x, 0, 1), shape(x), out_sharding=in_mesh(jax.P(None, BATCH)))
+    return jax.tree.map(merge, grouped)
 
 
-def gather_weights(model, specs):
-    """The model with its weights whole over the batch axes: one all-gather each."""
-    return jax.tree.map(_gather, model, specs)
+def gather_weights(model):
+    """Every weight whole over the batch axes, one copy for each group, [groups, …]: one all-gather each."""
+
+    def gather(x):
+        spec = in_mesh(jax.P(BATCH, *_without_fsdp(x)))
+        return jnp.broadcast_to(_gather(x), (batch_groups(), *x.shape), out_sharding=spec)
+
+    return jax.tree.map(gather, model)
 
 
-def gather_at_use(model, specs):
-    """The model with the weights of its layers gathered whenever one is used, layer by layer; the others at once.
+def gather_at_use(model):
+    """The model with weights that are gathered whenever one is read, so that few are whole at a time.
 
-    A gradient with respect to it is split as the layers' weights are: the gather's transpose adds it up.
+    A gradient with respect to it is added up over the batch axes at every use.
     """
     is_weight = lambda node: isinstance(node, nnx.Variable)
-
-    def defer(weight, spec):
-        of_one_layer = jax.P(*spec.get_value()[1:])  # a scan takes the leading dimension, layers, away
-        return weight.copy(on_get_value=_GatherHook(of_one_layer))
-
-    # The two parts are put together by attribute: other modules and weights hold no layers.
-    gathered = gather_weights(model, specs)
-    gathered.layers = jax.tree.map(defer, model.layers, specs.layers, is_leaf=is_weight)
-    return gathered
+    defer = lambda weight: weight.copy(on_get_value=_gather_hook)  # the hook of a weight sees each layer's slice
+    return jax.tree.map(defer, model, is_leaf=is_weight)
 
 
-def reduce_gradients(gradients, params, specs):
-    """Adds gradients up over the batch axes; each device keeps the piece that its `params` are."""
-
-    def reduce(gradient, param, spec):
-        if not batch_axes():
-            return gradient
-        for axis, name in enumerate(spec):
-            if name == "fsdp" and gradient.shape[axis] != param.shape[axis]:
-                scatter = lambda x, axis=axis: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
-                gradient = _on_pieces(scatter, gradient)
-        others = tuple(axis for axis in batch_axes() if axis not in spec)
-        return _on_pieces(lambda x: jax.lax.psum(x, others), gradient)
-
-    # Weights that are gathered at use carry a hook that masters do not: match them leaf by leaf.
-    leaves = map(reduce, jax.tree.leaves(gradients), jax.tree.leaves(params), jax.tree.leaves(specs))
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+def add_groups(gradients, params):
+    """Adds up the groups' gradients, [groups, …]: one reduction each; devices keep the piece that their `params` are."""
+    add = lambda g, p: jnp.einsum("r...->...", g, out_sharding=in_mesh(jax.typeof(p).sharding.spec))
+    return jax.tree.map(add, gradients, params)
 
 
-@dataclasses.dataclass(frozen=True)
-class _GatherHook:
-    """What a weight does when it is read: gathers its pieces."""
-
-    spec: jax.P
-
-    def __call__(self, weight, value):
-        return _gather(value, self.spec)
+def in_mesh(spec):
+    """The `PartitionSpec`, or None without a mesh."""
+    return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
-def _gather(x, spec):
-    for axis, name in enumerate(spec):
-        if name == "fsdp":
-            x = _on_pieces(lambda x, axis=axis: jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True), x)
-    return x
+def _gather_hook(weight, value):
+    return _gather(value)
 
 
-def _on_pieces(collective, x):
-    """A collective over the batch axes of each tensor device's piece.
-
-    JAX 0.10 has no psum_scatter, and XLA no psum, of arrays that another axis splits further: here none does.
-    """
-    spec = jax.typeof(x).sharding.spec
-    return jax.shard_map(collective, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)(x)
+def _gather(x):
+    return jax.reshard(x, _without_fsdp(x)) if in_mesh(True) else x
 
 
-def _batch_part(x):
-    """The `PartitionSpec` of x, the tensor axis left out."""
-    keep = lambda name: tuple(axis for axis in (name if isinstance(name, tuple) else (name,)) if axis in BATCH)
-    names = [keep(name) for name in jax.typeof(x).sharding.spec]
-    return jax.P(*(name[0] if len(name) == 1 else name or None for name in names))
+def _without_fsdp(x):
+    return jax.P(*(None if name == "fsdp" else name for name in jax.typeof(x).sharding.spec))

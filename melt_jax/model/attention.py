@@ -117,7 +117,7 @@ def _attend_backward(block, residuals, out_bar):
 
     state = query_bar, jax.tree.map(jnp.zeros_like, earlier)
     query_bar, earlier_bar = _fold_blocks(add_block, state, earlier, alpha, seen, block)
-    return query_bar.astype(query.dtype), earlier_bar, own_bar, None, None
+    return query_bar.astype(query.dtype), earlier_bar, own_bar, jax.tree.map(jnp.zeros_like, alpha), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

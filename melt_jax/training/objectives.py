@@ -150,7 +150,7 @@ def _distillation_step(student, cache, start, data, chunk):
     with jax.named_scope("distillation"):
         sums = {
             "kd": kl_per_loop(teacher, student, targets.hidden, out.hidden, mask),
-            "openness": jnp.einsum("tlbc,bc->tl", out.openness, mask),
+            "openness": jnp.sum(out.openness * mask, axis=(2, 3)),
         }
     if alpha is not None:
         sums["alpha"] = alpha * jnp.sum(mask)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from melt_jax.sharding import gather_at_use, gather_weights, over_batch, reduce_gradients, sum_over_batch
+from melt_jax.sharding import add_groups, gather_at_use, gather_weights, group_batch, in_mesh, ungroup_batch
 from melt_jax.training.objectives import (
     distillation_loss,
     distillation_sums,
@@ -29,8 +29,13 @@ class TrainState(NamedTuple):
 
 def init_state(params, optimizer):
     """The state before a phase's first step, with weights of its own: the step gives its state away."""
-    params = jax.tree.map(jnp.copy, params)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+    @jax.jit  # so that every leaf, scalars too, lies on the mesh
+    def init(params):
+        return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return init(params)
 
 
 def transition_alpha(step, steps, ramp):
@@ -60,33 +65,26 @@ def phase_objective(name, phase, chunk_size):
 def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gather="step"):
     """The jitted step `(state, teacher, batch) → (state, metrics)`; the state is donated.
 
-    Under a mesh (`jax.set_mesh`) the state is split by `sharding.weight_shardings` and the batch over the batch axes:
-    each device runs its sequences with gathered weights, and gradients are added up once, at the end.
+    Under a mesh (`jax.set_mesh`) the state is split by `sharding.weight_shardings` and the batch over the batch axes.
 
-    Gradients of `micro_batches` equal parts of a device's sequences are added up in float32 by a scan. Every part's
-    sums are divided by the scored tokens of the *whole* batch, so the result is the big batch's, however they lie.
+    Gradients of `micro_batches` equal parts of the batch are added up in float32 by a scan. Every part's sums are
+    divided by the scored tokens of the *whole* batch, so the result is the big batch's, however the scored tokens lie.
 
     Args:
       objective: from `phase_objective`.
       optimizer: from `make_optimizer`.
-      micro_batches: parts; divides a device's share of the batch.
+      micro_batches: parts; divides each device's share of the batch.
       dtype: of the computation.
-      gather: where weights are gathered over fsdp: "step", all of them once a step; "layer", those of the layers
-        whenever one is used: less memory, and T gathers a chunk of each.
+      gather: where weights are gathered over fsdp. "step": all of them once a step, and each group of devices runs its
+        sequences on a copy of its own, so that gradients are added up once, too. "layer": each whenever it is used:
+        less memory, and T gathers and reductions a chunk of every layer.
 
     Returns:
       The step. Its metrics are {name: (sum, count)}.
     """
     objective_sums, objective_loss = objective
-    gather_model = {"step": gather_weights, "layer": gather_at_use}[gather]
 
-    def local_gradients(specs, params, teacher, batch, step):
-        count = jnp.maximum(sum_over_batch(scored_tokens(batch)), 1.0)
-        with jax.named_scope("gather"):
-            # The barrier keeps the compiler from gathering first and casting then: twice the bytes.
-            weights = jax.lax.optimization_barrier(jax.tree.map(lambda x: x.astype(dtype), params))
-            weights = gather_model(weights, specs[0])
-            teacher = gather_model(teacher, specs[1]) if teacher is not None else None
+    def gradients_of_parts(weights, teacher, parts, step, count):
         sink = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
 
         @functools.partial(jax.grad, has_aux=True)
@@ -94,19 +92,34 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
             sums = objective_sums(weights, teacher, batch, step, sink)
             return objective_loss(normalize(sums, count)), sums
 
+        part = jax.tree.map(lambda x: x[0], parts)
         if micro_batches == 1:
-            gradients, sums = part_gradients(sink, batch)
-        else:
-            parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-            shapes = jax.eval_shape(part_gradients, sink, jax.tree.map(lambda x: x[0], parts))
-            zeros = sink, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
-            add_part = lambda total, part: (jax.tree.map(jnp.add, total, part_gradients(sink, part)), None)
-            gradients, sums = jax.lax.scan(add_part, zeros, parts)[0]
+            return part_gradients(sink, part)
+        zeros = lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=in_mesh(jax.P()))
+        totals = sink, jax.tree.map(zeros, jax.eval_shape(part_gradients, sink, part)[1])
+        add_part = lambda totals, part: (jax.tree.map(jnp.add, totals, part_gradients(sink, part)), None)
+        return jax.lax.scan(add_part, totals, parts)[0]
+
+    def gather_once(params, weights, teacher, parts, step, count):
+        with jax.named_scope("gather"):
+            weights, teacher = gather_weights(weights), gather_weights(teacher)
+        over_groups = jax.vmap(gradients_of_parts, (0, 0, 0, None, None))
+        gradients, sums = over_groups(weights, teacher, parts, step, count)
         with jax.named_scope("reduce"):
-            return reduce_gradients(gradients, params, specs[0]), (sum_over_batch(sums), count)
+            return add_groups(gradients, params), jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+    def gather_each_use(params, weights, teacher, parts, step, count):
+        weights, teacher = gather_at_use(weights), gather_at_use(teacher)
+        gradients, sums = gradients_of_parts(weights, teacher, ungroup_batch(parts), step, count)
+        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
+
+    batch_gradients = {"step": gather_once, "layer": gather_each_use}[gather]
 
     def train_step(state, teacher, batch):
-        gradients, (sums, count) = over_batch(local_gradients, state.params, teacher, batch, state.step)
+        count = jnp.maximum(scored_tokens(batch), 1.0)
+        weights = jax.tree.map(lambda x: x.astype(dtype), state.params)
+        parts = group_batch(batch, micro_batches)
+        gradients, sums = batch_gradients(state.params, weights, teacher, parts, state.step, count)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

@@ -18,6 +18,7 @@ from melt_jax.hf_config import DTYPES, fail, parse_config, published_config, rea
 from melt_jax.model.model import abstract_model, module_leaves
 
 PARAMS = "params"
+CHUNK = 512  # tokens, where a model does not say in which chunk to run it
 READ_BYTES = 2**30  # in flight while reading; Orbax refuses a smaller limit than the largest weight
 
 
@@ -89,31 +90,33 @@ def open_folder(folder):
 
 
 def open_model(folder, dtype=None, gate=None, first_loop=None, shardings=None):
-    """A model from a published folder or one in Orbax form.
+    """A model from a published folder or one in Orbax form; otherwise as `melt_jax.hf.load_model`, but for the dtype.
 
     Args:
-      folder: the model checkpoint.
       dtype: of the weights in memory; None: as stored.
-      gate: a gate variant in place of the checkpoint's; "none" is the LoopLM inside a MELT.
-      first_loop: "copy" or "gated" in place of the checkpoint's.
-      shardings: a model whose weights are shardings, or None: the default device.
-
-    Returns:
-      `LoopedTransformer`.
-
-    Raises:
-      ValueError: all that is wrong with config.json, or else all that is wrong with the weights.
     """
     return assemble(open_folder(folder), dtype, gate, first_loop, shardings)
 
 
-def save_model(folder, model, tokenizer_from=None, overwrite=False):
+def default_chunk(folder, config):
+    """Tokens of the chunk in which to run a folder's model: what a MELT was trained with, if config.json says it.
+
+    Args:
+      folder: the model checkpoint.
+      config: `ModelConfig` of the model as opened: a LoopLM's outcome depends on no chunk, 512 is quick.
+    """
+    trained = None if config.gate == "none" else read_raw_config(folder).get("chunk_size")
+    return CHUNK if trained is None else trained
+
+
+def save_model(folder, model, tokenizer_from=None, overwrite=False, chunk_size=None):
     """Writes a model in Orbax form, whole or not at all; called by every process.
 
     Args:
       folder: where; must not exist unless `overwrite`.
       model: `LoopedTransformer`, its weights stored in the dtype they have.
       tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over.
+      chunk_size: tokens of the chunk that a MELT was trained with, for config.json; None: as in `tokenizer_from`'s.
 
     Raises:
       FileExistsError: `folder` exists.
@@ -124,7 +127,7 @@ def save_model(folder, model, tokenizer_from=None, overwrite=False):
             raw = companions(tokenizer_from, temporary)
         write_params(temporary / PARAMS, dict(module_leaves(model)))
         if jax.process_index() == 0:
-            write_config(temporary, published_config(model.config, model.dtype.name, raw))
+            write_config(temporary, published_config(model.config, model.dtype.name, raw, chunk_size))
 
 
 def write_params(folder, weights):

@@ -14,7 +14,7 @@ import pytest
 from synthetic import TOKENIZER_FILES, write_published
 from test_hf import MELT, OURO, assert_same_bits, edit_config, stored_tensors
 
-from melt_jax.checkpoint import OrbaxFolder, nest, open_model, save_model, write_params
+from melt_jax.checkpoint import OrbaxFolder, default_chunk, nest, open_model, save_model, write_params
 from melt_jax.hf import abstract_model, load_model, module_leaves, to_hf_tensors
 
 TOP = pathlib.Path(__file__).parent.parent
@@ -121,6 +121,20 @@ def test_saved_models_open_as_they_were(tmp_path, dtype):
     assert_same_bits(to_hf_tensors(model), to_hf_tensors(opened))
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
     assert read_json(tmp_path / "saved" / "config.json")["torch_dtype"] == dtype
+
+
+def test_the_chunk_of_training_is_kept_in_both_forms_and_is_the_default_to_run_with(tmp_path):
+    model = load_model(write_published(tmp_path / "source", MELT))
+    save_model(tmp_path / "melt", model, chunk_size=7)
+    assert convert(tmp_path / "melt", tmp_path / "published", "published").returncode == 0
+    assert convert(tmp_path / "published", tmp_path / "again", "orbax").returncode == 0
+    assert convert(tmp_path / "again", tmp_path / "ouro", "published", "--gate=none").returncode == 0
+    for name in ("melt", "published", "again"):
+        config = open_model(tmp_path / name).config
+        assert config == MELT and default_chunk(tmp_path / name, config) == 7
+        assert default_chunk(tmp_path / name, OURO) == 512  # the LoopLM inside
+    assert default_chunk(tmp_path / "source", MELT) == 512  # nothing recorded
+    assert "chunk_size" not in read_json(tmp_path / "ouro" / "config.json")
 
 
 def test_a_dtype_that_is_asked_for_casts_to_the_nearest(tmp_path):

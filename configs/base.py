@@ -94,6 +94,7 @@ def get_config():
     config.evaluation = ConfigDict()  # at the end of each phase
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none
     config.evaluation.sequences = 0  # sequences on which the KL to the teacher is measured; 0: none
+    config.evaluation.path = ""  # tokens, records: sequences that training does not see, of data's form and length
     config.evaluation.seed = 1  # of both; not a training seed
     config.evaluation.sample = False  # print one worked answer
 

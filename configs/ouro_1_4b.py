@@ -1,11 +1,12 @@
 """Ouro-1.4B-Thinking becomes MELT-1.6B: the paper's recipe (arXiv 2605.07721).
 
 Reasoning traces, 320 000 tokens a step, one sequence at a time; the paper took 1 040 H100-hours. Convert the published
-folder first, and give a token file of your data:
+folder and prepare your data first:
 
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/ouro_1_4b --to=orbax
-    python -m melt_jax.train --config=configs/ouro_1_4b.py --workdir=runs/melt_1_6b \\
-        --config.teacher=checkpoints/ouro_1_4b --config.data.path=tokens.npz
+    python -m melt_jax.prepare --tokenizer=Ouro-1.4B-Thinking --input='traces/*.jsonl|traces/*.parquet' \\
+        --output=data/train --long=drop
+    python -m melt_jax.train --config=configs/ouro_1_4b.py --workdir=runs/melt_1_6b
 """
 
 from configs import base
@@ -15,6 +16,7 @@ def get_config():
     """The recipe: sequences of 10 000 tokens in chunks of 500, 320 000 tokens a step, 1500 + 300 steps."""
     config = base.get_config()
     config.teacher = "checkpoints/ouro_1_4b"
-    config.data.path = "data/tokens.npz"
+    config.data.source = "records"
+    config.data.path = "data/train"
     config.micro_batches = 32
     return config

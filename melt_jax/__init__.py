@@ -8,6 +8,8 @@ from melt_jax.model.model import LoopedTransformer, exit_loop, init_model, param
 from melt_jax.model.sequence import run_sequence
 from melt_jax.training.objectives import alignment_loss, transition_loss
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LoopedTransformer",
     "ModelConfig",

@@ -1,7 +1,8 @@
 """Model checkpoints: a folder with config.json in the published schema, `params/` by Orbax, and tokenizer files.
 
-`open_model` opens these and published folders alike. Weights keep the modules' shapes, stacked over layers, so that a
-model restores straight into any sharding. Nothing is cast unless a dtype is asked for.
+`open_model` opens these and published folders alike. Weights are stored as the modules have them, stacked over layers,
+so that a model restores straight into any sharding; only dimensions of 1 are left out, which TensorStore would copy to
+write. Nothing is cast unless a dtype is asked for.
 """
 
 import pathlib
@@ -17,6 +18,7 @@ from melt_jax.hf_config import DTYPES, fail, parse_config, published_config, rea
 from melt_jax.model.model import abstract_model, module_leaves
 
 PARAMS = "params"
+CHUNK = 512  # tokens, where a model does not say in which chunk to run it
 READ_BYTES = 2**30  # in flight while reading; Orbax refuses a smaller limit than the largest weight
 
 
@@ -39,9 +41,8 @@ class OrbaxFolder:
         self.raw = read_raw_config(folder)
         self.config = parse_config(self.raw, self.folder / "config.json")
         stored = self._metadata()
-        expected = {path: leaf.shape for path, leaf in module_leaves(abstract_model(self.config))}
-        fail(self.folder / PARAMS, _weight_problems(expected, stored))
-        self.shapes = expected
+        self.shapes = {path: leaf.shape for path, leaf in module_leaves(abstract_model(self.config))}
+        fail(self.folder / PARAMS, _weight_problems(self.shapes, stored))
         dtypes = {np.dtype(leaf.dtype).name for leaf in stored.values()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
 
@@ -55,17 +56,20 @@ class OrbaxFolder:
 
     def read(self, path, dtype):
         """The weight of that path, an array of numpy's in host memory, all layers stacked."""
+        shape = self.shapes[path]
         # A template of stride 0: Orbax asks it for shape and dtype only.
-        template = np.broadcast_to(np.zeros((), jnp.dtype(dtype)), self.shapes[path])
-        return self._restore({path: template})[path]
+        template = np.broadcast_to(np.zeros((), jnp.dtype(dtype)), without_ones(shape))
+        return self._restore({path: template})[path].reshape(shape)
 
     def load(self, paths, dtype, shardings):
         """{path: jax.Array} of those weights, each placed by its sharding where {path: sharding} has one."""
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        leaf = lambda path: jax.ShapeDtypeStruct(
-            self.shapes[path], jnp.dtype(dtype), sharding=shardings.get(path, default)
-        )
-        return self._restore({path: leaf(path) for path in paths})
+        wanted = {
+            path: jax.ShapeDtypeStruct(self.shapes[path], jnp.dtype(dtype), sharding=shardings.get(path, default))
+            for path in paths
+        }
+        weights = self._restore({path: _stored_form(leaf) for path, leaf in wanted.items()})
+        return {path: _module_form(weights.pop(path), wanted[path]) for path in paths}
 
     def _restore(self, templates):
         context = ocp.Context()
@@ -86,31 +90,33 @@ def open_folder(folder):
 
 
 def open_model(folder, dtype=None, gate=None, first_loop=None, shardings=None):
-    """A model from a published folder or one in Orbax form.
+    """A model from a published folder or one in Orbax form; otherwise as `melt_jax.hf.load_model`, but for the dtype.
 
     Args:
-      folder: the model checkpoint.
       dtype: of the weights in memory; None: as stored.
-      gate: a gate variant in place of the checkpoint's; "none" is the LoopLM inside a MELT.
-      first_loop: "copy" or "gated" in place of the checkpoint's.
-      shardings: a model whose weights are shardings, or None: the default device.
-
-    Returns:
-      `LoopedTransformer`.
-
-    Raises:
-      ValueError: all that is wrong with config.json, or else all that is wrong with the weights.
     """
     return assemble(open_folder(folder), dtype, gate, first_loop, shardings)
 
 
-def save_model(folder, model, tokenizer_from=None, overwrite=False):
+def default_chunk(folder, config):
+    """Tokens of the chunk in which to run a folder's model: what a MELT was trained with, if config.json says it.
+
+    Args:
+      folder: the model checkpoint.
+      config: `ModelConfig` of the model as opened: a LoopLM's outcome depends on no chunk, 512 is quick.
+    """
+    trained = None if config.gate == "none" else read_raw_config(folder).get("chunk_size")
+    return CHUNK if trained is None else trained
+
+
+def save_model(folder, model, tokenizer_from=None, overwrite=False, chunk_size=None):
     """Writes a model in Orbax form, whole or not at all; called by every process.
 
     Args:
       folder: where; must not exist unless `overwrite`.
       model: `LoopedTransformer`, its weights stored in the dtype they have.
       tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over.
+      chunk_size: tokens of the chunk that a MELT was trained with, for config.json; None: as in `tokenizer_from`'s.
 
     Raises:
       FileExistsError: `folder` exists.
@@ -121,21 +127,40 @@ def save_model(folder, model, tokenizer_from=None, overwrite=False):
             raw = companions(tokenizer_from, temporary)
         write_params(temporary / PARAMS, dict(module_leaves(model)))
         if jax.process_index() == 0:
-            write_config(temporary, published_config(model.config, model.dtype.name, raw))
+            write_config(temporary, published_config(model.config, model.dtype.name, raw, chunk_size))
 
 
 def write_params(folder, weights):
     """Writes {path: array}, of JAX or numpy, as an Orbax checkpoint.
 
     One uncompressed piece per weight (per shard, where it has several) goes to disk from the memory it lies in: neither
-    Orbax's defensive copy of host arrays nor a compressed or regrouped one stands beside the weights. The exception is
-    weights with a dimension of 1, which TensorStore copies: q_proj and o_proj where G = 1.
+    Orbax's defensive copy of host arrays, nor TensorStore's of those with a dimension of 1 (q_proj and o_proj where
+    G = 1), nor a compressed or regrouped one stands beside the weights.
     """
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     with context:
-        ocp.save(folder, nest(weights))
+        ocp.save(folder, nest({path: weight.squeeze() for path, weight in weights.items()}))
+
+
+def without_ones(shape):
+    """The shape in which a weight is stored: its dimensions of 1 left out."""
+    return tuple(size for size in shape if size != 1)
+
+
+def _stored_form(leaf):
+    """What Orbax restores for a weight, an abstract array with a sharding: dimensions of 1 left out of both."""
+    sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = sharding.update(spec=jax.P(*(axis for axis, size in zip(sharding.spec, leaf.shape) if size != 1)))
+    return jax.ShapeDtypeStruct(without_ones(leaf.shape), leaf.dtype, sharding=sharding)
+
+
+def _module_form(weight, leaf):
+    """The restored weight with its dimensions of 1 again, as the abstract array has them."""
+    ones = [i for i, size in enumerate(leaf.shape) if size == 1]
+    return jax.device_put(jnp.expand_dims(weight, ones), leaf.sharding) if ones else weight
 
 
 def nest(flat):
@@ -162,8 +187,8 @@ def _weight_problems(expected, stored):
         shape, dtype = tuple(getattr(leaf, "shape", ()) or ()), getattr(leaf, "dtype", None)
         if path not in expected:
             problems.append(f"{path} {shape} is unknown: config.json describes no such weight")
-        elif shape != expected[path]:
-            problems.append(f"{path} has shape {shape}: expected {expected[path]}")
+        elif shape != without_ones(expected[path]):
+            problems.append(f"{path} has shape {shape}: expected {without_ones(expected[path])}")
         if dtype is None or np.dtype(dtype).name not in DTYPES:
             problems.append(f"{path} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
     return problems

@@ -139,6 +139,7 @@ class EvaluationConfig:
 
     problems: int
     sequences: int
+    path: str
     seed: int
     sample: bool
 

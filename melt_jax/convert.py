@@ -16,7 +16,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 
 from melt_jax.checkpoint import PARAMS, open_folder, write_params
@@ -56,9 +55,10 @@ def main(_):
         )
     print(f"{FLAGS.input}: {source.form}, gate {source.config.gate}, {source.dtype or 'several dtypes'}")
 
-    # Fresh gates, if the input has none, then the input's weights: one at a time.
+    # Fresh gates, if the input has none, drawn before anything is read, for that takes several times their size. Then
+    # the input's weights, one at a time.
     new = {path for path, _ in module_leaves(abstract) if path not in source.shapes}
-    gates = draw_weights(config, jax.random.key(FLAGS.seed), new, GATE_STD, jnp.dtype(dtype))
+    gates = jax.device_get(draw_weights(config, jax.random.key(FLAGS.seed), new, GATE_STD, jnp.dtype(dtype)))
     weights = stream_weights(source, gates, abstract, dtype)
 
     # Written whole or not at all.
@@ -80,7 +80,7 @@ def stream_weights(source, gates, abstract, dtype):
     done, total = 0, parameter_count(abstract)
     # Embedding and head first: reading a tensor takes twice its size beside the weights, and these are the largest.
     for path, leaf in sorted(module_leaves(abstract), key=lambda entry: entry[0].startswith("layers.")):
-        yield path, np.asarray(gates[path]) if path in gates else source.read(path, dtype)
+        yield path, gates[path] if path in gates else source.read(path, dtype)
         done += leaf.size
         if sys.stdout.isatty():
             print(f"\r{done / total:4.0%} {path:40s}", end="\n" if done == total else "", flush=True)

@@ -1,7 +1,7 @@
 """Scores a checkpoint folder: exact answers on the arithmetic; perplexity and KL to a teacher per loop.
 
     python -m melt_jax.evaluate --checkpoint=runs/nano/alignment/model --teacher=melt_jax/assets/ouro_nano
-    python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=F.npz --chunk_size=500
+    python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=F.npz --rows=1
 
 Perplexity and KL are measured with chunks of --chunk_size and with decoding's chunk of one; the last column is what
 lies between them, the training-inference gap. --all_loops answers the problems with 1, 2, … T loops.
@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from rich.table import Table
 
 from melt_jax import scoring
-from melt_jax.checkpoint import open_model
+from melt_jax.checkpoint import default_chunk, open_model
 from melt_jax.config import GATES
 from melt_jax.data.arithmetic import VOCABULARY
 from melt_jax.data.token_files import open_tokens, token_problems
@@ -28,7 +28,9 @@ ROWS = flags.DEFINE_integer("rows", 16, "Sequences run at once.")
 PROBLEMS = flags.DEFINE_integer("problems", 256, "Arithmetic problems to answer.")
 LOW = flags.DEFINE_integer("low", 2, "The fewest definitions of a problem.")
 HIGH = flags.DEFINE_integer("high", 5, "The most definitions of a problem.")
-CHUNK_SIZE = flags.DEFINE_integer("chunk_size", 16, "Tokens of a chunk: of the prefill and of scoring as in training.")
+CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size", None, "Tokens of a chunk of prefill and scoring; by default those a MELT was trained with, or 512."
+)
 SEED = flags.DEFINE_integer("seed", 1, "Of the problems.")
 LOOPS = flags.DEFINE_integer("loops", None, "T, where it is not the checkpoint's.")
 ALL_LOOPS = flags.DEFINE_boolean("all_loops", False, "Answer the problems with every number of loops up to T.")
@@ -47,17 +49,17 @@ def main(argv):
         raise app.UsageError("\n".join(wrong))
     model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
     teacher = open_model(TEACHER.value, dtype=DTYPE.value) if TEACHER.value else None
+    chunk_size = default_chunk(CHECKPOINT.value, model.config) if CHUNK_SIZE.value is None else CHUNK_SIZE.value
     if TASK.value == "arithmetic":
         if model.config.vocab < len(VOCABULARY):
             raise app.UsageError(f"arithmetic uses {len(VOCABULARY)} token ids, the model has {model.config.vocab}")
         problems = scoring.fresh_problems(SEED.value, PROBLEMS.value, LOW.value, HIGH.value)
-        print(answer_table(model, problems))
+        print(answer_table(model, problems, chunk_size))
         batch = scoring.problem_batch(problems[: SEQUENCES.value])
     else:
         batch = read_batch(model.config)
     chunked, decoding = (
-        scoring.perplexity_and_kl(model, teacher, batch, chunk, LOOPS.value, ROWS.value)
-        for chunk in (CHUNK_SIZE.value, 1)
+        scoring.perplexity_and_kl(model, teacher, batch, chunk, LOOPS.value, ROWS.value) for chunk in (chunk_size, 1)
     )
     print(loop_table(chunked, decoding))
 
@@ -90,13 +92,13 @@ def read_batch(config):
     return Batch(*(np.stack(field) for field in zip(*rows)))
 
 
-def answer_table(model, problems):
+def answer_table(model, problems, chunk_size):
     """Exact answers by number of definitions, for each number of loops that is asked for."""
     most = LOOPS.value or model.config.loops
     out = Table(title="exact answers, greedy (whole completions)", box=None, title_justify="left", pad_edge=False)
     out.add_column("loops")
     results = {
-        loops: scoring.exact_answers(model, problems, CHUNK_SIZE.value, loops, EXIT_THRESHOLD.value)
+        loops: scoring.exact_answers(model, problems, chunk_size, loops, EXIT_THRESHOLD.value)
         for loops in (range(1, most + 1) if ALL_LOOPS.value else (most,))
     }
     for definitions, count, *_ in results[most].by_definitions():

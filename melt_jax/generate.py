@@ -13,7 +13,7 @@ import sys
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from melt_jax.checkpoint import open_model
+from melt_jax.checkpoint import default_chunk, open_model
 from melt_jax.config import GATES
 from melt_jax.data.text import Tokenizer
 from melt_jax.generation import Sampling, generate
@@ -37,7 +37,7 @@ EXIT_THRESHOLD = flags.DEFINE_float(
     "exit_threshold", None, "Cumulative exit probability at which a loop's logits are taken; 1: the last loop's."
 )
 PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", 512, "Tokens of a chunk of the prefill; a MELT does best with the length it was trained with."
+    "prefill_chunk", None, "Tokens of a chunk of the prefill; by default those a MELT was trained with, or 512."
 )
 GATE = flags.DEFINE_enum("gate", None, GATES, "A gate in place of the checkpoint's; none: the LoopLM inside a MELT.")
 DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the weights and rows; by default as stored.")
@@ -54,6 +54,7 @@ def main(argv):
         raise app.UsageError("there is no prompt: give --prompt or --prompts_file")
     tokenizer = Tokenizer(CHECKPOINT.value)
     model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
+    chunk = default_chunk(CHECKPOINT.value, model.config) if PREFILL_CHUNK.value is None else PREFILL_CHUNK.value
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
     try:
         prompts = [encode_prompt(tokenizer, text, CHAT.value) for text in texts]
@@ -62,7 +63,7 @@ def main(argv):
             model,
             prompts,
             most_new_tokens(model.config, prompts) if MAX_NEW_TOKENS.value is None else MAX_NEW_TOKENS.value,
-            PREFILL_CHUNK.value,
+            chunk,
             sampling,
             stop=tokenizer.stop_ids,
             loops=LOOPS.value,

@@ -36,7 +36,7 @@ CONFIG_KEYS = {
 }
 OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "early_exit_threshold")
 OPTIONAL += ("bos_token_id", "eos_token_id", "pad_token_id")
-GATE_KEYS = ("gate", "first_loop")
+MELT_KEYS = ("gate", "first_loop", "chunk_size")  # a MELT's own; chunk_size: tokens of the chunk of its training
 
 # Keys with the values that this model computes; an absent key means the first.
 ONLY_VALUES = {
@@ -97,7 +97,7 @@ def parse_config(raw, subject="config.json"):
     fields = {ours: raw[theirs] for theirs, ours in CONFIG_KEYS.items() if raw.get(theirs) is not None}
     missing = [key for key in CONFIG_KEYS if key not in OPTIONAL and raw.get(key) is None]
     problems = [f"{key} is missing" for key in missing]
-    problems += _type_problems(raw) + _only_value_problems(raw) + _unknown_key_problems(raw)
+    problems += _type_problems(raw) + _only_value_problems(raw) + _melt_key_problems(raw) + _unknown_key_problems(raw)
     if not problems:
         fields.setdefault("kv_heads", fields["heads"])
         fields.setdefault("head_width", fields["width"] // fields["heads"])
@@ -115,7 +115,7 @@ def stored_dtype(raw):
     return raw.get("torch_dtype", raw.get("dtype"))
 
 
-def published_config(config, dtype, source=None):
+def published_config(config, dtype, source=None, chunk_size=None):
     """The dict to write as config.json.
 
     Args:
@@ -123,6 +123,7 @@ def published_config(config, dtype, source=None):
       dtype: of the stored weights, a name.
       source: the config.json that the model came from. Where it already describes `config` it stays as it is; otherwise
         its harmless keys do.
+      chunk_size: tokens of the chunk that a MELT was trained with; None: what `source` says of it.
     """
     raw = dict(source or {})
     config = dataclasses.replace(config, remat=ModelConfig.remat)
@@ -132,12 +133,15 @@ def published_config(config, dtype, source=None):
             raw.pop("auto_map", None)  # names the code of the other kind
             raw |= {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
         raw |= {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
-        raw = {key: value for key, value in raw.items() if key not in (*GATE_KEYS, "rope_parameters")}
+        stale = ("rope_parameters", *(MELT_KEYS if kind == "ouro" else ()))
+        raw = {key: value for key, value in raw.items() if key not in stale}
         raw |= {"hidden_act": "silu"}
         if raw.get("layer_types") is not None:
             raw["layer_types"] = ["full_attention"] * config.layers
         if kind == "melt":
             raw |= {"gate": config.gate, "first_loop": config.first_loop}
+    if chunk_size is not None and config.gate != "none":
+        raw["chunk_size"] = chunk_size
     for key in [key for key in ("torch_dtype", "dtype") if key in raw] or ["torch_dtype"]:
         raw[key] = str(dtype)
     return raw
@@ -200,16 +204,24 @@ def _only_value_problems(raw):
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
         problems.append(f"model_type is {kind!r}: expected 'ouro' or 'melt'")
+    return problems
+
+
+def _melt_key_problems(raw):
+    own = [key for key in MELT_KEYS if key in raw]
+    if raw.get("model_type") == "ouro":
+        return [f"{key} is {raw[key]!r}, but model_type 'ouro' has no gates: expected no such key" for key in own]
+    problems = []
     for key, values in (("gate", tuple(VARIANTS)), ("first_loop", FIRST_LOOPS)):
-        if key in raw and kind == "ouro":
-            problems.append(f"{key} is {raw[key]!r}, but model_type 'ouro' has no gates: expected no such key")
-        elif key in raw and raw[key] not in values:
+        if key in own and raw[key] not in values:
             problems.append(f"{key} is {raw[key]!r}: expected one of {', '.join(values)}")
+    if "chunk_size" in own and (type(raw["chunk_size"]) is not int or raw["chunk_size"] < 1):
+        problems.append(f"chunk_size is {raw['chunk_size']!r}: expected an integer, 1 or more")
     return problems
 
 
 def _unknown_key_problems(raw):
-    known = {*CONFIG_KEYS, *ONLY_VALUES, *HARMLESS, *GATE_KEYS}
+    known = {*CONFIG_KEYS, *ONLY_VALUES, *HARMLESS, *MELT_KEYS}
     return [f"{key} is {raw[key]!r}: a key that melt_jax does not know" for key in raw if key not in known]
 
 

@@ -3,22 +3,23 @@
     python -m melt_jax.prepare --tokenizer=Ouro-1.4B-Thinking --input='traces/*.jsonl|traces/*.parquet' \\
         --output=data/traces --length=10000 --long=drop
     python -m melt_jax.prepare … --question=input --answer=output     # two columns, such as AceReason-1.1-SFT's
+    python -m melt_jax.prepare … --messages=messages --question=input --answer=output     # files of both forms
     python -m melt_jax.prepare --verify=data/traces                   # reads the shards, compares their hashes
 
 A row is a conversation (`messages` or `conversations`, with role and content or ShareGPT's from and value), two columns
-of question and answer, or plain `text`. Conversations are written by the tokenizer's chat template and scored on what
-the assistant writes; plain text ends with the tokenizer's end token and is scored throughout. Documents stay whole,
-side by side in sequences, and do not see each other. The same inputs and flags make the same bytes, on any number of
-cores. The output appears when it is complete, and not before. Train on it with
+of question and answer, or plain `text`; where flags name several of these, the first that it has. Conversations are
+written by the tokenizer's chat template and scored on what the assistant writes; plain text ends with the tokenizer's
+end token and is scored throughout. Documents stay whole, side by side in sequences, and do not see each other. The same
+inputs and flags make the same bytes, on any number of cores. The output appears when it is complete, and not before.
+Train on it with
 
-    python -m melt_jax.train --config=configs/ouro_1_4b.py --config.data.source=records --config.data.path=data/traces …
+    python -m melt_jax.train --config=configs/ouro_1_4b.py --config.data.path=data/traces …
 """
 
 import collections
 import dataclasses
 import glob
 import hashlib
-import importlib.metadata
 import os
 import sys
 
@@ -27,6 +28,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from melt_jax import __version__
 from melt_jax.data.documents import SCORES, Form, Malformed, Rows, documents
 from melt_jax.data.packing import Packer, split
 from melt_jax.data.records import Layout, ShardWriter, verify_shards, write_manifest
@@ -184,12 +186,8 @@ COUNTS = ("documents", "malformed", "dropped", "dropped_tokens", "split", "unpro
 
 def _manifest(layout, counts, shards, tokenizer, rows, form, settings):
     template = tokenizer.template
-    try:
-        package = importlib.metadata.version("melt_jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        package = None
     return {
-        "package": package,
+        "package": __version__,
         **dataclasses.asdict(layout),
         "counts": {name: counts[name] for name in (*COUNTS, "sequences", "tokens", "scored", "padding")},
         "shards": shards,
@@ -246,8 +244,9 @@ def flag_problems():
     wrong = [f"{name} is needed" for name, value in needed.items() if not value]
     if (QUESTION.value is None) != (ANSWER.value is None):
         wrong.append("--question and --answer go together")
-    if sum(flag.value is not None for flag in (MESSAGES, TEXT, QUESTION)) > 1:
-        wrong.append("--messages, --text and --question exclude each other: a row is one of them")
+    columns = [flag.value for flag in (MESSAGES, QUESTION, ANSWER, TEXT) if flag.value is not None]
+    if len(set(columns)) < len(columns):
+        wrong.append(f"--messages, --question, --answer and --text name different columns, found {', '.join(columns)}")
     for flag, least in ((LENGTH, 2), (WINDOW, 1), (SHARD_SEQUENCES, 1), (THREADS, 0)):
         if flag.value < least:
             wrong.append(f"--{flag.name} must be {least} or more, got {flag.value}")

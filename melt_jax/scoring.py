@@ -223,15 +223,14 @@ def cache_bytes_per_token(model, loops=None):
 def score(model, teacher, config):
     """`measure` by the evaluation that a `TrainConfig` asks for, as plain JSON.
 
-    Problems and sequences are of `evaluation.seed`, of which training has none; a token file's sequences are its own.
+    Problems and sequences are of `evaluation.seed`, of which training has none, or else sequences of `evaluation.path`.
     """
     evaluation, data = config.evaluation, config.data
     problems, batch = (), None
     if evaluation.problems:
         problems = fresh_problems(evaluation.seed, evaluation.problems, data.low, data.high)
     if evaluation.sequences:
-        wanted = dataclasses.replace(data, batch=evaluation.sequences)
-        batch = next(iter(stream.batches(wanted, evaluation.seed, 0, 1)))
+        batch = next(iter(stream.batches(stream.evaluation_data(config), evaluation.seed, 0, 1)))
     scores = measure(model, teacher, problems, batch, config.chunk_size, dtype=config.dtype)
     return dataclasses.asdict(scores)
 

@@ -48,7 +48,7 @@ def run(config_dict, workdir):
     config = freeze(config_dict)
     pretraining = config.phases == ("pretraining",)
     shape = config.model if pretraining else open_folder(config.teacher).config
-    if wrong := stream.problems(config.data, shape, config.tokenizer or config.teacher):
+    if wrong := stream.run_problems(config, shape, config.tokenizer or config.teacher):
         raise ConfigError("the data does not fit:\n" + "\n".join(f"  - {line}" for line in wrong))
     _keep_config(config_dict, workdir)
 
@@ -128,7 +128,7 @@ def run_phase(name, config, workdir, params, teacher, first_step, console):
             log.write(*ready)
     checkpoints.close()
     if not (workdir / "model").exists():
-        save_model(workdir / "model", state.params, tokenizer_from=config.tokenizer or config.teacher)
+        save_model(workdir / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     return state.params
 
 

@@ -14,7 +14,7 @@ import pytest
 from synthetic import TOKENIZER_FILES, write_published
 from test_hf import MELT, OURO, assert_same_bits, edit_config, stored_tensors
 
-from melt_jax.checkpoint import OrbaxFolder, nest, open_model, save_model, write_params
+from melt_jax.checkpoint import OrbaxFolder, default_chunk, nest, open_model, save_model, write_params
 from melt_jax.hf import abstract_model, load_model, module_leaves, to_hf_tensors
 
 TOP = pathlib.Path(__file__).parent.parent
@@ -123,6 +123,20 @@ def test_saved_models_open_as_they_were(tmp_path, dtype):
     assert read_json(tmp_path / "saved" / "config.json")["torch_dtype"] == dtype
 
 
+def test_the_chunk_of_training_is_kept_in_both_forms_and_is_the_default_to_run_with(tmp_path):
+    model = load_model(write_published(tmp_path / "source", MELT))
+    save_model(tmp_path / "melt", model, chunk_size=7)
+    assert convert(tmp_path / "melt", tmp_path / "published", "published").returncode == 0
+    assert convert(tmp_path / "published", tmp_path / "again", "orbax").returncode == 0
+    assert convert(tmp_path / "again", tmp_path / "ouro", "published", "--gate=none").returncode == 0
+    for name in ("melt", "published", "again"):
+        config = open_model(tmp_path / name).config
+        assert config == MELT and default_chunk(tmp_path / name, config) == 7
+        assert default_chunk(tmp_path / name, OURO) == 512  # the LoopLM inside
+    assert default_chunk(tmp_path / "source", MELT) == 512  # nothing recorded
+    assert "chunk_size" not in read_json(tmp_path / "ouro" / "config.json")
+
+
 def test_a_dtype_that_is_asked_for_casts_to_the_nearest(tmp_path):
     model = load_model(write_published(tmp_path / "source", OURO, dtype="float32"))
     save_model(tmp_path / "saved", model)
@@ -138,6 +152,32 @@ def test_weights_go_where_their_shardings_say(converted):
         opened = open_model(converted / name, shardings=shardings)
         assert all(weight.sharding == sharding for weight in jax.tree.leaves(opened))
         assert_same_bits(to_hf_tensors(open_model(converted / name)), to_hf_tensors(opened))
+
+
+def test_models_spread_over_devices_come_back_to_their_places(tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(TOP)}
+    command = [sys.executable, TOP / "tests" / "shard_round_trip.py", tmp_path]
+    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    assert done.returncode == 0 and "the same weights in the same places" in done.stdout, done.stderr
+
+
+def test_weights_are_written_from_where_they_lie(tmp_path):
+    """A dimension of 1, which makes TensorStore copy, costs no memory: the largest resident set stays what it was."""
+    code = f"""
+import resource
+import numpy as np
+from melt_jax.checkpoint import write_params
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+write_params({str(tmp_path / "small")!r}, {{"a": np.ones((2, 1), np.float32)}})
+weight = np.ones((8, 1, 1024, 1, 4096), np.float32)
+before = peak()
+write_params({str(tmp_path / "large")!r}, {{"a": weight}})
+print((peak() - before) / weight.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.25
 
 
 def test_every_weight_that_disagrees_with_config_json_is_listed(tmp_path):

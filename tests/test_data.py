@@ -5,9 +5,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from melt_jax.config import DataConfig, ModelConfig
+from configs import base, nano
+from melt_jax.config import DataConfig, ModelConfig, freeze
 from melt_jax.data import arithmetic
-from melt_jax.data.stream import batch_maker, batches, problems
+from melt_jax.data.stream import batch_maker, batches, evaluation_data, problems, run_problems
 from melt_jax.data.token_files import open_tokens, token_problems
 
 NANO = ModelConfig(
@@ -319,3 +320,44 @@ def test_config_problems_come_at_once():
 
 def test_good_configs_have_no_problems(data):
     assert problems(data, NANO) == []
+
+
+# A run's two sources
+
+
+def run_config(training, **evaluation):
+    config = base.get_config()
+    config.teacher = "looplm"
+    config.data.path, config.data.length, config.data.batch = training, 4, 2
+    config.evaluation.update(evaluation)
+    return freeze(config)
+
+
+def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
+    train, other = (str(tmp_path / name) for name in ("train.npy", "other.npy"))
+    np.save(train, np.arange(24).reshape(6, 4))
+    np.save(other, np.arange(24, 36).reshape(3, 4))
+    config = run_config(train, sequences=3, path=other)
+    assert run_problems(config, NANO) == []
+    (batch,) = batches(evaluation_data(config), config.evaluation.seed, 0, 1)
+    assert sorted(batch.tokens.ravel()) == list(range(24, 36))
+
+    np.save(tmp_path / "longer.npy", np.zeros((3, 5), np.int32))
+    for evaluation, message in (
+        ({"sequences": 3}, 'source "tokens" needs sequences kept from training; none are given'),
+        ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "is data.path: expected sequences kept from training"),
+        ({"sequences": 4, "path": other}, "evaluation.sequences: expected at most 3"),
+        ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: no such file"),
+        ({"sequences": 3, "path": f"{tmp_path}/longer.npy"}, "expected sequences of 4 tokens, found 5"),
+        ({"path": other}, "goes unused, evaluation.sequences is 0"),
+    ):
+        (found,) = run_problems(run_config(train, **evaluation), NANO)
+        assert message in found and found.startswith("evaluation.")
+
+
+def test_made_problems_need_no_file_to_evaluate_on():
+    config = nano.get_config()
+    assert run_problems(freeze(config), NANO) == []
+    config.evaluation.path = "x.npy"
+    (found,) = run_problems(freeze(config), NANO)
+    assert found == 'evaluation.path: "x.npy" goes unused, source "arithmetic" reads no file; drop it'

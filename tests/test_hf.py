@@ -198,6 +198,8 @@ def test_all_wrong_config_values_are_listed_at_once(tmp_path):
         ({"head_dim": 5}, "head_dim is 5"),
         ({"eos_token_id": 29}, "eos_token_id is 29: outside the vocabulary of 29"),
         ({"gate": "mean"}, "model_type 'ouro' has no gates"),
+        ({"chunk_size": 500}, "model_type 'ouro' has no gates"),
+        ({"model_type": "melt", "chunk_size": 0}, "chunk_size is 0: expected an integer, 1 or more"),
         ({"model_type": "melt", "gate": "open"}, "gate is 'open': expected one of elementwise"),
         ({"torch_dtype": "bfloat16", "dtype": "float32"}, "but dtype is 'float32'"),
         ({"sliding_window": 512, "use_sliding_window": True}, "use_sliding_window is True"),

@@ -144,6 +144,20 @@ def test_the_forms_of_a_conversation_are_one(tokenizer):
         np.testing.assert_array_equal(other.loss_mask, found[0].loss_mask)
 
 
+def test_a_row_is_the_first_of_the_named_columns_that_it_has(tokenizer):
+    form = Form("messages", "text", "question", "answer")
+    pair, text = {"question": "1+1?", "answer": "2"}, {"text": "the sum"}
+    conversation = only({"messages": chat("1+1?", "2")}, tokenizer).tokens
+    for row, expected in (
+        ({"messages": chat("1+1?", "2"), **text}, conversation),
+        ({"messages": None, **text, **pair}, conversation),
+        ({**text, "question": None, "answer": None}, only(text, tokenizer).tokens),
+    ):
+        np.testing.assert_array_equal(only(row, tokenizer, form).tokens, expected)
+    reason = "expected one of the columns messages, question, text, found conversations"
+    assert only({"conversations": []}, tokenizer, form).reason == reason
+
+
 def test_a_template_that_forgets_is_told(tmp_path, folder):
     tokenizer = with_template(tmp_path, folder, FORGETFUL)
     messages = chat("a", "<think>b</think>c", "d", "<think>e</think>f")

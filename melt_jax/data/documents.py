@@ -61,8 +61,8 @@ class Form:
     """What a row holds.
 
     Attributes:
-      messages: column of conversations; text: column of plain text; question and answer: columns of one exchange. With
-        none of them, each row's first column of `MESSAGES` and `TEXT` that is there.
+      messages: column of conversations; question and answer: columns of one exchange; text: column of plain text. Where
+        several are given, a row is the first of the three that it has. With none, `MESSAGES` and `TEXT` are given.
       score: "assistant" for the assistant's turns of conversations, or "all"; of plain text all is scored.
     """
 
@@ -75,8 +75,13 @@ class Form:
     @property
     def columns(self):
         """The columns that may be asked of a row."""
-        given = [name for name in (self.messages, self.text, self.question, self.answer) if name]
+        given = [name for name in (self.messages, self.question, self.answer, self.text) if name]
         return given or [*MESSAGES, TEXT]
+
+    @property
+    def kinds(self):
+        """The columns of which a row has one, by which it is known what the row is."""
+        return [name for name in self.columns if name != self.answer]
 
 
 class Rows:
@@ -201,13 +206,15 @@ def _draft(row, tokenizer, form):
             raise _Reason(f"no JSON in UTF-8: {error}") from None
         if not isinstance(row, dict):
             raise _Reason(f"expected an object of columns, found {_brief(row)}")
-    if form.question:
-        pair = [{"role": "user", "content": _column(row, form.question)}]
-        return _conversation([*pair, {"role": "assistant", "content": _column(row, form.answer)}], tokenizer, form)
-    name = form.messages or form.text or next((n for n in form.columns if row.get(n) is not None), None)
+    name = next((name for name in form.kinds if row.get(name) is not None), None)
+    if len(form.kinds) == 1:
+        (name,) = form.kinds
     if name is None:
-        raise _Reason(f"expected one of the columns {', '.join(form.columns)}, found {', '.join(row) or 'none'}")
-    if form.text or (name == TEXT and not form.messages):
+        raise _Reason(f"expected one of the columns {', '.join(form.kinds)}, found {', '.join(row) or 'none'}")
+    if name == form.question:
+        pair = [{"role": "user", "content": _column(row, name)}]
+        return _conversation([*pair, {"role": "assistant", "content": _column(row, form.answer)}], tokenizer, form)
+    if name == (form.text or TEXT) and name != form.messages:
         text = _column(row, name)
         if not text:
             raise _Reason(f"{name}: empty")

@@ -5,6 +5,7 @@ would have met. Batches are made by background threads while the device computes
 own rows of the same global batch.
 """
 
+import dataclasses
 import difflib
 import functools
 import pathlib
@@ -52,6 +53,32 @@ def problems(data, model, tokenizer=None):
     elif data.length >= 2:
         found += [f"data.path: {message}" for message in token_problems(data.path, data.length, model.vocab)]
     return found
+
+
+def run_problems(config, model, tokenizer=None):
+    """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as `problems` gives them.
+
+    A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own.
+    """
+    evaluation, source = config.evaluation, config.data.source
+    found, given = problems(config.data, model, tokenizer), f'evaluation.path: "{evaluation.path}"'
+    if not evaluation.sequences or source == "arithmetic":
+        why = "evaluation.sequences is 0" if not evaluation.sequences else f'source "{source}" reads no file'
+        return found + [f"{given} goes unused, {why}; drop it"] * bool(evaluation.path)
+    if not evaluation.path:
+        return [*found, f'evaluation.path: source "{source}" needs sequences kept from training; none are given']
+    if pathlib.Path(evaluation.path).resolve() == pathlib.Path(config.data.path).resolve():
+        return [*found, f"{given} is data.path: expected sequences kept from training"]
+    data = evaluation_data(config)
+    wrong = [line.replace("data.path: ", "evaluation.path: ", 1) for line in problems(data, model, tokenizer)]
+    if not wrong and (count := len(_open_source(data))) < evaluation.sequences:
+        wrong = [f"evaluation.sequences: expected at most {count}, as {evaluation.path} has, found {data.batch}"]
+    return found + [line for line in wrong if line not in found]
+
+
+def evaluation_data(config):
+    """The `DataConfig` of the sequences that a `TrainConfig` evaluates on: a batch of them, from `evaluation.path`."""
+    return dataclasses.replace(config.data, path=config.evaluation.path, batch=config.evaluation.sequences)
 
 
 def batches(data, seed, start, stop, rows=None):
@@ -104,11 +131,14 @@ def batch_maker(data, seed, rows=None):
     if data.source == "arithmetic":
         return functools.partial(_arithmetic_step, data, seed, rows)
     if data.source in SOURCES:
-        sequences = open_records(data.path) if data.source == "records" else open_tokens(data.path, data.length)
         # `seed` is hashed before the shuffle adds the epoch to it: neighbouring seeds must not share their orders.
-        ordered = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
+        ordered = grain.MapDataset.source(_open_source(data)).seed(seed).shuffle().repeat()
         return functools.partial(_file_step, ordered, data.batch, rows)
     raise ValueError(f"data.source: {_unknown(data.source, SOURCES)}")
+
+
+def _open_source(data):
+    return open_records(data.path) if data.source == "records" else open_tokens(data.path, data.length)
 
 
 def _arithmetic_step(data, seed, rows, step):

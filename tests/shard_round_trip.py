@@ -1,0 +1,49 @@
+"""Saves and opens a model spread over four devices; `test_convert.py` runs it as a process of its own.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python tests/shard_round_trip.py FOLDER
+"""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import TINY, make_model
+
+from melt_jax.checkpoint import open_model, save_model
+from melt_jax.model.model import module_leaves
+
+# One layer, and as many key/value heads as heads: most weights have a dimension of 1.
+CONFIG = dataclasses.replace(TINY, layers=1, kv_heads=4)
+SPECS = {
+    "embed_tokens": jax.P(None, "model"),
+    "layers.q_proj": jax.P(None, "data", "model"),
+    "layers.o_proj": jax.P(None, "model", None, None, "data"),
+    "layers.up_proj": jax.P(None, "data", "model"),
+    "layers.kv_gate.w_z": jax.P(None, None, ("data", "model")),
+    "lm_head": jax.P("data"),
+}
+
+
+def main(folder):
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    model = make_model(CONFIG)
+    paths = [path for path, _ in module_leaves(model)]
+    placed = [jax.sharding.NamedSharding(mesh, SPECS.get(path, jax.P())) for path in paths]
+    shardings = jax.tree.unflatten(jax.tree.structure(model), placed)
+    spread = jax.tree.map(jax.device_put, model, shardings)
+    for name, saved in (("spread", spread), ("whole", model)):
+        save_model(f"{folder}/{name}", saved)
+        opened = open_model(f"{folder}/{name}", shardings=shardings)
+        for (path, weight), (_, expected), sharding in zip(
+            module_leaves(opened), module_leaves(model), placed, strict=True
+        ):
+            assert weight.sharding == sharding, (name, path, weight.sharding, sharding)
+            np.testing.assert_array_equal(weight, expected, err_msg=f"{name} {path}")
+    assert any(1 in jnp.shape(weight) and not weight.is_fully_replicated for weight in jax.tree.leaves(opened))
+    print("the same weights in the same places")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

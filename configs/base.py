@@ -91,6 +91,14 @@ def get_config():
     config.checkpoint_every = 100  # steps to a checkpoint; a phase's last step is always saved
     config.checkpoints_kept = 2
 
+    config.run = ConfigDict()  # how a run is watched; it may go on with other values than it began with
+    config.run.skipped_limit = 10  # updates in a row, skipped for a loss or gradient not finite, that stop the run
+    config.run.stall_seconds = 0.0  # without a finished step, until the stacks of all threads are logged; 0: never
+    config.run.stall_first_seconds = 3600.0  # the same for the first step, which is compiled
+    config.run.stall_exits = True  # after that leave with status 76, so that a launcher starts the run again
+    config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
+    config.run.profile_steps = 3  # how many are
+
     config.evaluation = ConfigDict()  # at the end of each phase
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none
     config.evaluation.sequences = 0  # sequences on which the KL to the teacher is measured; 0: none

@@ -132,6 +132,18 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How a run is watched: nothing that it computes depends on it."""
+
+    skipped_limit: int
+    stall_seconds: float
+    stall_first_seconds: float
+    stall_exits: bool
+    profile_start: int
+    profile_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run; every key is explained in `configs/base.py`."""
 
@@ -153,6 +165,7 @@ class TrainConfig:
     log_every: int
     checkpoint_every: int
     checkpoints_kept: int
+    run: RunConfig
     evaluation: EvaluationConfig
 
     def phase(self, name):
@@ -230,6 +243,9 @@ def problems(config):
         need(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", "in [0, 1)", getattr(optimizer, key))
     need(optimizer.clip > 0, "optimizer.clip", "above 0", optimizer.clip)
     need(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0", optimizer.weight_decay)
+    for key, least in (("skipped_limit", 1), ("stall_seconds", 0), ("stall_first_seconds", 0), ("profile_start", 0),
+                       ("profile_steps", 1)):  # fmt: skip
+        need(getattr(config.run, key) >= least, f"run.{key}", f"at least {least}", getattr(config.run, key))
     need(config.evaluation.problems >= 0, "evaluation.problems", "at least 0", config.evaluation.problems)
     need(config.evaluation.sequences >= 0, "evaluation.sequences", "at least 0", config.evaluation.sequences)
     need(config.evaluation.seed != config.seed, "evaluation.seed", "other than seed, which training uses", config.seed)

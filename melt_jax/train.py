@@ -10,6 +10,7 @@ end is made of.
 
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,11 @@ from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
 from melt_jax.model.model import init_model, parameter_count, reconfigure
 from melt_jax.training.checkpoint import Checkpoints
-from melt_jax.training.log import RunLog
 from melt_jax.training.optimizer import make_optimizer
+from melt_jax.training.preemption import PREEMPTED, leave_on_sigterm
+from melt_jax.training.processes import join_processes
 from melt_jax.training.step import cast_to, init_state, make_train_step, phase_objective
+from melt_jax.training.watch import Watch
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
@@ -37,6 +40,8 @@ def main(argv):
     """Reads the flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    join_processes()
+    leave_on_sigterm()
     run(CONFIG.value, pathlib.Path(WORKDIR.value))
 
 
@@ -97,6 +102,10 @@ def run_phase(name, config, workdir, params, teacher, first_step, console):
       teacher: frozen LoopLM, or None in pre-training.
       first_step: the run's step at which the phase begins, from which its data is counted.
       console: where lines are printed.
+
+    Raises:
+      SystemExit: with status 75, when SIGTERM came and a checkpoint was saved.
+      NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
     """
     phase = config.phase(name)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
@@ -112,21 +121,19 @@ def run_phase(name, config, workdir, params, teacher, first_step, console):
         phase_objective(name, phase, config.chunk_size, cast_to(config.dtype)), optimizer, config.micro_batches
     )
     batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps)
-    with RunLog(workdir, name, start, phase.steps, console) as log:
-        interval, ready = [], None
-        for step, batch in enumerate(batches, start + 1):
-            state, metrics = train_step(state, teacher, jax.tree.map(jnp.asarray, batch))
-            log.advance()
-            if ready:  # the device has the next step to do while these are read
-                log.write(*ready)
-                ready = None
-            interval.append(metrics)
-            if step % config.log_every == 0 or step == phase.steps:
-                interval, ready = [], (step, interval)
-            checkpoints.save(step, state, force=step == phase.steps)
-        if ready:
-            log.write(*ready)
+    with Watch(name, config, workdir, start, first_step, checkpoints, console) as watch:
+        for step, batch in watch.steps(batches):
+            with watch.step(step, state):
+                state, metrics = train_step(state, teacher, jax.tree.map(jnp.asarray, batch))
+            last = watch.dispatched(step, metrics)
+            checkpoints.save(step, state, force=last)
+            if last:
+                break
+        watch.finish()
     checkpoints.close()
+    if watch.preempted:
+        console.print(f"{name}: SIGTERM; step {step} is saved, and the same command goes on from there")
+        sys.exit(PREEMPTED)
     if not (workdir / "model").exists():
         save_model(workdir / "model", state.params, tokenizer_from=config.tokenizer or config.teacher)
     return state.params
@@ -159,17 +166,17 @@ class Results:
 
 
 def _keep_config(config_dict, workdir):
-    """Writes the config beside the run; a run is gone on with only under the config it began with."""
+    """Writes the config beside the run; a run is gone on with only under the config it began with, but for `run`."""
     workdir.mkdir(parents=True, exist_ok=True)
     path, text = workdir / "config.json", config_dict.to_json(indent=1, sort_keys=True)
-    if path.exists() and path.read_text() != text:
+    if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
-        changed = [
-            f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
-        ]
-        raise ConfigError(
-            f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
-        )
+        keys = sorted({*old, *new} - {"run"})
+        changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
+            )
     path.write_text(text)
 
 

@@ -1,7 +1,6 @@
 """The log of a run: a progress bar, a line per interval, `metrics.jsonl` and TensorBoard, in one folder."""
 
 import json
-import time
 
 import jax
 import numpy as np
@@ -11,10 +10,11 @@ from tensorboardX import SummaryWriter
 
 
 def add_up(interval):
-    """The metrics of some steps, each {name: (sum, count)}, divided last: {name: numpy array}."""
+    """The metrics of some steps, each {name: (sum, count)}, divided last: {name: array}; nan where none counts."""
     interval = jax.device_get(interval)
     total = lambda name, i: np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
-    return {name: total(name, 0) / total(name, 1) for name in interval[0]}
+    with np.errstate(invalid="ignore"):
+        return {name: total(name, 0) / total(name, 1) for name in interval[0]}
 
 
 def scalars(metrics):
@@ -42,7 +42,6 @@ class RunLog:
         columns = (TextColumn(phase), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task(phase, total=steps, completed=start)
-        self._time, self._step = time.perf_counter(), start
 
     def __enter__(self):
         self._bar.start()
@@ -59,9 +58,6 @@ class RunLog:
     def write(self, step, interval, **extra):
         """The line, the JSON record and the TensorBoard points of an interval that ends with `step`."""
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
-        now = time.perf_counter()
-        metrics["seconds_per_step"] = np.asarray((now - self._time) / max(step - self._step, 1))
-        self._time, self._step = now, step
         if "alignment" in metrics:
             metrics["alignment_to_kd"] = np.mean(metrics["alignment"]) / np.maximum(np.mean(metrics["kd"]), 1e-30)
         numbers = scalars(metrics)

@@ -1,0 +1,59 @@
+"""Peak figures of accelerators, to set a measured or compiled program against."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip's published peaks.
+
+    Attributes:
+      name: as Google Cloud and NVIDIA write it.
+      kinds: JAX's `device.device_kind` for it.
+      flops: bf16 FLOP/s, dense, a multiply-add counted as 2.
+      memory: HBM, bytes.
+      memory_bandwidth: HBM, bytes/s.
+      link_bandwidth: bytes/s between chips over all of a chip's links (ICI, NVLink), both directions added up: a chip
+        sends at half of it, and only where the collective uses all links.
+      devices: JAX devices that share the chip and so its figures.
+    """
+
+    name: str
+    kinds: tuple
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    devices: int = 1
+
+    @property
+    def device_flops(self):
+        """bf16 FLOP/s of one JAX device."""
+        return self.flops / self.devices
+
+    @property
+    def device_memory(self):
+        """HBM of one JAX device, bytes."""
+        return self.memory / self.devices
+
+
+GIB = 2**30
+
+# TPUs: the "key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; HBM bandwidth of v4 (the page
+# rounds to 1200 GB/s) and its links, six of 50 GB/s in each direction, from "TPU v4" (Jouppi et al., ISCA 2023).
+# v4 and v5p join a chip's two cores to one device (a described topology of v4 does so with chip_config_name="megacore");
+# a tpu7x shows its two chiplets as two.
+# H100: NVIDIA's data sheet, SXM5; it states bf16 with sparsity, twice the dense figure, and NVLink in both directions.
+CHIPS = (
+    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 600e9),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 400e9),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 1200e9),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 800e9),
+    Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * GIB, 7380e9, 1200e9, devices=2),
+    Chip("H100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3350e9, 900e9),
+)
+
+
+def find_chip(device_kind):
+    """The `Chip` of a JAX device, by `device.device_kind`; None where it is not in the table (a CPU)."""
+    return next((chip for chip in CHIPS if device_kind in chip.kinds), None)

@@ -5,7 +5,8 @@
 Started again with the same workdir, a run goes on from its last checkpoint, to the same bits. The workdir gets, for
 each phase, `checkpoints/` (masters, moments, step), `metrics.jsonl` and TensorBoard files, and at its end `model/`, a
 checkpoint folder that `melt_jax.generate`, `.evaluate` and `.convert` open; and `results.json`, what the table at the
-end is made of.
+end is made of. SIGTERM saves a checkpoint and leaves with status 75, a stall that `run.stall_seconds` notices with 76:
+both ask to be started again (`melt_jax.training.preemption`).
 """
 
 import json
@@ -22,6 +23,7 @@ from melt_jax import scoring
 from melt_jax.checkpoint import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
+from melt_jax.folders import write_text
 from melt_jax.model.model import init_model, parameter_count, reconfigure
 from melt_jax.training.checkpoint import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
@@ -47,7 +49,7 @@ def main(argv):
 
 def run(config_dict, workdir):
     """One run of a ConfigDict, new or gone on with, in a folder. Returns the trained model, float32."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
 
     # ---- the config, checked before anything is allocated
     config = freeze(config_dict)
@@ -121,7 +123,7 @@ def run_phase(name, config, workdir, params, teacher, first_step, console):
         phase_objective(name, phase, config.chunk_size, cast_to(config.dtype)), optimizer, config.micro_batches
     )
     batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps)
-    with Watch(name, config, workdir, start, first_step, checkpoints, console) as watch:
+    with Watch(name, config, params.config, workdir, start, first_step, checkpoints, console) as watch:
         for step, batch in watch.steps(batches):
             with watch.step(step, state):
                 state, metrics = train_step(state, teacher, jax.tree.map(jnp.asarray, batch))
@@ -158,7 +160,8 @@ class Results:
         if name in self._rows or not (evaluation.problems or evaluation.sequences):
             return
         self._rows[name] = scoring.score(make_model(), teacher, config)
-        self._path.write_text(json.dumps(self._rows, indent=1))
+        if jax.process_index() == 0:
+            write_text(self._path, json.dumps(self._rows, indent=1))
 
     def table(self):
         """The rows as text."""
@@ -167,6 +170,8 @@ class Results:
 
 def _keep_config(config_dict, workdir):
     """Writes the config beside the run; a run is gone on with only under the config it began with, but for `run`."""
+    if jax.process_index() > 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     path, text = workdir / "config.json", config_dict.to_json(indent=1, sort_keys=True)
     if path.exists():
@@ -177,7 +182,7 @@ def _keep_config(config_dict, workdir):
             raise ConfigError(
                 f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
             )
-    path.write_text(text)
+    write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from melt_jax.folders import write_text
+
 
 def add_up(interval):
     """The metrics of some steps, each {name: (sum, count)}, divided last: {name: array}; nan where none counts."""
@@ -28,17 +30,21 @@ def scalars(metrics):
 
 
 class RunLog:
-    """Writes one phase's metrics, as a context manager; lines of steps after `start` are dropped: they run again."""
+    """Writes one phase's metrics, as a context manager; lines of steps after `start` are dropped: they run again.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, folder, phase, start, steps, console=None):
-        folder.mkdir(parents=True, exist_ok=True)
         self.phase, self.steps = phase, steps
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._path = folder / "metrics.jsonl"
-        if self._path.exists():
-            whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("\n")]
-            self._path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
-        self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        self._path, self._board = folder / "metrics.jsonl", None
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("\n")]
+                write_text(self._path, "".join(line for line in whole if json.loads(line)["step"] <= start))
+            self._board = SummaryWriter(str(folder), purge_step=start + 1)
         columns = (TextColumn(phase), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task(phase, total=steps, completed=start)
@@ -49,7 +55,8 @@ class RunLog:
 
     def __exit__(self, *_):
         self._bar.stop()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
     def advance(self):
         """One more step was started."""
@@ -57,6 +64,8 @@ class RunLog:
 
     def write(self, step, interval, **extra):
         """The line, the JSON record and the TensorBoard points of an interval that ends with `step`."""
+        if self._board is None:
+            return
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
         if "alignment" in metrics:
             metrics["alignment_to_kd"] = np.mean(metrics["alignment"]) / np.maximum(np.mean(metrics["kd"]), 1e-30)

@@ -8,6 +8,8 @@ import time
 
 import jax
 
+from melt_jax.chips import find_chip
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -16,11 +18,11 @@ class Performance:
 
     Args:
       tokens: of one step's global batch, padding among them.
-      flops: model FLOPs of one step over all devices, or None where they are not counted.
-      peak: FLOP/s of all devices together, or None where it is not known.
+      flops: that one step needs, over all devices (`melt_jax.flops`, `StepFlops.mfu_flops`).
+      peak: FLOP/s of all devices together, or None where it is not known, and then there is no MFU.
     """
 
-    def __init__(self, tokens, flops=None, peak=None):
+    def __init__(self, tokens, flops, peak=None):
         self._tokens, self._flops, self._peak = tokens, flops, peak
         self._waiting = self._compiling = 0.0
         self._read = time.perf_counter()
@@ -50,7 +52,8 @@ class Performance:
           {name: number}:
           `seconds_per_step`: from reading to reading, saving and waiting included, compilation left out;
           `tokens_per_second`: of all devices, by that time;
-          `mfu`: the FLOPs that the model needs (nothing that is computed again), by that time and the devices' peak;
+          `mfu`: the FLOPs that a step needs, those of the teacher among them and nothing that is computed again, by
+            that time and by the devices' bf16 peak; a document is taken to fill its sequence;
           `data_seconds`: how long the loop waited for batches;
           `compile_seconds`: how long XLA compiled, where it did: a phase's first step, and hopefully no other;
           `memory_bytes`: the most that one of this process's devices has had in use so far, where it tells.
@@ -62,7 +65,7 @@ class Performance:
             "tokens_per_second": self._tokens / seconds,
             "data_seconds": self._waiting,
         }
-        if self._flops and self._peak:
+        if self._peak:
             numbers["mfu"] = self._flops / seconds / self._peak
         if self._compiling:
             numbers["compile_seconds"] = self._compiling
@@ -74,6 +77,12 @@ class Performance:
     def _event(self, name, seconds, **_):
         if name == COMPILE_EVENT:
             self._compiling += seconds
+
+
+def peak_flops():
+    """The bf16 FLOP/s of all devices together, or None where the chip is not known (a CPU)."""
+    chip = find_chip(jax.devices()[0].device_kind)
+    return chip and chip.device_flops * jax.device_count()
 
 
 class StepProfiler:

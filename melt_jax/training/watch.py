@@ -4,8 +4,9 @@ import contextlib
 
 import jax
 
+from melt_jax.flops import step_flops
 from melt_jax.training.log import RunLog
-from melt_jax.training.performance import Performance, StepProfiler
+from melt_jax.training.performance import Performance, StepProfiler, peak_flops
 from melt_jax.training.preemption import PreemptionNotice
 from melt_jax.training.skipped import SkippedSteps
 from melt_jax.training.watchdog import Watchdog
@@ -17,6 +18,7 @@ class Watch:
     Args:
       name: of the phase.
       config: `TrainConfig`.
+      model: `ModelConfig` of what is trained.
       folder: the phase's.
       start: steps of the phase that have been made.
       first_step: the run's step at which the phase begins.
@@ -24,11 +26,12 @@ class Watch:
       console: where lines are printed.
     """
 
-    def __init__(self, name, config, folder, start, first_step, checkpoints, console):
+    def __init__(self, name, config, model, folder, start, first_step, checkpoints, console):
         self._steps, self._log_every = config.phase(name).steps, config.log_every
         self._start, self._first_step, self._checkpoints = start, first_step, checkpoints
         self._log = RunLog(folder, name, start, self._steps, console)
-        self._performance = Performance(config.data.batch * config.data.length)
+        batch, length = config.data.batch, config.data.length
+        self._performance = Performance(batch * length, step_flops(model, name, batch, length).mfu_flops, peak_flops())
         self._profiler = StepProfiler(folder, config.run)
         self._watchdog = Watchdog(name, folder, config.run)
         self._preemption = PreemptionNotice()

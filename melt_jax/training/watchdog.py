@@ -64,7 +64,7 @@ class Watchdog:
     def _report(self, allowed):
         last = "none has" if self._finished is None else f"the last was step {self._finished}"
         pending = [step for step, _ in list(self._steps)]
-        under_way = f"the device has step {pending[0]} to finish" if pending else "the device has nothing to do"
+        under_way = f"the device has step {pending[0]} to finish" if pending else "no later one was dispatched"
         message = (
             f"{self._phase}: no step has finished for {allowed:g} s ({last}; {under_way}), process"
             f" {jax.process_index()}. Stacks of all threads, also in {self._file}:"

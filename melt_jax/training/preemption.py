@@ -5,7 +5,8 @@ The exit statuses of `melt_jax.train`, beside 0 (the run has ended) and 1 (an er
     75  PREEMPTED   SIGTERM came; a checkpoint was saved; the same command goes on from there
     76  STALLED     the watchdog ended a run that no longer moved; the same command goes on from the last checkpoint
 
-A launcher starts the run again on both.
+A launcher starts the run again on both. Where one of several processes is lost without a word, JAX ends the others
+(SIGABRT, 134 in a shell): that asks for a new start too.
 """
 
 import signal

@@ -39,10 +39,10 @@ class Chip:
 
 GIB = 2**30
 
-# TPUs: the "key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; HBM bandwidth of v4 (the page
-# rounds to 1200 GB/s) and its links, six of 50 GB/s in each direction, from "TPU v4" (Jouppi et al., ISCA 2023).
-# v4 and v5p join a chip's two cores to one device (a described topology of v4 does so with chip_config_name="megacore");
-# a tpu7x shows its two chiplets as two.
+# TPUs: the "key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. For v4 the page rounds HBM
+# bandwidth to 1200 GB/s and leaves out the links: six, of 50 GB/s in each direction (arXiv 2304.01433).
+# v4 and v5p join a chip's two cores to one device (a topology of v4 with chip_config_name="megacore"); a tpu7x shows
+# its two chiplets as two.
 # H100: NVIDIA's data sheet, SXM5; it states bf16 with sparsity, twice the dense figure, and NVLink in both directions.
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 600e9),

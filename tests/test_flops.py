@@ -1,0 +1,157 @@
+"""Necessary FLOPs against sums over weights and against what compiled programs do; the table of chips."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_hlo import topology_devices
+from tiny import TINY
+
+from melt_jax import ModelConfig
+from melt_jax.chips import CHIPS, find_chip
+from melt_jax.flops import causal_rows, forward_flops, step_flops
+from melt_jax.hlo import analyse
+from melt_jax.model.cache import create_cache
+from melt_jax.model.loops import run_chunk
+from melt_jax.model.model import abstract_model, module_leaves
+from melt_jax.training.objectives import Batch, distillation_loss, distillation_sums, normalize, scored_tokens
+
+OURO = ModelConfig()
+MELT = dataclasses.replace(OURO, gate="elementwise")
+
+
+def weight_flops(config, loops=None):
+    """2 FLOPs for each number of a layer's matrices in each loop, and of the head's: all but attention."""
+    leaves = module_leaves(abstract_model(config))
+    layers = sum(leaf.size for path, leaf in leaves if path.startswith("layers.") and leaf.ndim > 2)
+    gates = sum(leaf.size for path, leaf in leaves if path.endswith((".w_z", ".u_z")))
+    loops = config.loops if loops is None else loops
+    return 2 * (config.loops * layers - (config.first_loop == "copy") * gates + loops * config.vocab * config.width)
+
+
+@pytest.mark.parametrize("config", [OURO, MELT, TINY, dataclasses.replace(TINY, first_loop="gated", tied=True)])
+@pytest.mark.parametrize("logits", [None, 1])
+def test_a_token_multiplies_every_matrix_once_a_loop(config, logits):
+    flops = forward_flops(config, rows=0, logits=logits)
+    assert flops.total == weight_flops(config, logits) and flops.attention == 0
+    width = config.heads * config.head_width
+    more = forward_flops(config, rows=10, logits=logits).total - flops.total
+    assert more == config.loops * config.layers * 2 * 2 * width * 10
+
+
+def test_the_transition_projects_rows_twice_and_variants_without_weights_have_no_gate():
+    rows = 2 * 2 * OURO.width * OURO.kv_heads * OURO.head_width * OURO.loops * OURO.layers
+    assert forward_flops(MELT, 1, transition=True).total - forward_flops(MELT, 1).total == rows
+    assert forward_flops(MELT, 1).gate == 3 * OURO.layers * 4 * OURO.width**2
+    assert forward_flops(dataclasses.replace(OURO, gate="scalar"), 1).gate == 3 * OURO.layers * 4 * OURO.width
+    assert forward_flops(dataclasses.replace(OURO, gate="mean"), 1) == forward_flops(OURO, 1)
+    with pytest.raises(ValueError, match="gate='none'"):
+        forward_flops(OURO, 1, transition=True)
+
+
+def test_a_step_is_a_teacher_and_three_or_four_students():
+    tokens, rows = 32 * 10_000, causal_rows(10_000)
+    assert rows == sum(range(1, 10_001)) / 10_000 and causal_rows(1, earlier=99) == 100
+    teacher, student = forward_flops(OURO, rows).total, forward_flops(MELT, rows).total
+    step = step_flops(MELT, "alignment", 32, 10_000, chunk_size=500)
+    assert step.total == tokens * (teacher + 4 * student)
+    assert step.mfu_flops == tokens * (teacher + 3 * student)
+    assert step_flops(MELT, "transition", 32, 10_000, 500).forward > step.forward
+    assert step_flops(MELT, "alignment", 32, 10_000).recomputation == 0
+    pretraining = step_flops(OURO, "pretraining", 32, 10_000, chunk_size=10_000)
+    assert pretraining.total == pretraining.mfu_flops == 3 * tokens * teacher
+    with pytest.raises(ValueError, match="found 'aligment'"):
+        step_flops(MELT, "aligment", 1, 1)
+
+
+@pytest.mark.parametrize("gate", ["none", "elementwise"])
+@pytest.mark.parametrize("first_loop", ["copy", "gated"])
+def test_a_compiled_chunk_does_what_is_needed_and_what_it_masks(gate, first_loop):
+    """Every query meets all slots and all of the chunk, and the gate runs in loop 1 whether or not it is used."""
+    config = dataclasses.replace(TINY, gate=gate, first_loop=first_loop)
+    batch, chunk, slots = 2, 8, 24
+
+    def chunk_logits(model, tokens):
+        cache = create_cache(config, batch, slots, jnp.float32)
+        return model.logits(run_chunk(model, tokens, cache, 8).hidden)
+
+    tokens = jax.ShapeDtypeStruct((batch, chunk), "int32")
+    program = analyse(jax.jit(chunk_logits).lower(abstract_model(config), tokens).compile().as_text())
+    needed = forward_flops(dataclasses.replace(config, first_loop="gated"), rows=slots + chunk)
+    assert program.flops == batch * chunk * needed.total
+    assert set(program.flops_by_precision()) == {"f32 highest"}
+    scopes = program.flops_by_scope(("gate", "attention", "mlp"))
+    assert scopes["mlp"] == batch * chunk * needed.mlp and scopes["other"] == batch * chunk * needed.head
+
+
+@functools.cache
+def alignment_program(length, chunk):
+    """What the compiled gradient of the alignment's loss does for one sequence."""
+    student = dataclasses.replace(TINY, first_loop="gated")
+
+    def loss(student, teacher, batch):
+        sums = distillation_sums(student, teacher, batch, chunk, align=True)
+        return distillation_loss(normalize(sums, scored_tokens(batch)), beta=0.1)
+
+    tokens = jax.ShapeDtypeStruct((1, length), "int32")
+    arguments = abstract_model(student), abstract_model(dataclasses.replace(TINY, gate="none"))
+    text = jax.jit(jax.value_and_grad(loss)).lower(*arguments, Batch(tokens, tokens, tokens)).compile().as_text()
+    return student, analyse(text)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_compiled_step_does_the_necessary_and_known_extras(chunks):
+    """The extras. Rows that a query does not see are computed and masked: those of the chunk, and of all slots (a
+    student's sequence in one chunk has none, its teacher's always has). The backward pass computes both models' logits
+    again, so that one loop's exist at a time; in several chunks that replaces the student's from the recomputation."""
+    chunk = 8
+    length = chunk * chunks
+    student, program = alignment_program(length, chunk)
+    teacher = dataclasses.replace(student, gate="none")
+    step = step_flops(student, "alignment", 1, length, chunk)
+    attention = lambda config, rows: length * (forward_flops(config, rows).attention)
+    unseen = lambda config, rows: attention(config, rows) - attention(config, causal_rows(length))
+    masked = unseen(teacher, length + chunk)
+    masked += 3 * unseen(student, length) if chunks == 1 else 4 * unseen(student, length + chunk)
+    logits = length * forward_flops(teacher, 1).head * (2 if chunks == 1 else 1)
+    assert program.flops == step.total + masked + logits
+    assert not program.unknown_loops
+
+
+# ---- chips ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "flops"),
+    [
+        ("TPU v4", "v4", 275e12),
+        ("TPU v5 lite", "v5e", 197e12),
+        ("TPU v5", "v5p", 459e12),
+        ("TPU v6 lite", "v6e", 918e12),
+        ("TPU7x", "tpu7x", 2307e12 / 2),
+        ("NVIDIA H100 80GB HBM3", "H100", 989e12),
+    ],
+)
+def test_a_device_finds_its_chip(kind, name, flops):
+    chip = find_chip(kind)
+    assert chip.name == name and chip.device_flops == flops
+
+
+def test_chips_are_told_apart_and_a_cpu_is_none():
+    kinds = [kind for chip in CHIPS for kind in chip.kinds]
+    assert len(kinds) == len(set(kinds))
+    assert find_chip(jax.devices("cpu")[0].device_kind) is None
+    for chip in CHIPS:  # a figure in the wrong unit would put the ridge of the roofline elsewhere
+        assert 100 < chip.flops / chip.memory_bandwidth < 600
+        assert math.isclose(chip.device_memory * chip.devices, chip.memory)
+
+
+@pytest.mark.parametrize(
+    ("topology", "name"),
+    [("v4:2x2x1", "v4"), ("v5e:2x2", "v5e"), ("v5p:2x2x1", "v5p"), ("v6e:2x2", "v6e"), ("tpu7x:2x2x1", "tpu7x")],
+)
+def test_described_devices_find_their_chips(topology, name):
+    assert find_chip(topology_devices(topology)[0].device_kind).name == name

@@ -134,7 +134,7 @@ def run_phase(name, config, workdir, params, teacher, first_step, console):
         watch.finish()
     checkpoints.close()
     if watch.preempted:
-        console.print(f"{name}: SIGTERM; step {step} is saved, and the same command goes on from there")
+        console.print(f"{name}: SIGTERM; step {int(state.step)} is saved, and the same command goes on from there")
         sys.exit(PREEMPTED)
     if not (workdir / "model").exists():
         save_model(workdir / "model", state.params, tokenizer_from=config.tokenizer or config.teacher)

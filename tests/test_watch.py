@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from melt_jax.config import RunConfig
+from configs import nano
+from melt_jax.config import RunConfig, freeze
 from melt_jax.training import performance
 from melt_jax.training.performance import Performance, StepProfiler
 from melt_jax.training.preemption import STALLED, PreemptionNotice
 from melt_jax.training.processes import join_processes
 from melt_jax.training.skipped import NonFiniteError, SkippedSteps
+from melt_jax.training.watch import Watch
 from melt_jax.training.watchdog import Watchdog
+from tests.tiny import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -71,14 +74,23 @@ def start_processes(count, program):
     ]
 
 
+def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
+    config = nano.get_config()
+    checkpoints = SimpleNamespace(settled=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, checkpoints, None) as watch:
+        assert list(watch.steps([])) == [] and not watch.preempted
+        watch.finish()
+    assert watch.preempted
+
+
 class TestWatchdog:
     def stall(self, tmp_path, monkeypatch, hold, **changes):
         """Step 8 is dispatched and ends after `hold` seconds; returns the statuses that were asked to leave with."""
-        statuses, pending = [], SimpleNamespace(is_ready=lambda: done)
+        statuses, ready, pending = [], jnp.float32(0), SimpleNamespace(is_ready=lambda: done)
         monkeypatch.setattr(os, "_exit", statuses.append)
         done = False
         with Watchdog("transition", tmp_path, run_config(**changes)) as watchdog:
-            watchdog.dispatched(7, jnp.float32(0))
+            watchdog.dispatched(7, ready)
             time.sleep(0.2)
             watchdog.dispatched(8, pending)
             time.sleep(hold)
@@ -87,15 +99,15 @@ class TestWatchdog:
         return statuses
 
     def test_a_step_that_is_dispatched_and_does_not_finish(self, tmp_path, monkeypatch):
-        statuses = self.stall(tmp_path, monkeypatch, 2, stall_seconds=0.6, stall_exits=True)
+        statuses = self.stall(tmp_path, monkeypatch, 3, stall_seconds=1.0, stall_exits=True)
         assert statuses == [STALLED]
         text = (tmp_path / "stall-process0.txt").read_text()
-        assert "transition: no step has finished for 0.6 s" in text
+        assert "transition: no step has finished for 1 s" in text
         assert "(the last was step 7; the device has step 8 to finish)" in text
         assert "in stall" in text and "in _watch" in text  # the stacks of this thread and of the watchdog's
 
     def test_it_is_reported_once_and_the_run_may_live(self, tmp_path, monkeypatch):
-        assert not self.stall(tmp_path, monkeypatch, 2, stall_seconds=0.4)
+        assert not self.stall(tmp_path, monkeypatch, 3, stall_seconds=1.0)
         assert (tmp_path / "stall-process0.txt").read_text().count("no step has finished") == 1
 
     def test_no_stall_no_report(self, tmp_path, monkeypatch):
@@ -156,6 +168,12 @@ class TestPerformance:
             jax.jit(lambda x: x * 3 + 1)(jnp.arange(7.0)).block_until_ready()
             assert 0 < measured.read(1)["compile_seconds"]
             assert "compile_seconds" not in measured.read(1)
+
+    def test_the_peak_is_that_of_all_devices_where_the_chip_is_known(self, monkeypatch):
+        assert performance.peak_flops() is None
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v5 lite")] * 8)
+        monkeypatch.setattr(jax, "device_count", lambda: 8)
+        assert performance.peak_flops() == 8 * 197e12
 
     def test_chosen_steps_are_profiled(self, tmp_path):
         traced = []

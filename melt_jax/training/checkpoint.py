@@ -26,9 +26,7 @@ class Checkpoints:
             preservation_policy=policies.LatestN(keep),
             enable_async_checkpointing=True,
         )
-        self._manager = _Manager(
-            folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self):
         """The step of the newest whole checkpoint, or None."""

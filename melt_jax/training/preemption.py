@@ -37,7 +37,7 @@ class PreemptionNotice:
     """
 
     def __init__(self):
-        self._came, self._previous = False, None
+        self.came, self._previous = False, None  # came: whether this process's handler was called
 
     def __enter__(self):
         # Python runs signal handlers in the main thread alone, and lets no other set them.
@@ -57,7 +57,7 @@ class PreemptionNotice:
         """
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._came
+        return self.came
 
     def _note(self, *_):
-        self._came = True
+        self.came = True

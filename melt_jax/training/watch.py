@@ -22,7 +22,7 @@ class Watch:
       folder: the phase's.
       start: steps of the phase that have been made.
       first_step: the run's step at which the phase begins.
-      checkpoints: `Checkpoints`, for what an error says about them.
+      checkpoints: `Checkpoints` of the phase.
       console: where lines are printed.
     """
 
@@ -75,8 +75,11 @@ class Watch:
         return last
 
     def finish(self):
-        """Reads what is left, when the loop has ended."""
+        """When the loop has ended: reads what is left and waits for the saves, which no SIGTERM must disturb."""
         self._read()
+        self._watchdog.stop()
+        self._checkpoints.settled()
+        self.preempted |= self._preemption.came  # after the last step
 
     def _read(self):
         if self._ready is None:

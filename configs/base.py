@@ -97,7 +97,7 @@ def get_config():
     config.run.stall_first_seconds = 3600.0  # the same for the first step, which is compiled
     config.run.stall_exits = True  # after that leave with status 76, so that a launcher starts the run again
     config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
-    config.run.profile_steps = 3  # how many are
+    config.run.profile_steps = 3  # how many steps are profiled
 
     config.evaluation = ConfigDict()  # at the end of each phase
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none

@@ -22,7 +22,12 @@ queue() { # verb, arguments
     shift
     gcloud compute tpus queued-resources "$verb" "$name" --zone="$ZONE" "$@"
 }
-state() { queue describe --format='value(state.state)' 2>/dev/null || echo NONE; }
+state() { # NONE where it was never asked for, UNKNOWN where gcloud does not answer
+    local found
+    found=$(gcloud compute tpus queued-resources list --zone="$ZONE" --filter="name~/$name\$" \
+        --format='value(state.state)') || found=UNKNOWN
+    echo "${found:-NONE}"
+}
 everywhere() { queue ssh --worker=all --node=all --command="$1"; }
 
 # Waits until the machines are there, asking for them where they were not asked for or are gone.
@@ -53,6 +58,7 @@ prepare() {
         everywhere "set -e
             mkdir -p melt_jax
             tar -xzf melt_jax.tar.gz -C melt_jax
+            sudo apt-get update -q >/dev/null
             sudo apt-get install -qy nfs-common python3.11-venv >/dev/null
             sudo mkdir -p /mnt/melt
             mountpoint -q /mnt/melt || sudo mount -t nfs $NFS /mnt/melt

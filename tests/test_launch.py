@@ -36,11 +36,11 @@ def test_slurm_requeues(tmp_path, status, again):
 
 def test_queued_resource_is_asked_for_again_when_it_is_taken(tmp_path):
     """States and statuses one after the other: taken while training, stalled once, then to the end."""
-    (tmp_path / "states").write_text("WAITING_FOR_RESOURCES\nACTIVE\nSUSPENDED\nSUSPENDED\nACTIVE\nACTIVE\nACTIVE\n")
+    (tmp_path / "states").write_text("\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDED\nSUSPENDED\nACTIVE\nACTIVE\nACTIVE\n")
     (tmp_path / "statuses").write_text("0\n75\n0\n76\n0\n0\n")
     take = "head -1 {0}/{1}; sed -i 1d {0}/{1}"
     gcloud = f"""case $4 in
-        describe) {take.format(tmp_path, "states")} ;;
+        list) {take.format(tmp_path, "states")} ;;
         ssh) exit $({take.format(tmp_path, "statuses")}) ;;
     esac"""
     command = ["launch/tpu_queued_resource.sh", "melt-1", "--workdir=a b"]
@@ -48,14 +48,14 @@ def test_queued_resource_is_asked_for_again_when_it_is_taken(tmp_path):
     assert left == 0 and "the run has ended" in output
     verbs = [line.split()[4] for line in calls.splitlines() if line.startswith("gcloud compute tpus queued-resources")]
     start = ["scp", "ssh", "ssh"]
-    taken, stalled = ["describe"] * 2 + ["delete"], ["describe"]
-    look = ["describe"]
-    assert verbs == look * 2 + start + taken + look + start + stalled + look + start + ["delete"]
+    taken, stalled = ["list"] * 2 + ["delete"], ["list"]
+    look = ["list"]
+    assert verbs == look + ["create"] + look * 2 + start + taken + look + start + stalled + look + start + ["delete"]
     assert r"--workdir=a\ b" in calls
 
 
 def test_queued_resource_stops_on_an_error(tmp_path):
-    gcloud = "case $4 in describe) echo ACTIVE ;; ssh) exit 1 ;; esac"
+    gcloud = "case $4 in list) echo ACTIVE ;; ssh) exit 1 ;; esac"
     left, output, _ = run(tmp_path, ["launch/tpu_queued_resource.sh", "melt-1"], gcloud=gcloud, git="")
     assert left == 1 and "left with status 1" in output
 

@@ -55,6 +55,10 @@ def phase_objective(name, phase, chunk_size, prepare):
     raise ValueError(f"unknown phase {name!r}; phases are pretraining, transition and alignment")
 
 
+def _where(condition, tree, other):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
+
+
 def make_train_step(objective, optimizer, micro_batches=1):
     """The jitted step `(state, teacher, batch) → (state, metrics)`; the state is donated.
 
@@ -115,10 +119,6 @@ def make_train_step(objective, optimizer, micro_batches=1):
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def _where(condition, tree, other):
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
 
 
 def cast_to(dtype):

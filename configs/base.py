@@ -28,6 +28,14 @@ def get_config():
     config.remat = "products"  # what a chunk's backward pass recomputes: none, all but "products" with weights, "layer"
     config.micro_batches = 1  # parts of a batch whose gradients are added up, one after the other
 
+    config.mesh = ConfigDict()  # devices along each axis of a slice (ICI); 0: what is left
+    config.mesh.replica = 1  # whole copies of masters and moments; the batch is split over them
+    config.mesh.fsdp = 0  # pieces of masters, moments and stored weights; the batch is split over them too
+    config.mesh.tensor = 1  # pieces of heads, feed-forward, vocabulary, latents and rows
+    config.mesh.replica_slices = 1  # slices (DCN) along replica,
+    config.mesh.fsdp_slices = 1  # and along fsdp
+    config.gather = "step"  # where weights are gathered over fsdp: once a "step", or by "layer", at each use: less memory
+
     config.data = ConfigDict()
     config.data.source = "tokens"  # "tokens", a file; "records", from melt_jax.prepare; "arithmetic", made on the fly
     config.data.path = ""  # tokens: .npy, or .npz with tokens, segments and loss_mask; records: the prepared folder
@@ -90,6 +98,14 @@ def get_config():
     config.log_every = 10  # steps to a line of the log
     config.checkpoint_every = 100  # steps to a checkpoint; a phase's last step is always saved
     config.checkpoints_kept = 2
+
+    config.run = ConfigDict()  # how a run is watched; it may go on with other values than it began with
+    config.run.skipped_limit = 10  # updates in a row, skipped for a loss or gradient not finite, that stop the run
+    config.run.stall_seconds = 0.0  # without a finished step, until the stacks of all threads are logged; 0: never
+    config.run.stall_first_seconds = 3600.0  # the same for the first step, which is compiled
+    config.run.stall_exits = True  # after that leave with status 76, so that a launcher starts the run again
+    config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
+    config.run.profile_steps = 3  # how many steps are profiled
 
     config.evaluation = ConfigDict()  # at the end of each phase
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none

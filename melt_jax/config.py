@@ -145,6 +145,18 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How a run is watched: nothing that it computes depends on it."""
+
+    skipped_limit: int
+    stall_seconds: float
+    stall_first_seconds: float
+    stall_exits: bool
+    profile_start: int
+    profile_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run; every key is explained in `configs/base.py`."""
 
@@ -158,6 +170,8 @@ class TrainConfig:
     dtype: str
     remat: str
     micro_batches: int
+    gather: str
+    mesh: MeshConfig
     data: DataConfig
     pretraining: PretrainingConfig
     transition: TransitionConfig
@@ -166,6 +180,7 @@ class TrainConfig:
     log_every: int
     checkpoint_every: int
     checkpoints_kept: int
+    run: RunConfig
     evaluation: EvaluationConfig
 
     def phase(self, name):
@@ -180,6 +195,7 @@ CHOICES = {
     "first_loop": ("copy", "gated"),
     "remat": ("none", "products", "layer"),
     "dtype": ("float32", "bfloat16"),
+    "gather": ("step", "layer"),
 }
 
 
@@ -228,10 +244,14 @@ def problems(config):
          config.student.first_loop)  # fmt: skip
     gated = config.student.first_loop == "copy" or config.student.gate == "elementwise"
     need(gated, "student.first_loop", "'copy', unless the gate is elementwise", config.student.first_loop)
-    for key in ("dtype", "remat"):
+    for key in ("dtype", "remat", "gather"):
         need(getattr(config, key) in CHOICES[key], key, f"one of {CHOICES[key]}", getattr(config, key))
     for key in ("chunk_size", "micro_batches", "log_every", "checkpoint_every", "checkpoints_kept"):
         need(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
+    need((config.gather, config.remat) != ("layer", "none"), "remat",
+         "'products' or 'layer' with gather 'layer': 'none' keeps every gathered weight", config.remat)  # fmt: skip
+    for key, factor in dataclasses.asdict(config.mesh).items():
+        need(factor >= (1 if key.endswith("_slices") else 0), f"mesh.{key}", "a number of devices", factor)
     need(0 <= config.seed < 2**32, "seed", "in [0, 2³²)", config.seed)
     need(config.data.batch % max(config.micro_batches, 1) == 0, "micro_batches",
          f"a divisor of data.batch, {config.data.batch}", config.micro_batches)  # fmt: skip
@@ -243,6 +263,9 @@ def problems(config):
         need(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", "in [0, 1)", getattr(optimizer, key))
     need(optimizer.clip > 0, "optimizer.clip", "above 0", optimizer.clip)
     need(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0", optimizer.weight_decay)
+    for key, least in (("skipped_limit", 1), ("stall_seconds", 0), ("stall_first_seconds", 0), ("profile_start", 0),
+                       ("profile_steps", 1)):  # fmt: skip
+        need(getattr(config.run, key) >= least, f"run.{key}", f"at least {least}", getattr(config.run, key))
     need(config.evaluation.problems >= 0, "evaluation.problems", "at least 0", config.evaluation.problems)
     need(config.evaluation.sequences >= 0, "evaluation.sequences", "at least 0", config.evaluation.sequences)
     need(config.evaluation.seed != config.seed, "evaluation.seed", "other than seed, which training uses", config.seed)

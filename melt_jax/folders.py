@@ -1,4 +1,4 @@
-"""Checkpoint folders: written whole or not at all, with the files that travel beside the weights."""
+"""Checkpoint folders and files: written whole or not at all, with the files that travel beside the weights."""
 
 import contextlib
 import pathlib
@@ -47,6 +47,13 @@ def atomic_folder(folder, overwrite=False):
         temporary.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     _meet("renamed")
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all: whoever reads it, after a kill too, finds the old text or the new."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def copy_companions(source, target):

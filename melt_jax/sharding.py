@@ -120,18 +120,24 @@ def place_weights(model, mesh):
 
 
 def place_array(array, sharding):
-    """An array that every process has whole, laid out by a sharding."""
-    if getattr(array, "sharding", None) == sharding:
-        return array
-    if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array)[index])
+    """An array, laid out by a sharding. Several processes either share it already or have it whole, each of them."""
+    if getattr(array, "is_fully_addressable", True) and not sharding.is_fully_addressable:
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    return jax.device_put(array, sharding)
 
 
-def replicate(tree, mesh, dtype=None):
-    """The arrays of a tree, whole on every device of the mesh, cast to a dtype if one is given."""
-    cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype or x.dtype), tree)
-    return jax.jit(cast, out_shardings=jax.NamedSharding(mesh, jax.P()))(tree)
+def for_inference(model, dtype):
+    """The model in a dtype, its weights whole over the batch axes and still split over tensor, as prefill takes it."""
+    return jax.jit(lambda model: jax.tree.map(lambda x: _gather(x.astype(dtype)), model))(model)
+
+
+def check_batch(mesh, batch, micro_batches):
+    """ShardingError, with the numbers, where a batch cannot be split over the mesh and into micro-batches."""
+    groups = math.prod(mesh.shape[axis] for axis in BATCH)
+    if batch % (groups * micro_batches):
+        found = f"replica {mesh.shape['replica']} · fsdp {mesh.shape['fsdp']} · micro_batches {micro_batches}"
+        raise ShardingError(f"data.batch: expected a multiple of {groups * micro_batches} ({found}), found {batch}")
 
 
 def batch_sharding(mesh):
@@ -140,14 +146,7 @@ def batch_sharding(mesh):
 
 
 def local_rows(sharding, batch):
-    """The slice of a global batch's rows that this process's devices need.
-
-    Raises:
-      ShardingError: the batch cannot be split over the mesh, or this process's rows are not consecutive.
-    """
-    share = math.prod(sharding.mesh.shape[axis] for axis in BATCH)
-    if batch % share:
-        raise ShardingError(f"data.batch: {batch} sequences are not divisible by replica · fsdp, {share}")
+    """The slice of a global batch's rows that this process's devices need; ShardingError where they lie apart."""
     indices = sharding.addressable_devices_indices_map((batch,)).values()
     spans = sorted({(index[0].start or 0, index[0].stop or batch) for index in indices})
     if any(end != start for (_, end), (start, _) in zip(spans, spans[1:])):

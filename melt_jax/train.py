@@ -5,14 +5,15 @@
 Started again with the same workdir, a run goes on from its last checkpoint, to the same bits. The workdir gets, for
 each phase, `checkpoints/` (masters, moments, step), `metrics.jsonl` and TensorBoard files, and at its end `model/`, a
 checkpoint folder that `melt_jax.generate`, `.evaluate` and `.convert` open; and `results.json`, what the table at the
-end is made of.
+end is made of. SIGTERM saves a checkpoint and leaves with status 75, a stall that `run.stall_seconds` notices with 76:
+both ask to be started again (`melt_jax.training.preemption`).
 """
 
 import json
 import pathlib
+import sys
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
@@ -21,11 +22,24 @@ from melt_jax import scoring
 from melt_jax.checkpoint import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
-from melt_jax.model.model import init_model, parameter_count, reconfigure
+from melt_jax.folders import write_text
+from melt_jax.model.model import abstract_model, init_model, parameter_count, reconfigure
+from melt_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    for_inference,
+    local_rows,
+    make_mesh,
+    place_batch,
+    place_weights,
+    weight_shardings,
+)
 from melt_jax.training.checkpoint import Checkpoints
-from melt_jax.training.log import RunLog
 from melt_jax.training.optimizer import make_optimizer
-from melt_jax.training.step import cast_to, init_state, make_train_step, phase_objective
+from melt_jax.training.preemption import PREEMPTED, leave_on_sigterm
+from melt_jax.training.processes import join_processes
+from melt_jax.training.step import init_state, make_train_step, phase_objective
+from melt_jax.training.watch import Watch
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
@@ -37,12 +51,14 @@ def main(argv):
     """Reads the flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    join_processes()
+    leave_on_sigterm()
     run(CONFIG.value, pathlib.Path(WORKDIR.value))
 
 
 def run(config_dict, workdir):
     """One run of a ConfigDict, new or gone on with, in a folder. Returns the trained model, float32."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
 
     # ---- the config, checked before anything is allocated
     config = freeze(config_dict)
@@ -50,20 +66,27 @@ def run(config_dict, workdir):
     shape = config.model if pretraining else open_folder(config.teacher).config
     if wrong := stream.run_problems(config, shape, config.tokenizer or config.teacher):
         raise ConfigError("the data does not fit:\n" + "\n".join(f"  - {line}" for line in wrong))
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.data.batch, config.micro_batches)
     _keep_config(config_dict, workdir)
+    with jax.set_mesh(mesh):
+        return _run(config, workdir, mesh, console)
 
+
+def _run(config, workdir, mesh, console):
     # ---- where the student starts
     key = jax.random.key(config.seed)
     teacher = None
-    if pretraining:
+    if config.phases == ("pretraining",):
         phase = config.pretraining
         params = init_model(config.model, key, phase.init_std, embedding_std=phase.embedding_std)
     else:
-        teacher = open_model(config.teacher, dtype=config.dtype)
-        params = make_student(open_model(config.teacher, dtype="float32"), config, key)
-    console.print(
-        f"{parameter_count(params):,} parameters on {jax.devices()[0].device_kind}"
-    )
+        shardings = weight_shardings(abstract_model(open_folder(config.teacher).config), mesh)
+        teacher = open_model(config.teacher, dtype=config.dtype, shardings=shardings)
+        params = make_student(open_model(config.teacher, dtype="float32", shardings=shardings), config, key)
+    params = place_weights(params, mesh)
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    console.print(f"{parameter_count(params):,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
     results = Results(workdir / "results.json")
     if teacher is not None:
         results.measure("teacher", lambda: teacher, teacher, config)
@@ -72,18 +95,18 @@ def run(config_dict, workdir):
     # ---- the phases
     first_step = 0
     for name in config.phases:
-        params = run_phase(name, config, workdir / name, params, teacher, first_step, console)
+        params = run_phase(name, config, mesh, workdir / name, params, teacher, first_step, console)
         results.measure(f"after {name}", lambda params=params: params, teacher, config)
         first_step += config.phase(name).steps
 
     # ---- the table, and a sample
     console.print(results.table())
     if config.evaluation.sample:
-        console.print(scoring.sample(params, config.evaluation.seed, config.chunk_size), markup=False)
+        console.print(scoring.sample(for_inference(params, config.dtype), config.evaluation.seed, config.chunk_size), markup=False)
     return params
 
 
-def run_phase(name, config, workdir, params, teacher, first_step, console):
+def run_phase(name, config, mesh, workdir, params, teacher, first_step, console):
     """Trains one phase to its end and returns the trained weights, float32.
 
     Start-up order: a phase that has ended is read; one that has begun goes on from its newest checkpoint; else it
@@ -92,11 +115,16 @@ def run_phase(name, config, workdir, params, teacher, first_step, console):
     Args:
       name: of the phase.
       config: `TrainConfig`.
+      mesh: of `sharding.make_mesh`, the current one.
       workdir: the phase's folder.
-      params: float32 model.
+      params: float32 model, on the mesh.
       teacher: frozen LoopLM, or None in pre-training.
       first_step: the run's step at which the phase begins, from which its data is counted.
       console: where lines are printed.
+
+    Raises:
+      SystemExit: with status 75, when SIGTERM came and a checkpoint was saved.
+      NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
     """
     phase = config.phase(name)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
@@ -105,28 +133,29 @@ def run_phase(name, config, workdir, params, teacher, first_step, console):
     state = init_state(params, optimizer)
     start = checkpoints.latest() or 0
     if start:
-        state = checkpoints.restore(start, jax.eval_shape(lambda: state))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        del state
+        state = checkpoints.restore(start, abstract)
         console.print(f"{name}: goes on from step {start}")
 
-    train_step = make_train_step(
-        phase_objective(name, phase, config.chunk_size, cast_to(config.dtype)), optimizer, config.micro_batches
-    )
-    batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps)
-    with RunLog(workdir, name, start, phase.steps, console) as log:
-        interval, ready = [], None
-        for step, batch in enumerate(batches, start + 1):
-            state, metrics = train_step(state, teacher, jax.tree.map(jnp.asarray, batch))
-            log.advance()
-            if ready:  # the device has the next step to do while these are read
-                log.write(*ready)
-                ready = None
-            interval.append(metrics)
-            if step % config.log_every == 0 or step == phase.steps:
-                interval, ready = [], (step, interval)
-            checkpoints.save(step, state, force=step == phase.steps)
-        if ready:
-            log.write(*ready)
+    objective = phase_objective(name, phase, config.chunk_size)
+    train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
+    sharding, size = batch_sharding(mesh), config.data.batch
+    rows = local_rows(sharding, size)
+    batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, rows)
+    with Watch(name, config, params.config, workdir, start, first_step, checkpoints, console) as watch:
+        for step, batch in watch.steps(batches):
+            with watch.step(step, state):
+                state, metrics = train_step(state, teacher, place_batch(batch, sharding, rows, size))
+            last = watch.dispatched(step, metrics)
+            checkpoints.save(step, state, force=last)
+            if last:
+                break
+        watch.finish()
     checkpoints.close()
+    if watch.preempted:
+        console.print(f"{name}: SIGTERM; step {int(state.step)} is saved, and the same command goes on from there")
+        sys.exit(PREEMPTED)
     if not (workdir / "model").exists():
         save_model(workdir / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     return state.params
@@ -150,8 +179,10 @@ class Results:
         evaluation = config.evaluation
         if name in self._rows or not (evaluation.problems or evaluation.sequences):
             return
-        self._rows[name] = scoring.score(make_model(), teacher, config)
-        self._path.write_text(json.dumps(self._rows, indent=1))
+        model, teacher = (for_inference(model, config.dtype) for model in (make_model(), teacher))
+        self._rows[name] = scoring.score(model, teacher, config)
+        if jax.process_index() == 0:
+            write_text(self._path, json.dumps(self._rows, indent=1))
 
     def table(self):
         """The rows as text."""
@@ -159,18 +190,20 @@ class Results:
 
 
 def _keep_config(config_dict, workdir):
-    """Writes the config beside the run; a run is gone on with only under the config it began with."""
+    """Writes the config beside the run; a run is gone on with only under the config it began with, but for `run`."""
+    if jax.process_index() > 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     path, text = workdir / "config.json", config_dict.to_json(indent=1, sort_keys=True)
-    if path.exists() and path.read_text() != text:
+    if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
-        changed = [
-            f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
-        ]
-        raise ConfigError(
-            f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
-        )
-    path.write_text(text)
+        keys = sorted({*old, *new} - {"run"})
+        changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
+            )
+    write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ def test_problems_are_all_told_at_once():
     config.transition.ramp = 0.0
     config.optimizer.b2 = 1.0
     config.evaluation.seed = config.seed
+    config.run.skipped_limit = 0
     with pytest.raises(ConfigError) as error:
         freeze(config)
-    for key in ("chunk_size", "student.gate", "micro_batches", "transition.ramp", "optimizer.b2", "evaluation.seed"):
+    keys = ("chunk_size", "student.gate", "micro_batches", "transition.ramp", "optimizer.b2", "evaluation.seed")
+    for key in (*keys, "run.skipped_limit"):
         assert f"- {key}: expected" in str(error.value)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import chex
 import pytest
@@ -12,6 +14,7 @@ from melt_jax.checkpoint import open_model
 from melt_jax.config import ConfigError
 from melt_jax.data import stream
 from melt_jax.hf import save_published
+from melt_jax.training.preemption import PREEMPTED
 from tests.tiny import TINY, make_model
 
 
@@ -35,14 +38,22 @@ def tiny_run(teacher):
     return config
 
 
-def fail_at(step, monkeypatch):
-    """The stream breaks before the batch of that step of the run."""
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise KeyboardInterrupt
+
+
+def happens_at(step, event, monkeypatch):
+    """While the run waits for the batch that follows so many steps."""
     whole = stream.batches
 
     def broken(data, seed, start, stop):
         for index, batch in enumerate(whole(data, seed, start, stop), start):
             if index == step:
-                raise KeyboardInterrupt
+                event()
             yield batch
 
     monkeypatch.setattr(stream, "batches", broken)
@@ -50,13 +61,16 @@ def fail_at(step, monkeypatch):
 
 def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_path, monkeypatch, capsys):
     undisturbed = train.run(tiny_run(teacher), tmp_path / "undisturbed")
-    for step in (3, 8):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            fail_at(step, patch)
+    for step, event, error in ((2, sigterm, SystemExit), (8, fail, KeyboardInterrupt)):
+        with monkeypatch.context() as patch, pytest.raises(error) as left:
+            happens_at(step, event, patch)
             train.run(tiny_run(teacher), tmp_path / "disturbed")
-    capsys.readouterr()
+        assert event is fail or left.value.code == PREEMPTED
     resumed = train.run(tiny_run(teacher), tmp_path / "disturbed")
-    assert "alignment: goes on from step 2" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    # SIGTERM saves the step under way, which no interval would; a failure goes back to the last interval.
+    assert "transition: SIGTERM; step 3 is saved" in output and "transition: goes on from step 3" in output
+    assert "alignment: goes on from step 2" in output
     chex.assert_trees_all_equal(resumed, undisturbed)
     chex.assert_trees_all_equal(open_model(tmp_path / "disturbed/alignment/model"), resumed)
 
@@ -64,17 +78,20 @@ def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_pa
     assert results[0] == results[1]
     assert list(results[0]) == ["teacher", "one shared row, untrained", "after transition", "after alignment"]
     assert results[0]["teacher"]["cache_bytes_per_token"] == 3 * results[0]["after alignment"]["cache_bytes_per_token"]
-    for phase in ("transition", "alignment"):
+    for phase, steps in (("transition", [2, 3, 4, 5]), ("alignment", [2, 4, 5])):
         lines = [
             json.loads(line) for line in (tmp_path / "disturbed" / phase / "metrics.jsonl").read_text().splitlines()
         ]
-        assert [line["step"] for line in lines] == [2, 4, 5]
+        assert [line["step"] for line in lines] == steps
+        assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
 def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
     config = tiny_run(teacher)
     config.phases = ("alignment",)
     config.alignment.steps = 2
+    train.run(config, tmp_path / "run")
+    config.run.stall_seconds = 3600.0  # how a run is watched may change
     train.run(config, tmp_path / "run")
     config.seed = 7
     with pytest.raises(ConfigError, match=r"another config.*\nseed: 0 → 7"):

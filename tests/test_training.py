@@ -124,6 +124,35 @@ def test_bfloat16_computes_on_float32_masters():
     assert ratio == pytest.approx(1, rel=0.05) and ratio != 1
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count(where):
+    """Its neighbours are as if it had never been; the metrics of an interval are those of the other steps."""
+
+    def sums(params, teacher, batch, step):
+        # The root's gradient at 0 is infinite where its value is not.
+        root = jnp.sum(jnp.sqrt(jnp.abs(params["w"]) * batch.tokens[0, 0]))
+        return {"kd": root if where == "gradient" else root + jnp.log(batch.tokens[0, 1] * 1.0)}
+
+    params = {"w": jnp.arange(1.0, 4.0)}
+    optimizer = make_optimizer(TRANSITION, OPTIMIZER, params)
+    step = make_train_step((sums, lambda metrics: metrics["kd"]), optimizer)
+    good = random_batch(2, 4)._replace(tokens=jnp.ones((2, 4), jnp.int32))
+    bad = good._replace(tokens=jnp.zeros((2, 4), jnp.int32))
+    runs = {}
+    for name, batches in (("clean", [good, good]), ("disturbed", [good, bad, good])):
+        state, interval = init_state(params, optimizer), []
+        for batch in batches:
+            state, metrics = step(state, None, batch)
+            interval.append(metrics)
+        runs[name] = state, add_up(interval)
+    (clean, wanted), (disturbed, found) = runs["clean"], runs["disturbed"]
+    chex.assert_trees_all_equal((disturbed.params, disturbed.opt_state), (clean.params, clean.opt_state))
+    assert np.any(clean.params["w"] != params["w"]) and (clean.step, disturbed.step) == (2, 3)
+    assert found.pop("skipped") == pytest.approx(1 / 3) and wanted.pop("skipped") == 0
+    chex.assert_trees_all_equal(found, wanted)
+    assert np.isnan(add_up(interval[1:2])["loss"])
+
+
 def test_group_norms():
     norms = group_norms(make_model())
     leaves = by_path(make_model())

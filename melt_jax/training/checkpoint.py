@@ -9,6 +9,13 @@ class RestoreError(ValueError):
     """A checkpoint that does not fit the run; the message lists every leaf that differs."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step):
+        # Orbax would ask JAX's preemption service too, with steps of the phase. The service keeps the last step it was
+        # asked about, and the run asks with steps of the run (`PreemptionNotice`): it must be the only one.
+        return False
+
+
 class Checkpoints:
     """The training states of one phase under a folder, the last `keep` of them."""
 
@@ -19,9 +26,7 @@ class Checkpoints:
             preservation_policy=policies.LatestN(keep),
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(
-            folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()
-        )
+        self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self):
         """The step of the newest whole checkpoint, or None."""
@@ -55,8 +60,13 @@ class Checkpoints:
         names = list(wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in names])
 
+    def settled(self):
+        """Waits for saves under way; then `latest`."""
+        self._manager.wait_until_finished()
+        return self.latest()
+
     def close(self):
-        """Waits for saves under way."""
+        """Waits for saves under way, and ends."""
         self._manager.wait_until_finished()
         self._manager.close()
 

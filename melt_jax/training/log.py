@@ -1,7 +1,6 @@
 """The log of a run: a progress bar, a line per interval, `metrics.jsonl` and TensorBoard, in one folder."""
 
 import json
-import time
 
 import jax
 import numpy as np
@@ -9,12 +8,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from melt_jax.folders import write_text
+
 
 def add_up(interval):
-    """The metrics of some steps, each {name: (sum, count)}, divided last: {name: numpy array}."""
+    """The metrics of some steps, each {name: (sum, count)}, divided last: {name: array}; nan where none counts."""
     interval = jax.device_get(interval)
     total = lambda name, i: np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
-    return {name: total(name, 0) / total(name, 1) for name in interval[0]}
+    with np.errstate(invalid="ignore"):
+        return {name: total(name, 0) / total(name, 1) for name in interval[0]}
 
 
 def scalars(metrics):
@@ -28,21 +30,24 @@ def scalars(metrics):
 
 
 class RunLog:
-    """Writes one phase's metrics, as a context manager; lines of steps after `start` are dropped: they run again."""
+    """Writes one phase's metrics, as a context manager; lines of steps after `start` are dropped: they run again.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, folder, phase, start, steps, console=None):
-        folder.mkdir(parents=True, exist_ok=True)
         self.phase, self.steps = phase, steps
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._path = folder / "metrics.jsonl"
-        if self._path.exists():
-            whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("\n")]
-            self._path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
-        self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        self._path, self._board = folder / "metrics.jsonl", None
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("\n")]
+                write_text(self._path, "".join(line for line in whole if json.loads(line)["step"] <= start))
+            self._board = SummaryWriter(str(folder), purge_step=start + 1)
         columns = (TextColumn(phase), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task(phase, total=steps, completed=start)
-        self._time, self._step = time.perf_counter(), start
 
     def __enter__(self):
         self._bar.start()
@@ -50,7 +55,8 @@ class RunLog:
 
     def __exit__(self, *_):
         self._bar.stop()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
     def advance(self):
         """One more step was started."""
@@ -58,10 +64,9 @@ class RunLog:
 
     def write(self, step, interval, **extra):
         """The line, the JSON record and the TensorBoard points of an interval that ends with `step`."""
+        if self._board is None:
+            return
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
-        now = time.perf_counter()
-        metrics["seconds_per_step"] = np.asarray((now - self._time) / max(step - self._step, 1))
-        self._time, self._step = now, step
         if "alignment" in metrics:
             metrics["alignment_to_kd"] = np.mean(metrics["alignment"]) / np.maximum(np.mean(metrics["kd"]), 1e-30)
         numbers = scalars(metrics)

@@ -70,6 +70,10 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
     Gradients of `micro_batches` equal parts of the batch are added up in float32 by a scan. Every part's sums are
     divided by the scored tokens of the *whole* batch, so the result is the big batch's, however the scored tokens lie.
 
+    Where the loss or a gradient is not finite the update is skipped: weights and moments stay as they are, and the step
+    counts all the same, so that the next one meets another batch. A skipped step adds nothing to the metrics of an
+    interval but its 1 in "skipped".
+
     Args:
       objective: from `phase_objective`.
       optimizer: from `make_optimizer`.
@@ -126,7 +130,17 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
         metrics = {name: (value, count) for name, value in sums.items()}
         one = jnp.float32(1)
         metrics["loss"] = (objective_loss(sums), count)
-        metrics |= {f"gradient_norm/{group}": (norm, one) for group, norm in group_norms(gradients).items()}
+        norms = group_norms(gradients)
+        metrics |= {f"gradient_norm/{group}": (norm, one) for group, norm in norms.items()}
+
+        finite = jnp.all(jnp.isfinite(jnp.stack([metrics["loss"][0], *norms.values()])))
+        params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
+        metrics = _where(finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
+        metrics["skipped"] = (jnp.float32(~finite), one)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _where(condition, tree, other):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)

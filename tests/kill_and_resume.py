@@ -1,0 +1,127 @@
+"""Kills runs and starts them again, and compares what they end with: a command of its own, not part of the suite.
+
+    JAX_PLATFORMS=cpu python tests/kill_and_resume.py [--folder=/tmp/kill_and_resume]
+
+Trains configs/nano.py, made small, three times over: undisturbed; killed once in each phase with SIGKILL; and asked to
+stop once in each phase with SIGTERM, which must save the step under way and leave with status 75. A run that was
+stopped is started again with the same command until it ends. Then every leaf of every phase's last checkpoint and model
+must be the undisturbed run's, to the bit. Prints a table; exits with 1 where anything differs. Takes some minutes.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from melt_jax.checkpoint import open_model  # noqa: E402
+from melt_jax.training.checkpoint import flatten  # noqa: E402
+from melt_jax.training.preemption import PREEMPTED  # noqa: E402
+
+PHASES = {"transition": 40, "alignment": 30}  # steps
+# When the log shows that step, so much later (in seconds): nothing about a step, a save or a log line is special there.
+MOMENTS = {"transition": (17, 0.037), "alignment": (11, 0.091)}
+OVERRIDES = {
+    "chunk_size": 24,
+    "data.batch": 2,
+    "log_every": 1,
+    "checkpoint_every": 4,
+    "evaluation.problems": 0,
+    "evaluation.sequences": 0,
+    "evaluation.sample": False,
+    **{f"{phase}.steps": steps for phase, steps in PHASES.items()},
+}
+
+
+def start(workdir):
+    """The training command, in the background."""
+    command = [sys.executable, "-m", "melt_jax.train", "--config=configs/nano.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+    with open(workdir.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def last_step(workdir, phase):
+    """The last step that a phase's log shows, 0 if none."""
+    path = workdir / phase / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def checkpoints(workdir, phase):
+    """The steps of a phase's whole checkpoints."""
+    return sorted(int(path.name) for path in (workdir / phase / "checkpoints").glob("*") if path.name.isdecimal())
+
+
+def disturb(workdir, phase, number):
+    """Starts the run, sends the signal at the phase's moment and waits. Returns a line of the table."""
+    process, (step, later) = start(workdir), MOMENTS[phase]
+    while last_step(workdir, phase) < step:
+        if process.poll() is not None:
+            raise SystemExit(f"{workdir}: ended with status {process.returncode} before {phase} {step}; see its .log")
+        time.sleep(0.002)
+    time.sleep(later)
+    process.send_signal(number)
+    status, seen = process.wait(), last_step(workdir, phase)
+    return [number.name, phase, f"log at {seen}", f"status {status}", f"checkpoints {checkpoints(workdir, phase)}"]
+
+
+def finish(workdir):
+    """Runs the command to its end."""
+    if status := start(workdir).wait():
+        raise SystemExit(f"{workdir}: ended with status {status}; see its .log")
+
+
+def leaves(workdir):
+    """{name: array} of every phase's last checkpoint and model."""
+    out = {}
+    for phase, steps in PHASES.items():
+        state = ocp.StandardCheckpointer().restore(workdir / phase / "checkpoints" / str(steps) / "default")
+        out |= {f"{phase}.checkpoint.{name}": np.asarray(leaf) for name, leaf in flatten(state).items()}
+        model = open_model(workdir / phase / "model", dtype="float32")
+        out |= {f"{phase}.model.{name}": np.asarray(leaf) for name, leaf in flatten(model).items()}
+    return out
+
+
+def differing(found, wanted):
+    """The names of leaves that are not the same bits."""
+    same = lambda a, b: a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return sorted(found.keys() ^ wanted.keys()) + [
+        name for name in found.keys() & wanted.keys() if not same(found[name], wanted[name])
+    ]
+
+
+def main():
+    """Runs it all; the exit status says whether all is equal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="/tmp/kill_and_resume", type=pathlib.Path, help="made anew")
+    folder = parser.parse_args().folder.absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    finish(folder / "undisturbed")
+    wanted, failed = leaves(folder / "undisturbed"), False
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, PREEMPTED)):
+        workdir = folder / number.name
+        for phase in PHASES:
+            line = disturb(workdir, phase, number)
+            failed |= line[3] != f"status {int(status)}"
+            print("  ".join(f"{word:14}" for word in line), flush=True)
+        finish(workdir)
+        wrong = differing(leaves(workdir), wanted)
+        failed |= bool(wrong)
+        print(f"{number.name}: of {len(wanted)} leaves {len(wrong)} differ from the undisturbed run's", *wrong[:5])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

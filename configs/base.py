@@ -34,7 +34,7 @@ def get_config():
     config.mesh.tensor = 1  # pieces of heads, feed-forward, vocabulary, latents and rows
     config.mesh.replica_slices = 1  # slices (DCN) along replica,
     config.mesh.fsdp_slices = 1  # and along fsdp
-    config.gather = "step"  # where weights are gathered over fsdp: once a "step", or by "layer", at each use: less memory
+    config.gather = "step"  # when weights are gathered over fsdp: once a "step", or by "layer", at each use
 
     config.data = ConfigDict()
     config.data.source = "tokens"  # "tokens", a file; "records", from melt_jax.prepare; "arithmetic", made on the fly

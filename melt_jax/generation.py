@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from melt_jax.model.cache import create_cache
+from melt_jax.model.layout import replicated, whole_features
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import exit_loop
 from melt_jax.model.sequence import split_chunks
@@ -239,11 +240,11 @@ def prefill(model, prompts, max_new_tokens, chunk, loops=None):
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     chunk = min(chunk, int(lengths.max()))
-    chunks = split_chunks(tokens, chunk)
+    chunks = split_chunks(replicated(tokens), chunk)
     slots = max(chunks.shape[0] * chunk, int(lengths.max()) + max_new_tokens)
     cache = create_cache(model.config, len(prompts), slots, model.dtype, loops=loops)
     hidden = jnp.zeros((loops or model.config.loops, len(prompts), model.config.width), model.dtype)
-    lengths = jnp.asarray(lengths)
+    lengths = replicated(lengths)
     pieces, starts = list(chunks), list(jnp.arange(len(chunks), dtype=jnp.int32) * chunk)
     run, _ = _compiled(prefill_chunk, model, cache, hidden, pieces[0], starts[0], lengths, loops=loops)
     seconds = time.perf_counter() - begin
@@ -288,10 +289,11 @@ def generate(
     """
     check_request(model.config, prompts, max_new_tokens, prefill_chunk, sampling, loops, exit_threshold, block)
     clock = time.perf_counter
-    indices = jnp.asarray(range(len(prompts)) if indices is None else indices, jnp.int32)
+    indices = np.asarray(range(len(prompts)) if indices is None else indices, np.int32)
     # Filled up with what is no token, so that a few stop tokens more or less need no other compilation.
-    stop_tokens = jnp.asarray((*stop, *[-1] * (8 - len(stop))), jnp.int32)
-    request = Request(jax.tree.map(jnp.asarray, sampling), indices, stop_tokens, jnp.int32(max_new_tokens))
+    stop_tokens = np.asarray((*stop, *[-1] * (8 - len(stop))), np.int32)
+    sampling = jax.tree.map(jnp.asarray, sampling)
+    request = replicated(Request(sampling, indices, stop_tokens, np.int32(max_new_tokens)))
     threshold = None if exit_threshold is None else float(exit_threshold)
     begin = clock()
     cache, hidden, lengths, compiling = prefill(model, prompts, max_new_tokens, prefill_chunk, loops)
@@ -378,7 +380,7 @@ def _collect(run, carry, first_block, blocks, on_tokens):
 def _advance(model, state, hidden, request, exit_threshold):
     """Chooses tokens from hidden [T, B, D]: (`State`, tokens [B], exit loops [B]), −1 for finished sequences."""
     logits, left = next_logits(model, hidden, exit_threshold)
-    chosen = choose(logits, request.sampling, request.indices, state.emitted)
+    chosen = choose(whole_features(logits), request.sampling, request.indices, state.emitted)
     live = ~state.done
     emitted = state.emitted + live
     over = (chosen[:, None] == request.stop).any(axis=-1) | (emitted >= request.limit)

@@ -16,8 +16,9 @@ from rich.table import Table
 from melt_jax.data import arithmetic, stream
 from melt_jax.generation import generate
 from melt_jax.model.cache import bytes_per_token
+from melt_jax.model.layout import replicated
 from melt_jax.model.sequence import run_sequence, split_chunks
-from melt_jax.training.objectives import Batch, kl_per_loop
+from melt_jax.training.objectives import Batch, cross_entropy_per_loop, kl_per_loop
 
 PROBLEM_STREAM = 2**63  # beside the training stream, which counts steps: no step reaches it
 SPARE_TOKENS = 12  # room for a completion that takes a step more than the truth
@@ -173,7 +174,7 @@ def perplexity_and_kl(model, teacher, batch, chunk_size, loops=None, rows=16):
     rows, total = min(rows, len(batch.tokens)), 0
     for first in range(0, len(batch.tokens), rows):
         part = jax.tree.map(lambda x: _pad_rows(x[first : first + rows], rows), batch)  # noqa: B023
-        sums = _comparison_sums(model, teacher, part, min(chunk_size, length), loops)
+        sums = _comparison_sums(model, teacher, replicated(part), min(chunk_size, length), loops)
         total = jax.tree.map(lambda x, y: x + np.asarray(y, np.float64), total or jax.tree.map(lambda _: 0, sums), sums)
     kl = (total["kl"] / count).tolist() if teacher is not None else []
     perplexity = np.exp(total["cross_entropy"] / count).tolist()
@@ -292,7 +293,7 @@ def _comparison_sums(model, teacher, batch, chunk_size, loops):
         hidden, teacher_hidden, targets, mask = piece
         hidden = jnp.moveaxis(hidden, 2, 0)
         mask = mask.astype(jnp.float32)
-        sums = {"cross_entropy": _cross_entropy_per_loop(model, hidden, targets, mask)}
+        sums = {"cross_entropy": jnp.sum(cross_entropy_per_loop(model, hidden, targets) * mask, axis=(1, 2))}
         if teacher is not None:
             teacher_hidden = jnp.moveaxis(teacher_hidden, 2, 0)
             shared = min(len(hidden), len(teacher_hidden))
@@ -306,13 +307,3 @@ def _comparison_sums(model, teacher, batch, chunk_size, loops):
     if teacher is not None:
         empty["kl"] = jnp.zeros(min(len(hidden), teacher.config.loops) + 1)
     return jax.lax.scan(piece_sums, empty, pieces)[0]
-
-
-def _cross_entropy_per_loop(model, hidden, targets, mask):
-    """−log of the targets' probability, nats, summed over the tokens of `mask`: hidden [T, B, C, D] → [T]."""
-
-    def one_loop(_, hidden):
-        log_q = jax.nn.log_softmax(model.logits(hidden))
-        return None, -jnp.sum(jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0] * mask)
-
-    return jax.lax.scan(one_loop, None, hidden)[1]

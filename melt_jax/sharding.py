@@ -8,7 +8,7 @@ of the mesh splits a dimension of that name. The mesh has three axes:
     tensor     heads, feed-forward, vocabulary, latents and rows are split over it
 """
 
-import dataclasses
+import itertools
 import math
 
 import jax
@@ -47,7 +47,7 @@ def mesh_shape(config, devices):
     found = " · ".join(f"{axis} {inner or '?'}×{outer}" for axis, (inner, outer) in shape.items())
     if len(free) > 1:
         raise ShardingError(f"mesh: expected at most one axis of 0 (what is left), found {found}")
-    if devices % known or not free and devices != known:
+    if devices % known or (not free and devices != known):
         raise ShardingError(f"mesh: expected a product of {devices}, the number of devices, found {found} = {known}")
     rest = devices // known
     return {axis: (inner or rest, outer) for axis, (inner, outer) in shape.items()}
@@ -149,7 +149,7 @@ def local_rows(sharding, batch):
     """The slice of a global batch's rows that this process's devices need; ShardingError where they lie apart."""
     indices = sharding.addressable_devices_indices_map((batch,)).values()
     spans = sorted({(index[0].start or 0, index[0].stop or batch) for index in indices})
-    if any(end != start for (_, end), (start, _) in zip(spans, spans[1:])):
+    if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
         raise ShardingError(f"batch rows of this process are not consecutive: {spans}; change the mesh's factors")
     return slice(spans[0][0], spans[-1][1])
 
@@ -205,7 +205,7 @@ def gather_at_use(model):
 
 
 def add_groups(gradients, params):
-    """Adds up the groups' gradients, [groups, …]: one reduction each; devices keep the piece that their `params` are."""
+    """Adds up the groups' gradients, [groups, …], one reduction each, to the split of `params`."""
     add = lambda g, p: jnp.einsum("r...->...", g, out_sharding=in_mesh(jax.typeof(p).sharding.spec))
     return jax.tree.map(add, gradients, params)
 

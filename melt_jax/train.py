@@ -102,7 +102,8 @@ def _run(config, workdir, mesh, console):
     # ---- the table, and a sample
     console.print(results.table())
     if config.evaluation.sample:
-        console.print(scoring.sample(for_inference(params, config.dtype), config.evaluation.seed, config.chunk_size), markup=False)
+        melt = for_inference(params, config.dtype)
+        console.print(scoring.sample(melt, config.evaluation.seed, config.chunk_size), markup=False)
     return params
 
 

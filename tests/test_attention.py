@@ -75,7 +75,8 @@ def test_blocks_that_hold_no_rows_are_not_visited():
     """Not a number in a slot of an unvisited block cannot come through, as it would through a mask."""
     query, earlier, own, alpha, seen = inputs(16, 4)
     poisoned = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
-    np.testing.assert_array_equal(attend(query, poisoned, own, alpha, seen, 4), attend(query, earlier, own, alpha, seen, 4))
+    outcome = lambda earlier: attend(query, earlier, own, alpha, seen, 4)
+    np.testing.assert_array_equal(outcome(poisoned), outcome(earlier))
 
 
 def test_scores_of_one_block_exist_at_a_time():

@@ -1,6 +1,6 @@
 """Products of activations, and how activations lie under a mesh: tokens over the batch axes, features over tensor.
 
-Inside a training step the batch axes are not seen here (`melt_jax.sharding.over_batch`); elsewhere they may be. Without a mesh nothing is done.
+Without a mesh nothing is done. Which axis splits a weight's dimension is said in `melt_jax.sharding`.
 """
 
 import jax
@@ -33,16 +33,25 @@ def batch_axes(x):
     return None if sharding.mesh.empty else sharding.spec[0]
 
 
+def replicated(tree):
+    """Host arrays, the same in every process, on the current mesh's devices, whole on each; without a mesh, on one."""
+    spec = None if jax.sharding.get_abstract_mesh().empty else jax.P()
+    return jax.tree.map(lambda x: jax.device_put(x, spec), tree)
+
+
 def whole_features(x):
-    """[batch, chunk, features] x with its features whole on every device, as a matrix product over them needs it."""
-    sharding = token_sharding(x)
-    return x if sharding is None else jax.reshard(x, sharding)
+    """[…, features] x with its features whole on every device, as a product, a norm or a sort over them needs it."""
+    return _over_features(x, None)
 
 
 def split_features(x):
-    """[batch, chunk, features] x with its features split over the mesh's tensor axis: how it is kept, not used."""
-    sharding = token_sharding(x)
-    return x if sharding is None else jax.reshard(x, jax.P(*sharding[:2], TENSOR))
+    """[…, features] x with its features split over the mesh's tensor axis: how it is kept, not used."""
+    return _over_features(x, TENSOR)
+
+
+def _over_features(x, axis):
+    sharding = jax.typeof(x).sharding
+    return x if sharding.mesh.empty else jax.reshard(x, jax.P(*sharding.spec[:-1], axis))
 
 
 def split_zeros(shape, dtype, batch_axis, batch_axes, tensor_axis=None):

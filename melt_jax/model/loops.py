@@ -11,7 +11,6 @@ from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import rms_norm, rope_table
 from melt_jax.model.layout import batch_axes, split_features, split_zeros, whole_features
 
-
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(SAVED)
 # What the gradient of a layer keeps of its forward pass beside its inputs: the outcome of attention always.

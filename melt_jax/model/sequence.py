@@ -43,7 +43,7 @@ def run_sequence(model, tokens, chunk_size, alpha=None, *, positions=None, segme
       `SequenceOutput`.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     chunk_size = min(chunk_size, length)
     if segments is None:
         segments = jnp.ones_like(tokens)

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The teacher's outputs, chunk by chunk: hidden [N, T, B, C, D], and attention outputs [N, T, L, B, C, D] or None."""
+    """The teacher's outputs by chunk: hidden [N, T, B, C, D], and attention outputs [N, T, L, B, C, D] or None."""
 
     hidden: jax.Array
     attention_output: jax.Array | None
@@ -142,6 +142,19 @@ def kl_per_loop(teacher, student, teacher_hidden, student_hidden, mask):
     return jax.lax.scan(one_loop, None, (teacher_hidden, student_hidden))[1]
 
 
+def cross_entropy_per_loop(model, hidden, targets):
+    """−log of the probability of the targets [B, C], nats: hidden [T, B, C, D] → [T, B, C]. One loop's logits exist."""
+
+    @jax.checkpoint
+    def one_loop(_, hidden):
+        log_q = jax.nn.log_softmax(model.logits(hidden))
+        # A masked sum, not an index: it works on a vocabulary that is split over devices.
+        at_target = jnp.arange(log_q.shape[-1]) == targets[..., None]
+        return None, -jnp.sum(jnp.where(at_target, log_q, 0.0), axis=-1)
+
+    return jax.lax.scan(one_loop, None, hidden)[1]
+
+
 def _distillation_step(student, cache, start, data, chunk):
     teacher, alpha = data
     batch, positions, targets = chunk
@@ -167,14 +180,7 @@ def _pretraining_step(model, cache, start, data, chunk):
     out = run_chunk(model, batch.tokens, cache, start, positions=positions, segments=batch.segments)
     mask = batch.loss_mask.astype(jnp.float32)
 
-    @jax.checkpoint
-    def one_loop(_, hidden):
-        log_q = jax.nn.log_softmax(model.logits(hidden))
-        # A masked sum, not an index: it works on a vocabulary that is split over devices.
-        at_target = jnp.arange(log_q.shape[-1]) == batch.targets[..., None]
-        return None, -jnp.sum(jnp.where(at_target, log_q, 0.0), axis=-1)
-
-    cross_entropy = jax.lax.scan(one_loop, None, out.hidden)[1]
+    cross_entropy = cross_entropy_per_loop(model, out.hidden, batch.targets)
     pdf = jnp.moveaxis(model.exit_pdf(out.hidden), -1, 0)
     sums = {
         "cross_entropy": jnp.sum(cross_entropy * mask, axis=(1, 2)),

@@ -7,6 +7,10 @@ folder and prepare your data first:
     python -m melt_jax.prepare --tokenizer=Ouro-1.4B-Thinking --input='traces/*.jsonl|traces/*.parquet' \\
         --output=data/train --long=drop
     python -m melt_jax.train --config=configs/ouro_1_4b.py --workdir=runs/melt_1_6b
+
+As it stands it is for 16 chips of TPU v6e; what it needs elsewhere, before renting:
+
+    python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v6e:4x4 --phase=transition
 """
 
 from configs import base
@@ -18,5 +22,6 @@ def get_config():
     config.teacher = "checkpoints/ouro_1_4b"
     config.data.source = "records"
     config.data.path = "data/train"
-    config.micro_batches = 32
+    config.mesh.tensor = 4
+    config.micro_batches = 8  # four groups of four chips, one sequence at a time each
     return config

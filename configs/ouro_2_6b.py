@@ -13,4 +13,5 @@ def get_config():
     """The recipe."""
     config = ouro_1_4b.get_config()
     config.teacher = "checkpoints/ouro_2_6b"
+    config.model.layers = 48
     return config

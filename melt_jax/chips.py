@@ -15,6 +15,7 @@ class Chip:
       memory_bandwidth: HBM, bytes/s.
       link_bandwidth: bytes/s between chips over all of a chip's links (ICI, NVLink), both directions added up: a chip
         sends at half of it, and only where the collective uses all links.
+      dimensions: of the torus that the links make; 0 where they make none.
       devices: JAX devices that share the chip and so its figures.
     """
 
@@ -24,6 +25,7 @@ class Chip:
     memory: float
     memory_bandwidth: float
     link_bandwidth: float
+    dimensions: int
     devices: int = 1
 
     @property
@@ -36,6 +38,11 @@ class Chip:
         """HBM of one JAX device, bytes."""
         return self.memory / self.devices
 
+    @property
+    def ring_bandwidth(self):
+        """Bytes/s that one JAX device sends in a ring along one dimension of the torus, both ways round."""
+        return self.link_bandwidth / 2 / max(self.dimensions, 1) / self.devices
+
 
 GIB = 2**30
 
@@ -45,12 +52,12 @@ GIB = 2**30
 # its two chiplets as two.
 # H100: NVIDIA's data sheet, SXM5; it states bf16 with sparsity, twice the dense figure, and NVLink in both directions.
 CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 600e9),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 400e9),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 1200e9),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 800e9),
-    Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * GIB, 7380e9, 1200e9, devices=2),
-    Chip("H100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3350e9, 900e9),
+    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 600e9, 3),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 400e9, 2),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 1200e9, 3),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 800e9, 2),
+    Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * GIB, 7380e9, 1200e9, 3, devices=2),
+    Chip("H100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3350e9, 900e9, 0),
 )
 
 

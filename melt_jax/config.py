@@ -27,6 +27,7 @@ class ModelConfig:
       bos, eos, pad: token ids, None where there is none.
       remat: what the backward pass recomputes of a layer: "none" (but scores), all but the "products" with weights, or
         the whole "layer" but attention.
+      attention_block: cached slots whose attention scores exist at a time.
     """
 
     vocab: int = 49152
@@ -48,6 +49,7 @@ class ModelConfig:
     eos: int | None = None
     pad: int | None = None
     remat: str = "none"
+    attention_block: int = 512
 
     @property
     def group(self):
@@ -169,6 +171,7 @@ class TrainConfig:
     chunk_size: int
     dtype: str
     remat: str
+    attention_block: int
     micro_batches: int
     gather: str
     mesh: MeshConfig
@@ -246,7 +249,7 @@ def problems(config):
     need(gated, "student.first_loop", "'copy', unless the gate is elementwise", config.student.first_loop)
     for key in ("dtype", "remat", "gather"):
         need(getattr(config, key) in CHOICES[key], key, f"one of {CHOICES[key]}", getattr(config, key))
-    for key in ("chunk_size", "micro_batches", "log_every", "checkpoint_every", "checkpoints_kept"):
+    for key in ("chunk_size", "attention_block", "micro_batches", "log_every", "checkpoint_every", "checkpoints_kept"):
         need(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
     need((config.gather, config.remat) != ("layer", "none"), "remat",
          "'products' or 'layer' with gather 'layer': 'none' keeps every gathered weight", config.remat)  # fmt: skip
@@ -285,6 +288,7 @@ def model_problems(model, prefix=""):
         "head_width",
         "feed_forward",
         "max_positions",
+        "attention_block",
     ):
         if getattr(model, key) < 1:
             found.append(f"{prefix}{key}: expected at least 1, found {getattr(model, key)}")

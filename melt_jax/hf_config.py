@@ -126,7 +126,7 @@ def published_config(config, dtype, source=None, chunk_size=None):
       chunk_size: tokens of the chunk that a MELT was trained with; None: what `source` says of it.
     """
     raw = dict(source or {})
-    config = dataclasses.replace(config, remat=ModelConfig.remat)
+    config = dataclasses.replace(config, remat=ModelConfig.remat, attention_block=ModelConfig.attention_block)
     if source is None or parse_config(source) != config:
         kind = "ouro" if config.gate == "none" else "melt"
         if raw.get("model_type") != kind:

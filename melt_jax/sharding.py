@@ -72,8 +72,9 @@ def make_mesh(config, devices=None):
     if math.prod(outer) > 1:
         by_process = getattr(devices[0], "slice_index", None) is None
         array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=by_process)
-        return jax.sharding.Mesh(array, AXES, axis_types=explicit)
-    return jax.make_mesh(inner, AXES, axis_types=explicit, devices=devices)
+    else:
+        array = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(array, AXES, axis_types=explicit)
 
 
 def partition(names):

@@ -129,7 +129,7 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
     """
     phase = config.phase(name)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
-    params = reconfigure(params, remat=config.remat)
+    params = reconfigure(params, remat=config.remat, attention_block=config.attention_block)
     optimizer = make_optimizer(phase, config.optimizer, params)
     state = init_state(params, optimizer)
     start = checkpoints.latest() or 0

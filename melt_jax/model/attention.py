@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from melt_jax.model.cache import ChunkRows, Rows, blend
 from melt_jax.model.layout import einsum
 
-BLOCK = 512  # slots; a shorter cache is one block
 SAVED = "attention"  # the name under which `jax.checkpoint` policies know what the gradient needs of the forward pass
 
 
@@ -50,7 +49,7 @@ class Seen(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(query, earlier, own, alpha, seen, block=BLOCK):
+def attend(query, earlier, own, alpha, seen, block):
     """Softmax attention over the rows of earlier tokens ++ the chunk's own rows of this loop.
 
     Args:
@@ -59,7 +58,7 @@ def attend(query, earlier, own, alpha, seen, block=BLOCK):
       own: `Rows` of [B, C, K, E].
       alpha: of the transition, or None.
       seen: `Seen`.
-      block: slots whose scores exist at a time.
+      block: slots whose scores exist at a time; a shorter cache is one block.
 
     Returns:
       [B, C, K, G, E] in the query's dtype; scores, softmax and sums are float32.

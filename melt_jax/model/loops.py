@@ -83,7 +83,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
                 base = layer.project_rows(u, rope)
         with jax.named_scope("attention"):
             earlier, own = ChunkRows(earlier_shared, earlier_base), blend(shared, base, alpha)
-            heads = attend(layer.project_query(u, rope), earlier, own, alpha, seen)
+            heads = attend(layer.project_query(u, rope), earlier, own, alpha, seen, config.attention_block)
             attended = layer.project_output(heads)
             y = y + layer.norm(attended, "input_layernorm_2")
         with jax.named_scope("mlp"):

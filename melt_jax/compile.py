@@ -1,0 +1,305 @@
+"""Compiles a step for a TPU topology with no hardware present: does it fit, what does it compute, what does it move?
+
+    python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v5e:4x4 --phase=alignment \\
+        --config.data.batch=4 --config.micro_batches=1
+
+The program is the one that `melt_jax.train` (or prefill and decoding of `melt_jax.generate`) would run there. Memory is
+the compiler's own: arguments and outputs by `memory_analysis`, temporaries as its memory-usage report lays them out,
+which is what it compares with the chip's HBM (`memory_analysis` adds up more: it is printed beside). FLOPs and
+collectives are read from the compiled text, each times the trips of the loops around it; the loop over blocks of the
+cache counts as often as it runs on average. Exit status 1: it does not fit the chip. Needs libtpu: pip install
+'jax[tpu]'. The model is that of the config's teacher if its folder exists, else `config.model`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+
+if __name__ == "__main__":  # before JAX starts: describe TPUs, use none
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from melt_jax.checkpoint import open_folder
+from melt_jax.chips import find_chip
+from melt_jax.config import ConfigError, freeze
+from melt_jax.flops import forward_flops, step_flops
+from melt_jax.generation import GREEDY, Request, State, decode_block, prefill_chunk
+from melt_jax.hlo import analyse, innermost
+from melt_jax.model.cache import create_cache
+from melt_jax.model.model import abstract_model, parameter_count
+from melt_jax.sharding import batch_sharding, check_batch, for_inference, make_mesh, weight_shardings
+from melt_jax.training.objectives import Batch
+from melt_jax.training.optimizer import make_optimizer
+from melt_jax.training.step import init_state, make_train_step, phase_objective
+
+PHASES = ("transition", "alignment", "prefill", "decode")
+SCOPES = ("gate", "attention", "own_rows", "cached_blocks", "mlp", "distillation", "alignment", "gather", "reduce",
+          "optimizer")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one program needs and does; per device where nothing else is said, bytes and FLOPs.
+
+    Attributes:
+      title: what was compiled, for what.
+      chip: `chips.Chip` of the topology, or None.
+      devices: in the mesh.
+      compile_seconds: to lower and compile, on this machine.
+      arguments, temporaries, outputs: bytes; outputs that lie in the place of arguments are not counted again.
+      analysed_temporaries: bytes by `memory_analysis`.
+      program: `hlo.Program`.
+      necessary_flops: of the step by `melt_jax.flops`, all devices together.
+      copy_bytes: one copy of the student's and one of the teacher's weights in the compute dtype, over tensor.
+      steps: of the phase; 0 for prefill and decoding.
+    """
+
+    title: str
+    chip: object
+    devices: int
+    compile_seconds: float
+    arguments: int
+    temporaries: int
+    outputs: int
+    analysed_temporaries: int
+    program: object
+    necessary_flops: float
+    copy_bytes: float
+    steps: int
+
+    @property
+    def total(self):
+        """Bytes that a device holds at once."""
+        return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def fits(self):
+        """Whether that is within the device's memory."""
+        return self.chip is None or self.total <= self.chip.device_memory
+
+    @property
+    def flops_ratio(self):
+        """FLOPs of all devices over the necessary ones."""
+        return self.program.flops * self.devices / self.necessary_flops
+
+    @property
+    def gathered_ratio(self):
+        """Bytes of weights gathered in the step, over one copy of both models' weights."""
+        gathers = (c for c in self.program.collectives if c.kind == "all-gather")
+        return sum(c.bytes for c in gathers if innermost(c.op_name, SCOPES) == "gather") / self.copy_bytes
+
+    @property
+    def seconds(self):
+        """(products at the chip's peak, collectives along one ring of its links at peak); neither waits for the other
+        where they overlap, and neither counts what HBM takes."""
+        compute = self.program.bf16_flops / self.chip.device_flops
+        return compute, sum(c.sent_bytes for c in self.program.collectives) / self.chip.ring_bandwidth
+
+    @property
+    def chip_hours(self):
+        """Of the whole phase, at the sum of `seconds` a step."""
+        return self.steps * sum(self.seconds) * self.devices / self.chip.devices / 3600
+
+    def text(self):
+        """The report as lines to print."""
+        giga = lambda n: f"{n / 1e9:,.2f}"
+        limit = f" of {giga(self.chip.device_memory)}: {'fits' if self.fits else 'DOES NOT FIT'}" if self.chip else ""
+        lines = [
+            self.title,
+            f"compiled in {self.compile_seconds:.0f} s",
+            f"memory of a device, GB (1e9 bytes): arguments {giga(self.arguments)},"
+            f" temporaries {giga(self.temporaries)}, outputs {giga(self.outputs)}, total {giga(self.total)}{limit}",
+            f"(temporaries by memory_analysis: {giga(self.analysed_temporaries)})",
+            self.program.summary(SCOPES),
+            f"weights gathered: {self.gathered_ratio:.2f} of one copy of both models, {giga(self.copy_bytes)} GB",
+            f"necessary {self.necessary_flops / 1e12:,.1f} TFLOP over all devices; compiled / necessary"
+            f" {self.flops_ratio:.3f}",
+        ]
+        if self.chip:
+            compute, links = self.seconds
+            lines.append(
+                f"at {self.chip.name}'s peak rates: products {compute:.3f} s, collectives {links:.3f} s,"
+                f" together {compute + links:.3f} s"
+            )
+        if self.chip and self.steps:
+            lines.append(f"{self.steps} steps of the phase: {self.chip_hours:,.1f} chip-hours at those rates")
+        return "\n".join(lines)
+
+    def record(self):
+        """What the tables show, as plain numbers."""
+        compute, links = self.seconds
+        kinds = self.program.collectives_by_kind().items()
+        collectives = {f"{kind} {dtype} {group}": (count, size) for (kind, group, dtype), (count, size) in kinds}
+        names = ("title", "devices", "compile_seconds", "arguments", "temporaries", "outputs", "total", "fits",
+                 "flops_ratio", "necessary_flops", "gathered_ratio", "copy_bytes", "steps", "chip_hours")  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {
+            "chip": self.chip.name, "chips": self.devices // self.chip.devices, "memory": self.chip.device_memory,
+            "flops": self.program.flops, "collectives": collectives, "compute_seconds": compute,
+            "collective_seconds": links,
+        }  # fmt: skip
+
+
+def compile_phase(config, model, mesh, phase):
+    """The `Report` of one phase's program.
+
+    Args:
+      config: `TrainConfig`.
+      model: `ModelConfig` of the LoopLM.
+      mesh: of described devices, from `sharding.make_mesh`.
+      phase: a name of `PHASES`. Prefill and decoding run `config.data.batch` sequences over a cache of
+        `config.data.length` slots, on each of the mesh's groups of devices.
+
+    Raises:
+      ShardingError: batch or weights do not divide.
+      jax.errors.JaxRuntimeError: the compiler refuses, RESOURCE_EXHAUSTED when memory does not suffice.
+    """
+    how = {"remat": config.remat, "attention_block": config.attention_block}
+    student = dataclasses.replace(model, gate=config.student.gate, first_loop=config.student.first_loop, **how)
+    make = _serving_program if phase in ("prefill", "decode") else _training_program
+    with jax.set_mesh(mesh):
+        step, arguments, necessary, mean_blocks, copies = make(config, student, mesh, phase)
+        begin = time.perf_counter()
+        compiled, temporaries = _compile(step.lower(*arguments))
+        seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    kind, data = mesh.devices.flat[0].device_kind, config.data
+    copy_bytes = sum(parameter_count(abstract_model(c)) for c in copies) * jnp.dtype(config.dtype).itemsize
+    title = (
+        f"{phase}: {parameter_count(abstract_model(student)):,} parameters on {mesh.size} × {kind}, {shape}\n"
+        f"{data.batch} sequences of {data.length:,} tokens in {config.micro_batches} part(s), chunks of"
+        f" {config.chunk_size}, remat {config.remat!r}, gather {config.gather!r}"
+    )
+    return Report(
+        title,
+        find_chip(kind),
+        mesh.size,
+        seconds,
+        memory.argument_size_in_bytes,
+        temporaries or memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        analyse(compiled.as_text(), mean_blocks),
+        necessary,
+        copy_bytes / mesh.shape["tensor"],
+        config.phase(phase).steps if phase in ("transition", "alignment") else 0,
+    )
+
+
+def _compile(lowered):
+    """(the compiled program, bytes of HBM that its temporaries take by the compiler's report, None without one)."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        for report in pathlib.Path(folder).glob("*memory-usage-report.txt"):
+            if found := re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report.read_text()):
+                return compiled, int(found[1])
+    return compiled, None
+
+
+def _training_program(config, student, mesh, phase):
+    """(step, its abstract arguments, necessary FLOPs, mean trips of dynamic loops, models whose weights it takes)."""
+    data, teacher = config.data, dataclasses.replace(student, gate="none", first_loop="copy")
+    check_batch(mesh, data.batch, config.micro_batches)
+    optimizer = make_optimizer(config.phase(phase), config.optimizer, abstract_model(student))
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), _placed(abstract_model(student), mesh))
+    row = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
+    objective = phase_objective(phase, config.phase(phase), config.chunk_size)
+    step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
+    arguments = state, _placed(abstract_model(teacher, config.dtype), mesh), Batch(row, row, row)
+    necessary = step_flops(student, phase, data.batch, data.length, config.chunk_size).total
+    starts = range(0, data.length, config.chunk_size)
+    return step, arguments, necessary, {"cached_blocks": _mean_blocks(starts, config)}, (student, teacher)
+
+
+def _serving_program(config, student, mesh, phase):
+    data, count = config.data, config.data.batch
+    on_all = jax.NamedSharding(mesh, jax.P())
+    whole = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=on_all)
+    stored = _placed(abstract_model(student, config.dtype), mesh)
+    model = jax.eval_shape(lambda model: for_inference(model, config.dtype), stored)
+    cache = jax.eval_shape(lambda: create_cache(student, count, data.length, jnp.dtype(config.dtype)))
+    if phase == "prefill":
+        hidden = whole((student.loops, count, student.width), jnp.dtype(config.dtype))
+        arguments = model, cache, hidden, whole((count, config.chunk_size)), whole(()), whole((count,))
+        starts = range(0, data.length, config.chunk_size)
+        tokens, rows = count * config.chunk_size, (data.length + 1) / 2
+        necessary = tokens * forward_flops(student, rows, logits=0).total
+        return prefill_chunk, arguments, necessary, {"cached_blocks": _mean_blocks(starts, config)}, (student,)
+    state = State(whole((count,)), whole((count,)), whole((count,)), whole((count,), jnp.bool_))
+    sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, GREEDY))
+    sampling = jax.tree.map(lambda x: whole(x.shape, x.dtype), sampling)
+    request = Request(sampling, whole((count,)), whole((8,)), whole(()))
+    necessary = count * forward_flops(student, (data.length + 1) / 2, logits=1).total
+    blocks = _mean_blocks(range(data.length), config)
+    # One token: what loops remain beside that over blocks runs once.
+    trips = lambda op_name: blocks if innermost(op_name, SCOPES) == "cached_blocks" else 1
+    return decode_block, (model, cache, state, request), necessary, trips, (student,)
+
+
+def _mean_blocks(starts, config):
+    """Blocks of the cache that attention visits, the mean over chunks that start at these slots."""
+    return sum(math.ceil(start / config.attention_block) for start in starts) / len(starts)
+
+
+def _placed(model, mesh):
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, model, weight_shardings(model, mesh))
+
+
+def describe_devices(topology):
+    """The devices of a topology such as "v5e:4x4", described by libtpu.
+
+    Raises:
+      ConfigError: libtpu is not installed, or knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("compiling for a TPU needs its compiler, libtpu: pip install 'jax[tpu]'")
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except Exception as error:  # libtpu raises whatever it likes
+        expected = "--topology: expected one such as v5e:4x4 or v5p:2x2x2"
+        raise ConfigError(f"{expected}, found {topology!r}: {error}") from error
+
+
+def looplm_config(config):
+    """The `ModelConfig` of the LoopLM: of the teacher's folder if it exists, else `config.model`."""
+    return open_folder(config.teacher).config if pathlib.Path(config.teacher).is_dir() else config.model
+
+
+def main(argv):
+    """Reads the flags, compiles, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    config = freeze(CONFIG.value)
+    mesh = make_mesh(config.mesh, describe_devices(TOPOLOGY.value))
+    try:
+        report = compile_phase(config, looplm_config(config), mesh, PHASE.value)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{PHASE.value} on {TOPOLOGY.value} DOES NOT FIT: {str(error).splitlines()[0]}")
+        sys.exit(1)
+    print(json.dumps(report.record()) if JSON.value else report.text())
+    sys.exit(0 if report.fits else 1)
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe; --config.key=value overrides a key.")
+    TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …")
+    PHASE = flags.DEFINE_enum("phase", "alignment", PHASES, "Which program.")
+    JSON = flags.DEFINE_bool("json", False, "Print numbers for a table in place of the report.")
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)

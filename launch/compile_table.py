@@ -77,7 +77,8 @@ def main():
     columns = ("GB a device", "temporaries, GB", "FLOPs / necessary", "weights gathered, copies", "collectives, GB",
                "seconds at peak: products + collectives", "compiled in, s")  # fmt: skip
     levers = parser.parse_args().levers
-    heads = ("choice",) if levers else ("model", "topology", "phase", "sequences", "tensor", "micro-batches", "chip-hours")
+    names = ("model", "topology", "phase", "sequences", "tensor", "micro-batches", "chip-hours")
+    heads = ("choice",) if levers else names
     print("| " + " | ".join((*heads, *columns)) + " |\n" + "|---" * (len(heads) + len(columns)) + "|", flush=True)
     if levers:
         for name, changes in LEVERS.items():

@@ -44,8 +44,8 @@ from melt_jax.training.watch import Watch
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
 )
-FREE = {"run", "mesh", "gather", "micro_batches"}  # keys that may change in a run: how it is watched, where it lies
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is gone on with.")
+FREE = {"run", "mesh", "gather", "micro_batches"}  # may change in a run: how it is watched, and where its steps run
 
 
 def main(argv):

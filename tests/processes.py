@@ -21,6 +21,7 @@ import sys
 import time
 
 import numpy as np
+from absl import logging
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,7 +52,7 @@ LOSSES, WEIGHTS = 1e-5, 1e-4  # how much rounding may change, relative to a loss
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One start of a run: so many processes, devices of each, and a mesh other than fsdp alone."""
+    """One start of a run: so many processes, devices of each, and the mesh, where it is not fsdp alone."""
 
     processes: int
     devices: int
@@ -131,6 +132,7 @@ def main():
     """Runs it all; the exit status says whether all is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="/tmp/processes", type=pathlib.Path, help="made anew")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of reading a run's checkpoint alone
     folder = parser.parse_args().folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

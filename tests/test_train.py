@@ -6,6 +6,7 @@ import os
 import signal
 
 import chex
+import jax
 import pytest
 
 from configs import nano
@@ -50,8 +51,8 @@ def happens_at(step, event, monkeypatch):
     """While the run waits for the batch that follows so many steps."""
     whole = stream.batches
 
-    def broken(data, seed, start, stop):
-        for index, batch in enumerate(whole(data, seed, start, stop), start):
+    def broken(data, seed, start, stop, rows):
+        for index, batch in enumerate(whole(data, seed, start, stop, rows), start):
             if index == step:
                 event()
             yield batch
@@ -91,7 +92,8 @@ def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
     config.phases = ("alignment",)
     config.alignment.steps = 2
     train.run(config, tmp_path / "run")
-    config.run.stall_seconds = 3600.0  # how a run is watched may change
+    config.run.stall_seconds = 3600.0  # how a run is watched may change,
+    config.mesh.fsdp = jax.device_count()  # and where it runs
     train.run(config, tmp_path / "run")
     config.seed = 7
     with pytest.raises(ConfigError, match=r"another config.*\nseed: 0 → 7"):

@@ -37,7 +37,7 @@ from melt_jax.sharding import (
 from melt_jax.training.checkpoint import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.preemption import PREEMPTED, leave_on_sigterm
-from melt_jax.training.processes import join_processes
+from melt_jax.training.processes import join_processes, of_first
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 from melt_jax.training.watch import Watch
 
@@ -45,6 +45,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is gone on with.")
+FREE = {"run", "mesh", "gather", "micro_batches"}  # may change in a run: how it is watched, and where its steps run
 
 
 def main(argv):
@@ -157,7 +158,7 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
     if watch.preempted:
         console.print(f"{name}: SIGTERM; step {int(state.step)} is saved, and the same command goes on from there")
         sys.exit(PREEMPTED)
-    if not (workdir / "model").exists():
+    if not of_first((workdir / "model").exists()):
         save_model(workdir / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     return state.params
 
@@ -178,7 +179,7 @@ class Results:
     def measure(self, name, make_model, teacher, config):
         """Scores a model under a name, unless that was done."""
         evaluation = config.evaluation
-        if name in self._rows or not (evaluation.problems or evaluation.sequences):
+        if not (evaluation.problems or evaluation.sequences) or of_first(name in self._rows):
             return
         model, teacher = (for_inference(model, config.dtype) for model in (make_model(), teacher))
         self._rows[name] = scoring.score(model, teacher, config)
@@ -191,20 +192,19 @@ class Results:
 
 
 def _keep_config(config_dict, workdir):
-    """Writes the config beside the run; a run is gone on with only under the config it began with, but for `run`."""
-    if jax.process_index() > 0:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Writes the config beside the run; a run is gone on with only under the config it began with, but for `FREE`."""
     path, text = workdir / "config.json", config_dict.to_json(indent=1, sort_keys=True)
-    if path.exists():
-        old, new = json.loads(path.read_text()), json.loads(text)
-        keys = sorted({*old, *new} - {"run"})
-        changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
-            )
-    write_text(path, text)
+    new = json.loads(text)
+    old = json.loads(path.read_text()) if path.exists() else new
+    keys = sorted({*old, *new} - FREE)
+    changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+    if of_first(bool(changed)):  # one that went on alone would wait for the others
+        raise ConfigError(
+            f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
+        )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
 
 
 if __name__ == "__main__":

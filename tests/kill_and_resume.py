@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -81,12 +82,20 @@ def finish(workdir):
         raise SystemExit(f"{workdir}: ended with status {status}; see its .log")
 
 
-def leaves(workdir):
-    """{name: array} of every phase's last checkpoint and model."""
+def read_checkpoint(folder):
+    """{name: numpy array} of a checkpoint, whatever devices wrote it."""
+    reader = ocp.PyTreeCheckpointer()
+    stored = reader.metadata(folder).item_metadata.tree
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+    return reader.restore(folder, restore_args=on_host)
+
+
+def leaves(workdir, phases=PHASES):
+    """{name: array} of every phase's last checkpoint and model; `phases`: {name: steps}."""
     out = {}
-    for phase, steps in PHASES.items():
-        state = ocp.StandardCheckpointer().restore(workdir / phase / "checkpoints" / str(steps) / "default")
-        out |= {f"{phase}.checkpoint.{name}": np.asarray(leaf) for name, leaf in flatten(state).items()}
+    for phase, steps in phases.items():
+        state = read_checkpoint(workdir / phase / "checkpoints" / str(steps) / "default")
+        out |= {f"{phase}.checkpoint.{name}": leaf for name, leaf in state.items()}
         model = open_model(workdir / phase / "model", dtype="float32")
         out |= {f"{phase}.model.{name}": np.asarray(leaf) for name, leaf in flatten(model).items()}
     return out

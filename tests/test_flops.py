@@ -106,7 +106,8 @@ def alignment_program(length, chunk):
 def test_a_compiled_step_does_the_necessary_and_known_extras(chunks):
     """The extras. Rows that a query does not see are computed and masked: those of the chunk, and of all slots (a
     student's sequence in one chunk has none, its teacher's always has). The backward pass computes both models' logits
-    again, so that one loop's exist at a time; in several chunks that replaces the student's from the recomputation."""
+    again, so that one loop's exist at a time; in several chunks that replaces the student's from the recomputation.
+    And attention's backward pass computes the scores again, half of its forward pass."""
     chunk = 8
     length = chunk * chunks
     student, program = alignment_program(length, chunk)
@@ -117,7 +118,8 @@ def test_a_compiled_step_does_the_necessary_and_known_extras(chunks):
     masked = unseen(teacher, length + chunk)
     masked += 3 * unseen(student, length) if chunks == 1 else 4 * unseen(student, length + chunk)
     logits = length * forward_flops(teacher, 1).head * (2 if chunks == 1 else 1)
-    assert program.flops == step.total + masked + logits
+    scores = attention(student, length if chunks == 1 else length + chunk) / 2
+    assert program.flops == step.total + masked + logits + scores
     assert not program.unknown_loops
 
 

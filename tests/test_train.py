@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import chex
+import jax
 import pytest
 
 from configs import nano
@@ -42,16 +44,24 @@ def sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fail():
-    raise KeyboardInterrupt
+def fail_after(checkpoint):
+    """Fails once that save, which is under way in the background, has ended."""
+
+    def fail():
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    return fail
 
 
 def happens_at(step, event, monkeypatch):
     """While the run waits for the batch that follows so many steps."""
     whole = stream.batches
 
-    def broken(data, seed, start, stop):
-        for index, batch in enumerate(whole(data, seed, start, stop), start):
+    def broken(data, seed, start, stop, rows=None):
+        for index, batch in enumerate(whole(data, seed, start, stop, rows), start):
             if index == step:
                 event()
             yield batch
@@ -61,6 +71,7 @@ def happens_at(step, event, monkeypatch):
 
 def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_path, monkeypatch, capsys):
     undisturbed = train.run(tiny_run(teacher), tmp_path / "undisturbed")
+    fail = fail_after(tmp_path / "disturbed/alignment/checkpoints/2")
     for step, event, error in ((2, sigterm, SystemExit), (8, fail, KeyboardInterrupt)):
         with monkeypatch.context() as patch, pytest.raises(error) as left:
             happens_at(step, event, patch)
@@ -91,7 +102,8 @@ def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
     config.phases = ("alignment",)
     config.alignment.steps = 2
     train.run(config, tmp_path / "run")
-    config.run.stall_seconds = 3600.0  # how a run is watched may change
+    config.run.stall_seconds = 3600.0  # how a run is watched may change,
+    config.mesh.fsdp = jax.device_count()  # and where it runs
     train.run(config, tmp_path / "run")
     config.seed = 7
     with pytest.raises(ConfigError, match=r"another config.*\nseed: 0 → 7"):

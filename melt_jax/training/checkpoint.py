@@ -17,7 +17,11 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The training states of one phase under a folder, the last `keep` of them."""
+    """The training states of one phase under a folder, the last `keep` of them.
+
+    Every process makes one and calls it alike; each writes and reads the pieces that its devices hold. What one mesh
+    wrote is restored on any other, to the bit.
+    """
 
     def __init__(self, folder, every, keep):
         policies = ocp.checkpoint_managers
@@ -25,6 +29,7 @@ class Checkpoints:
             save_decision_policy=policies.FixedIntervalPolicy(every),
             preservation_policy=policies.LatestN(keep),
             enable_async_checkpointing=True,
+            single_host_load_and_broadcast=True,  # which checkpoints there are: process 0 looks, all go by it
         )
         self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 

@@ -4,6 +4,8 @@ import glob
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
 
@@ -31,6 +33,14 @@ def join_processes():
                 f"the other processes of the run were not found: {error}. Set {', '.join(VARIABLES)},"
                 " or MELT_PROCESSES=1 where this process is the whole run"
             ) from error
+
+
+def of_first(flag):
+    """The flag of process 0, in every process: what a process reads off a shared disk may be older than what it wrote.
+
+    Every process calls it, at the same place.
+    """
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 def _explicit(given):

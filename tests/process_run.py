@@ -1,0 +1,103 @@
+"""What test_processes.py runs in processes of its own: a short run of training, and restores on other meshes.
+
+    python -m tests.process_run TEACHER WORKDIR OUTPUT          trains; the process of `MELT_PROCESS`, if it is set
+    python -m tests.process_run TEACHER WORKDIR OUTPUT OTHER    also restores what the run in OTHER saved
+
+OUTPUT gets what was found, as JSON.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from configs import nano
+from melt_jax import train
+from melt_jax.config import MeshConfig, freeze
+from melt_jax.data import stream
+from melt_jax.sharding import make_mesh, place_weights
+from melt_jax.training.checkpoint import Checkpoints, flatten
+from melt_jax.training.optimizer import make_optimizer
+from melt_jax.training.processes import join_processes
+from melt_jax.training.step import init_state
+from tests.kill_and_resume import differing, read_checkpoint
+from tests.tiny import TINY, make_model
+
+STEPS, BATCH = 3, 8
+MESH = {"replica": 2, "fsdp": 2, "tensor": 2}
+OTHERS = ((1, 8, 1), (8, 1, 1), (1, 1, 1))  # one after the other; the last on one of the eight devices
+
+
+def tiny_run(teacher, mesh):
+    """Some steps of the transition on eight devices."""
+    config = nano.get_config()
+    config.teacher, config.phases = teacher, ("transition",)
+    config.mesh.update(mesh)
+    config.data.length, config.data.batch, config.data.high = 32, BATCH, 2
+    config.chunk_size, config.log_every = 16, 1
+    config.transition.steps, config.transition.warmup_steps = STEPS, 1
+    config.evaluation.problems, config.evaluation.sequences, config.evaluation.sample = 0, 0, False
+    return config
+
+
+def train_watched(config, workdir):
+    """Trains; returns the tokens of every batch that this process made, [steps, its rows, length]."""
+    seen, whole = [], stream.batches
+
+    def watched(*args):
+        for batch in whole(*args):
+            seen.append(np.asarray(batch.tokens).tolist())
+            yield batch
+
+    stream.batches = watched
+    train.run(config, workdir)
+    return seen
+
+
+def restore_elsewhere(teacher, source, folder):
+    """{mesh: leaves that differ} of a run's last checkpoint, restored and saved on one mesh after the other."""
+    stored, out = read_checkpoint(source / "transition/checkpoints" / str(STEPS) / "default"), {}
+    config = freeze(tiny_run(teacher, MESH))
+    checkpoints = Checkpoints(source / "transition/checkpoints", 1, 1)
+    other = make_model(dataclasses.replace(TINY, vocab=64), 7)
+    for shape in OTHERS:
+        mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
+        with jax.set_mesh(mesh):
+            params = place_weights(other, mesh)
+            state = init_state(params, make_optimizer(config.transition, config.optimizer, params))
+            lie = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            state = checkpoints.restore(STEPS, jax.tree.map(lie, state))
+            checkpoints = Checkpoints(folder / "x".join(map(str, shape)), 1, 1)
+            checkpoints.save(STEPS, state, force=True)
+            checkpoints.settled()
+        out[str(shape)] = differing({name: np.asarray(x) for name, x in flatten(state).items()}, stored)
+    return out
+
+
+def go_on_elsewhere(teacher, source):
+    """{mesh: leaves that differ} of the weights with which the run goes on, on other meshes of as many devices."""
+    stored = read_checkpoint(source / "transition/checkpoints" / str(STEPS) / "default")
+    stored = {name.removeprefix("params."): x for name, x in stored.items() if name.startswith("params.")}
+    out = {}
+    for shape in OTHERS[:-1]:
+        weights = train.run(tiny_run(teacher, dict(zip(MESH, shape))), source)
+        out[str(shape)] = differing({name: np.asarray(x) for name, x in flatten(weights).items()}, stored)
+    return out
+
+
+def main():
+    """Does what the arguments say."""
+    teacher, workdir, output, *other = sys.argv[1:]
+    join_processes()
+    found = {"tokens": train_watched(tiny_run(teacher, MESH), pathlib.Path(workdir))}
+    for source in map(pathlib.Path, other):
+        found["restored"] = restore_elsewhere(teacher, source, pathlib.Path(workdir) / "restored")
+        found["gone on with"] = go_on_elsewhere(teacher, source)
+    pathlib.Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

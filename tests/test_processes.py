@@ -1,0 +1,92 @@
+"""Two processes train as one does, to the bit, and what they save is restored to the bit on every mesh."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from melt_jax.checkpoint import open_model, save_model
+from melt_jax.training.processes import of_first
+from tests.kill_and_resume import differing, leaves
+from tests.process_run import OTHERS, STEPS
+from tests.tiny import TINY, make_model
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def started(folder, name, count, devices, *other):
+    """So many processes that train together. One joins itself: JAX then adds up as it does among several."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MELT_COORDINATOR": coordinator, "MELT_PROCESSES": str(count)}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    command = lambda i: [folder / "teacher", folder / name, folder / f"{name}{i}.json", *other]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.process_run", *map(str, command(i))],
+            cwd=ROOT,
+            env=environment | {"MELT_PROCESS": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for i in range(count)
+    ]
+
+
+def ended(processes):
+    """What they printed; none failed, or else it is shown."""
+    try:
+        outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{two, one}: what two processes of four devices, and one of eight, found; the folder; what they printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    save_model(folder / "teacher", make_model(dataclasses.replace(TINY, vocab=64, gate="none")))
+    printed = ended(started(folder, "two", 2, 4))
+    printed += ended(started(folder, "one", 1, 8, folder / "two"))
+    read = lambda name: json.loads((folder / name).read_text())
+    return {"two": [read("two0.json"), read("two1.json")], "one": read("one0.json"), "folder": folder}, printed
+
+
+def test_two_processes_train_as_one(runs):
+    """Same losses, weights and moments, to the bit: gates are drawn alike, and every row is met once."""
+    found, printed = runs
+    lines = [(found["folder"] / name / "transition/metrics.jsonl").read_text().splitlines() for name in ("two", "one")]
+    two, one = ([json.loads(line)["loss"] for line in log] for log in lines)
+    assert len(one) == STEPS and one[-1] > 0 and two == one
+    weights = [leaves(found["folder"] / name, {"transition": STEPS}) for name in ("two", "one")]
+    assert len(weights[0]) > 60 and not differing(*weights)
+    assert "parameters on 8 × cpu" in printed[0] and "transition" not in printed[1]
+
+
+def test_each_process_makes_its_own_rows(runs):
+    two, one = ([np.array(process["tokens"]) for process in part] for part in (runs[0]["two"], [runs[0]["one"]]))
+    assert [tokens.shape for tokens in two] == [(STEPS, 4, 32)] * 2
+    np.testing.assert_array_equal(np.concatenate(two, axis=1), one[0])
+
+
+def test_what_two_processes_saved_is_restored_on_every_mesh(runs):
+    """Weights, moments and step, saved on replica 2 × fsdp 2 × tensor 2, mesh after mesh, down to one device."""
+    found = runs[0]["one"]
+    assert found["restored"] == {str(shape): [] for shape in OTHERS}
+    assert found["gone on with"] == {str(shape): [] for shape in OTHERS[:-1]}
+    model = open_model(runs[0]["folder"] / "two/transition/model", dtype="float32")
+    assert model.config.gate == "elementwise"
+
+
+def test_a_process_alone_is_the_first():
+    assert of_first(True) is True and of_first(False) is False

@@ -221,7 +221,7 @@ def _gather_hook(weight, value):
 
 
 def _gather(x):
-    return jax.reshard(x, _without_fsdp(x)) if in_mesh(True) else x
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, _without_fsdp(x))
 
 
 def _without_fsdp(x):

@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 $python -m ruff check melt_jax configs launch tests
-exec $python -m pytest "$@"
+exec $python -m pytest -n 2 "$@"  # two at a time

@@ -217,7 +217,8 @@ def in_mesh(spec):
 
 
 def _gather_hook(weight, value):
-    return _gather(value)
+    with jax.named_scope("gather"):
+        return _gather(value)
 
 
 def _gather(x):

@@ -2,7 +2,7 @@
 
     python -m melt_jax.train --config=configs/nano_hour.py --workdir=runs/nano_hour
 
-Of 256 fresh problems the MELT answers 95.7 % after the transition, and 100.0 % after the alignment, as its teacher does.
+Of 256 fresh problems the MELT answers 95.7 % after the transition and 100.0 % after the alignment, like its teacher.
 """
 
 from configs import nano

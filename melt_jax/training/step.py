@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from melt_jax.sharding import add_groups, gather_at_use, gather_weights, group_batch, in_mesh, ungroup_batch
+from melt_jax.sharding import (
+    add_groups,
+    batch_groups,
+    gather_at_use,
+    gather_weights,
+    group_batch,
+    in_mesh,
+    ungroup_batch,
+)
 from melt_jax.training.objectives import (
     distillation_loss,
     distillation_sums,
@@ -117,12 +125,12 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
         gradients, sums = gradients_of_parts(weights, teacher, ungroup_batch(parts), step, count)
         return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
 
-    batch_gradients = {"step": gather_once, "layer": gather_each_use}[gather]
-
     def train_step(state, teacher, batch):
         count = jnp.maximum(scored_tokens(batch), 1.0)
         weights = jax.tree.map(lambda x: x.astype(dtype), state.params)
         parts = group_batch(batch, micro_batches)
+        # A single group has nothing to gather, and no copies to keep apart.
+        batch_gradients = gather_once if gather == "step" and batch_groups() > 1 else gather_each_use
         gradients, sums = batch_gradients(state.params, weights, teacher, parts, state.step, count)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -55,9 +55,7 @@ def pretraining_loss(metrics, entropy_bonus):
     return metrics["expected_cross_entropy"] - entropy_bonus * metrics["exit_entropy"]
 
 
-def distillation_sums(
-    student, teacher, batch, chunk_size, alpha=None, align=False, sink=None, chunk_sums=chunk_sums
-):
+def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=False, sink=None, chunk_sums=chunk_sums):
     """Sums over a batch of what a student differs in from its teacher.
 
     Args:

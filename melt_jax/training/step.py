@@ -38,7 +38,6 @@ class TrainState(NamedTuple):
 def init_state(params, optimizer):
     """The state before a phase's first step, with weights of its own: the step gives its state away."""
 
-
     @jax.jit  # so that every leaf, scalars too, lies on the mesh
     def init(params):
         return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))

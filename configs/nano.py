@@ -18,13 +18,13 @@ def get_config():
     config.data.length = 72
     config.data.batch = 32
 
-    config.transition.steps = 200
+    config.transition.steps = 100
     config.transition.learning_rate = 1e-3
     config.transition.gate_learning_rate = 1e-2
-    config.alignment.steps = 500
+    config.alignment.steps = 300
     config.alignment.learning_rate = 1e-3
     config.alignment.gate_learning_rate = 1e-2
-    config.alignment.beta = 0.005
+    config.alignment.beta = 0.001
 
     config.log_every = 20
     config.evaluation.problems = 256

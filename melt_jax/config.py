@@ -25,8 +25,8 @@ class ModelConfig:
       first_loop: "copy" (h¹ = u) or "gated" (h⁰ = 0, the gate applied at loop 1 too).
       exit_threshold: cumulative exit probability at which generation takes a loop's output; 1 is the last loop.
       bos, eos, pad: token ids, None where there is none.
-      remat: what the backward pass recomputes of a layer: "none" (but scores), all but the "products" with weights, or
-        the whole "layer" but attention.
+      remat: what the backward pass recomputes of a layer. "none": attention scores alone; "products": all but products
+        with weights and the outcome of attention; "layer": all but the outcome of attention.
       attention_block: cached slots whose attention scores exist at a time.
     """
 

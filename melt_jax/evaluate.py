@@ -47,8 +47,12 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if wrong := flag_problems():
         raise app.UsageError("\n".join(wrong))
-    model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
-    teacher = open_model(TEACHER.value, dtype=DTYPE.value) if TEACHER.value else None
+    try:
+        model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
+        teacher = open_model(TEACHER.value, dtype=DTYPE.value) if TEACHER.value else None
+        scoring.check_vocabularies(model, teacher)
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from error
     chunk_size = default_chunk(CHECKPOINT.value, model.config) if CHUNK_SIZE.value is None else CHUNK_SIZE.value
     if TASK.value == "arithmetic":
         if model.config.vocab < len(VOCABULARY):
@@ -71,6 +75,8 @@ def flag_problems():
     wrong = [f"--{flag.name} must be 1 or more, got {flag.value}" for flag in small]
     if not 1 <= LOW.value <= HIGH.value <= 26:
         wrong.append(f"--low and --high must be 1 <= low <= high <= 26, got {LOW.value} and {HIGH.value}")
+    if EXIT_THRESHOLD.value is not None and not EXIT_THRESHOLD.value >= 0:
+        wrong.append(f"--exit_threshold must be 0 or more, got {EXIT_THRESHOLD.value}")
     if (TASK.value == "tokens") != (DATA.value is not None):
         wrong.append("--data names a token file for --task=tokens, and goes with no other task")
     return wrong

@@ -52,11 +52,11 @@ def main(argv):
         texts += [line for line in pathlib.Path(PROMPTS_FILE.value).read_text().splitlines() if line.strip()]
     if not texts:
         raise app.UsageError("there is no prompt: give --prompt or --prompts_file")
-    tokenizer = Tokenizer(CHECKPOINT.value)
-    model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
-    chunk = default_chunk(CHECKPOINT.value, model.config) if PREFILL_CHUNK.value is None else PREFILL_CHUNK.value
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
     try:
+        model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
+        tokenizer = Tokenizer(CHECKPOINT.value)
+        chunk = default_chunk(CHECKPOINT.value, model.config) if PREFILL_CHUNK.value is None else PREFILL_CHUNK.value
         prompts = [encode_prompt(tokenizer, text, CHAT.value) for text in texts]
         streamer = tokenizer.stream() if len(texts) == 1 else None
         result = generate(
@@ -71,7 +71,7 @@ def main(argv):
             block=1 if streamer else 32,
             on_tokens=printer(streamer, tokenizer.stop_ids) if streamer else None,
         )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
     if streamer:
         print(streamer.finish())
@@ -87,7 +87,7 @@ def encode_prompt(tokenizer, text, chat):
 
 
 def most_new_tokens(config, prompts):
-    """512, or as many as the model's positions leave beside the longest prompt, but one."""
+    """512, or as many as the model's positions leave beside the longest prompt; at least one."""
     return max(1, min(512, config.max_positions - max(map(len, prompts))))
 
 

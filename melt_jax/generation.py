@@ -201,7 +201,7 @@ def first_tokens(model, hidden, lengths, request, exit_threshold=None):
 def decode_block(model, cache, state, request, block=1, loops=None, exit_threshold=None):
     """Up to `block` more tokens of each sequence, each run as a chunk of one: the exact model.
 
-    Finished sequences are frozen: no row, no token. The loop ends when all are.
+    Finished sequences are frozen: no token, and no row that anything sees. The loop ends when all are.
 
     Returns:
       (cache, `State`, tokens [block, B] with −1 where there is none, exit loops [block, B] from 0, whether all are

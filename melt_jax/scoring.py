@@ -163,10 +163,7 @@ def perplexity_and_kl(model, teacher, batch, chunk_size, loops=None, rows=16):
     Raises:
       ValueError: the vocabularies differ, or nothing is scored.
     """
-    if teacher is not None and teacher.config.vocab != model.config.vocab:
-        raise ValueError(
-            f"a KL needs one vocabulary: the teacher has {teacher.config.vocab} tokens, the model {model.config.vocab}"
-        )
+    check_vocabularies(model, teacher)
     count = int(np.sum(batch.loss_mask))
     if count == 0:
         raise ValueError("no token of the batch is scored: its loss_mask is zero everywhere")
@@ -181,9 +178,15 @@ def perplexity_and_kl(model, teacher, batch, chunk_size, loops=None, rows=16):
     return LoopScores(chunk_size, count, perplexity, kl[:-1], kl[-1] if kl else None)
 
 
-def measure(
-    model, teacher, problems=(), batch=None, chunk_size=512, *, loops=None, exit_threshold=None, dtype=None, rows=16
-):
+def check_vocabularies(model, teacher):
+    """ValueError where a model and its teacher, if it has one, have other numbers of tokens."""
+    if teacher is not None and teacher.config.vocab != model.config.vocab:
+        raise ValueError(
+            f"a KL needs one vocabulary: the teacher has {teacher.config.vocab} tokens, the model {model.config.vocab}"
+        )
+
+
+def measure(model, teacher, problems=(), batch=None, chunk_size=512):
     """Everything of a model that a row of the table shows.
 
     Args:
@@ -192,27 +195,21 @@ def measure(
       problems: to be answered; none: not measured.
       batch: `Batch` for perplexity and KL; None: not measured.
       chunk_size: C of prefill and scoring; decoding's chunk of one is measured beside it.
-      loops: T, where it is not the model's.
-      exit_threshold: where it is not the model's; for answers.
-      dtype: that the model runs in, where it is not that of its weights.
-      rows: sequences of the batch run at once.
 
     Returns:
       `Scores`.
     """
-    if dtype is not None:
-        model = jax.tree.map(lambda x: x.astype(dtype), model)
-    answers = exact_answers(model, problems, chunk_size, loops, exit_threshold) if len(problems) else None
+    answers = exact_answers(model, problems, chunk_size) if len(problems) else None
     both = [None, None]
     if batch is not None:
-        both = [perplexity_and_kl(model, teacher, batch, chunk, loops, rows) for chunk in (chunk_size, 1)]
+        both = [perplexity_and_kl(model, teacher, batch, chunk) for chunk in (chunk_size, 1)]
     return Scores(
         None if answers is None else float(answers.answer_exact.mean()),
         None if answers is None else float(answers.completion_exact.mean()),
         len(problems),
         *both,
-        cache_bytes_per_token(model, loops),
-        loops or model.config.loops,
+        cache_bytes_per_token(model),
+        model.config.loops,
     )
 
 
@@ -232,8 +229,7 @@ def score(model, teacher, config):
         problems = fresh_problems(evaluation.seed, evaluation.problems, data.low, data.high)
     if evaluation.sequences:
         batch = next(iter(stream.batches(stream.evaluation_data(config), evaluation.seed, 0, 1)))
-    scores = measure(model, teacher, problems, batch, config.chunk_size, dtype=config.dtype)
-    return dataclasses.asdict(scores)
+    return dataclasses.asdict(measure(model, teacher, problems, batch, config.chunk_size))
 
 
 def sample(model, seed, prefill_chunk=512):

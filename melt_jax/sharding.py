@@ -110,6 +110,8 @@ def weight_shardings(model, mesh):
 
     is_weight = lambda node: isinstance(node, nnx.Variable)
     shardings = jax.tree_util.tree_map_with_path(place, model, is_leaf=is_weight)
+    if model.config.width % mesh.shape["tensor"]:  # latents and attention outputs are split, too
+        problems.append(f"width, {model.config.width}, is not divisible by tensor, {mesh.shape['tensor']}")
     if problems:
         raise ShardingError("weights cannot be split over the mesh:\n" + "\n".join(problems))
     return shardings
@@ -200,6 +202,8 @@ def gather_at_use(model):
 
     A gradient with respect to it is added up over the batch axes at every use.
     """
+    if batch_groups() == 1:
+        return model
     is_weight = lambda node: isinstance(node, nnx.Variable)
     defer = lambda weight: weight.copy(on_get_value=_gather_hook)  # the hook of a weight sees each layer's slice
     return jax.tree.map(defer, model, is_leaf=is_weight)

@@ -84,6 +84,7 @@ def _run(config, workdir, mesh, console):
     else:
         shardings = weight_shardings(abstract_model(open_folder(config.teacher).config), mesh)
         teacher = open_model(config.teacher, dtype=config.dtype, shardings=shardings)
+        teacher = reconfigure(teacher, attention_block=config.attention_block)
         params = make_student(open_model(config.teacher, dtype="float32", shardings=shardings), config, key)
     params = place_weights(params, mesh)
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -119,7 +120,7 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
       config: `TrainConfig`.
       mesh: of `sharding.make_mesh`, the current one.
       workdir: the phase's folder.
-      params: float32 model, on the mesh.
+      params: float32 model, on the mesh; given away, so that masters exist once.
       teacher: frozen LoopLM, or None in pre-training.
       first_step: the run's step at which the phase begins, from which its data is counted.
       console: where lines are printed.
@@ -145,7 +146,8 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
     sharding, size = batch_sharding(mesh), config.data.batch
     rows = local_rows(sharding, size)
     batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, rows)
-    with Watch(name, config, params.config, workdir, start, first_step, checkpoints, console) as watch:
+    skipped = int(state.skipped)
+    with Watch(name, config, state.params.config, workdir, start, skipped, first_step, checkpoints, console) as watch:
         for step, batch in watch.steps(batches):
             with watch.step(step, state):
                 state, metrics = train_step(state, teacher, place_batch(batch, sharding, rows, size))

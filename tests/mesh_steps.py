@@ -11,6 +11,7 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from melt_jax.config import MeshConfig
@@ -20,22 +21,23 @@ from melt_jax.training.step import init_state, make_train_step, phase_objective
 from tests.test_training import ALIGNMENT, OPTIMIZER, TRANSITION
 from tests.tiny import TINY, make_model, random_batch
 
-CONFIG = dataclasses.replace(TINY, vocab=32, heads=8, kv_heads=8, feed_forward=24, loops=2, remat="products")
+CONFIG = dataclasses.replace(TINY, vocab=32, heads=8, kv_heads=8, feed_forward=24, loops=2, remat="products",
+                             attention_block=4)  # fmt: skip
 PHASES = {"transition": TRANSITION, "alignment": ALIGNMENT}
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 QUICK = {"transition": ("data", "mixed"), "alignment": ("fsdp", "tensor")}
 BATCH, LENGTH, CHUNK = 16, 12, 5
 
 
-def one_step(phase, mesh, gather, parts):
+def one_step(phase, mesh, gather, parts, config=CONFIG):
     """{name: array}: metrics and first moments after one step from the middle of a phase.
 
     Not the weights: Adam's first update is the learning rate wherever a gradient is not zero, of whatever sign.
     """
-    student, teacher = make_model(CONFIG), make_model(dataclasses.replace(CONFIG, gate="none"), 1)
+    student, teacher = make_model(config), make_model(dataclasses.replace(config, gate="none"), 1)
     optimizer = make_optimizer(PHASES[phase], OPTIMIZER, student)
     step = make_train_step(phase_objective(phase, PHASES[phase], CHUNK), optimizer, parts, gather=gather)
-    batch = random_batch(BATCH, LENGTH)
+    student, batch = jax.tree.map(jnp.copy, student), random_batch(BATCH, LENGTH)  # the state takes the weights
     with jax.set_mesh(mesh):
         sharding = batch_sharding(mesh)
         rows = local_rows(sharding, BATCH)
@@ -62,6 +64,9 @@ def main():
             shape = MESHES[name]
             gaps[f"{phase}, {name}"] = gap(one_step(phase, make_mesh(MeshConfig(*shape)), "step", 2), want)
         gaps[f"{phase}, gathered at use"] = gap(one_step(phase, make_mesh(MeshConfig(2, 2, 2)), "layer", 2), want)
+    scalar = dataclasses.replace(CONFIG, gate="scalar")
+    shapes = [(make_mesh(MeshConfig(2, 2, 2)), 2), (make_mesh(MeshConfig(), jax.devices()[:1]), 1)]
+    gaps["alignment, scalar gate"] = gap(*(one_step("alignment", mesh, "step", n, scalar) for mesh, n in shapes))
     for name, value in gaps.items():
         print(f"{name:<32} {value:.1e}")
     if "--json" in sys.argv:

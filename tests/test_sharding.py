@@ -1,5 +1,6 @@
 """On many devices a step is the one device's, and what does not fit the mesh is refused with its numbers."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -45,6 +46,9 @@ def test_what_a_mesh_does_not_divide_is_listed():
         weight_shardings(model, abstract_mesh(tensor=4, fsdp=3))
     for line in ("embed_tokens: vocab, 29,.*tensor, 4", "k_proj: heads, 2,.*tensor, 4", "w_z: embed, 16,.*fsdp, 3"):
         assert error.match(line)
+    odd = dataclasses.replace(TINY, width=18, vocab=28, kv_heads=4, gate="last")
+    with pytest.raises(ShardingError, match=r"width, 18,.*tensor, 4"):
+        weight_shardings(abstract_model(odd), abstract_mesh(tensor=4))
     with pytest.raises(ShardingError, match=r"multiple of 12 .*found 18"):
         check_batch(abstract_mesh(fsdp=2, replica=3), 18, 2)
     check_batch(abstract_mesh(fsdp=2, replica=3), 24, 2)
@@ -63,5 +67,5 @@ def test_steps_on_eight_devices_are_the_one_device_step():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     gaps = json.loads(done.stdout.splitlines()[-1])
-    assert len(gaps) == 6 and all(gap < 1e-5 for gap in gaps.values()), gaps
+    assert len(gaps) == 7 and all(gap < 1e-5 for gap in gaps.values()), gaps
     assert any(gap > 0 for gap in gaps.values())

@@ -25,6 +25,11 @@ ALIGNMENT = AlignmentConfig(4, 1e-3, 1e-2, 0, 0.1, 0.1)
 LOOPLM = dataclasses.replace(TINY, gate="none")
 
 
+def fresh_state(params, optimizer):
+    """`init_state` of weights that are kept."""
+    return init_state(jax.tree.map(jnp.copy, params), optimizer)
+
+
 def by_path(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): x
@@ -87,7 +92,7 @@ def test_micro_batches_are_the_big_batch(name, phase):
     objective = phase_objective(name, phase, 5)
     outcomes = []
     for parts in (1, 2, 4):
-        state = init_state(student, optimizer)
+        state = fresh_state(student, optimizer)
         outcomes.append(make_train_step(objective, optimizer, parts)(state, teacher, batch))
     (whole, metrics), *others = outcomes
     for state, other_metrics in others:
@@ -102,7 +107,7 @@ def test_training_brings_the_student_closer():
     phase = dataclasses.replace(ALIGNMENT, steps=30, learning_rate=1e-2)
     optimizer = make_optimizer(phase, OPTIMIZER, student)
     step = make_train_step(phase_objective("alignment", phase, 4), optimizer)
-    state, batch = init_state(student, optimizer), random_batch(4, 12)
+    state, batch = fresh_state(student, optimizer), random_batch(4, 12)
     losses = []
     for _ in range(30):
         state, metrics = step(state, teacher, batch)
@@ -115,11 +120,11 @@ def test_bfloat16_computes_on_float32_masters():
     student = make_model()
     optimizer = make_optimizer(ALIGNMENT, OPTIMIZER, student)
     step = make_train_step(phase_objective("alignment", ALIGNMENT, 4), optimizer, dtype="bfloat16")
-    state, metrics = step(init_state(student, optimizer), teacher, random_batch(2, 8))
+    state, metrics = step(fresh_state(student, optimizer), teacher, random_batch(2, 8))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("float32")}
     exact = make_train_step(phase_objective("alignment", ALIGNMENT, 4), optimizer)
-    _, wanted = exact(init_state(student, optimizer), make_model(LOOPLM), random_batch(2, 8))
+    _, wanted = exact(fresh_state(student, optimizer), make_model(LOOPLM), random_batch(2, 8))
     ratio = float(metrics["loss"][0] / wanted["loss"][0])
     assert ratio == pytest.approx(1, rel=0.05) and ratio != 1
 
@@ -140,7 +145,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count(where):
     bad = good._replace(tokens=jnp.zeros((2, 4), jnp.int32))
     runs = {}
     for name, batches in (("clean", [good, good]), ("disturbed", [good, bad, good])):
-        state, interval = init_state(params, optimizer), []
+        state, interval = fresh_state(params, optimizer), []
         for batch in batches:
             state, metrics = step(state, None, batch)
             interval.append(metrics)
@@ -148,6 +153,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count(where):
     (clean, wanted), (disturbed, found) = runs["clean"], runs["disturbed"]
     chex.assert_trees_all_equal((disturbed.params, disturbed.opt_state), (clean.params, clean.opt_state))
     assert np.any(clean.params["w"] != params["w"]) and (clean.step, disturbed.step) == (2, 3)
+    assert disturbed.skipped == 0 and step(disturbed, None, bad)[0].skipped == 1
     assert found.pop("skipped") == pytest.approx(1 / 3) and wanted.pop("skipped") == 0
     chex.assert_trees_all_equal(found, wanted)
     assert np.isnan(add_up(interval[1:2])["loss"])

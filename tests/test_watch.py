@@ -77,7 +77,7 @@ def start_processes(count, program):
 def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
     config = nano.get_config()
     checkpoints = SimpleNamespace(settled=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, checkpoints, None) as watch:
+    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None) as watch:
         assert list(watch.steps([])) == [] and not watch.preempted
         watch.finish()
     assert watch.preempted
@@ -139,6 +139,13 @@ class TestSkippedSteps:
         text = str(error.value)
         assert "alignment: the loss or a gradient was not finite in 3 steps in a row, 4 to 6" in text
         assert "(batches 103 to 105 of the run)" in text and "those of step 3" in text and "checkpoint 4" in text
+
+    def test_a_row_goes_on_where_a_checkpoint_left_it(self):
+        counter = SkippedSteps("alignment", 100, limit=3, start=7, row=2)
+        with pytest.raises(NonFiniteError, match=r"in 3 steps in a row, 6 to 8 .*checkpoint 4"):
+            counter.read(8, [{"skipped": (np.float32(1), 1)}], latest=lambda: 4)
+        with pytest.raises(NonFiniteError, match=r"in 3 steps in a row, 5 to 7 .*checkpoint 7"):
+            SkippedSteps("alignment", 100, limit=3, start=7, row=3)
 
 
 class TestPerformance:

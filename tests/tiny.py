@@ -11,7 +11,16 @@ from melt_jax import ModelConfig, init_model, run_sequence, to_hf_tensors
 from melt_jax.training.objectives import Batch
 
 TINY = ModelConfig(
-    vocab=29, width=16, layers=2, loops=3, heads=4, kv_heads=2, head_width=6, feed_forward=20, gate="elementwise"
+    vocab=29,
+    width=16,
+    layers=2,
+    loops=3,
+    heads=4,
+    kv_heads=2,
+    head_width=6,
+    feed_forward=20,
+    gate="elementwise",
+    attention_block=3,
 )
 
 jit_run = jax.jit(run_sequence, static_argnames=("chunk_size", "loops"))

@@ -56,7 +56,7 @@ def attend(query, earlier, own, alpha, seen, block):
       query: [B, C, K, G, E].
       earlier: `ChunkRows` of [B, S, K, E], the cache's of one layer: shared, base, or both, which are blended by α.
       own: `Rows` of [B, C, K, E].
-      alpha: of the transition, or None.
+      alpha: of the transition, or None; not differentiated.
       seen: `Seen`.
       block: slots whose scores exist at a time; a shorter cache is one block.
 

@@ -30,7 +30,8 @@ def elementwise_gate(gate, u, latent, loop):
 
 def scalar_gate(gate, u, latent, loop):
     """The first output column of W_z, U_z and b_z gates the whole vector."""
-    return _sigmoid_gate(gate.w_z[...][:, :1], gate.u_z[...][:, :1], gate.b_z[...][:1], u, latent)
+    first = lambda weight: whole_features(weight[...])[..., :1]
+    return _sigmoid_gate(first(gate.w_z), first(gate.u_z), first(gate.b_z), u, latent)
 
 
 def mean_gate(gate, u, latent, loop):

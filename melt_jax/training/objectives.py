@@ -24,7 +24,7 @@ class Batch(NamedTuple):
       tokens: token ids.
       segments: an id per packed document; 0 is padding.
       loss_mask: 1 where the prediction made at this token is scored.
-      targets: the next token of the same document; used by pre-training alone.
+      targets: the next token of the same document; for pre-training and perplexities.
     """
 
     tokens: jax.Array
@@ -69,9 +69,10 @@ def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=Fal
       chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
 
     Returns:
-      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; openness [T, L]; with align
-      also alignment [T, L], ‖o_student − o_teacher‖².
+      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; openness [T, L]; with alpha
+      also alpha []; with align also alignment [T, L], ‖o_student − o_teacher‖². Differentiable in the student alone.
     """
+    teacher = jax.lax.stop_gradient(teacher)
     targets = functools.partial(teacher_targets, teacher, align=align)
     data = (teacher, None if alpha is None else jnp.asarray(alpha, jnp.float32))
     return _sum_over_chunks(

@@ -28,19 +28,28 @@ from melt_jax.training.optimizer import group_norms
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds: float32 masters, the optimizer's moments, and the step of the phase, int32."""
+    """What a checkpoint holds.
+
+    Attributes:
+      params: the model, float32 masters.
+      opt_state: the optimizer's moments.
+      step: of the phase, int32.
+      skipped: how many steps, counted back from that one, were skipped in a row, int32.
+    """
 
     params: Any
     opt_state: Any
     step: jax.Array
+    skipped: jax.Array
 
 
 def init_state(params, optimizer):
-    """The state before a phase's first step, with weights of its own: the step gives its state away."""
+    """The state before a phase's first step. The weights are given away to it, as each step gives its state away."""
 
-    @jax.jit  # so that every leaf, scalars too, lies on the mesh
+    @functools.partial(jax.jit, donate_argnums=0)  # compiled, so that every leaf, scalars too, lies on the mesh
     def init(params):
-        return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(params, optimizer.init(params), zero, zero)
 
     return init(params)
 
@@ -125,7 +134,7 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
         return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
 
     def train_step(state, teacher, batch):
-        count = jnp.maximum(scored_tokens(batch), 1.0)
+        count = scored_tokens(batch)
         weights = jax.tree.map(lambda x: x.astype(dtype), state.params)
         parts = group_batch(batch, micro_batches)
         # A single group has nothing to gather, and no copies to keep apart.
@@ -144,7 +153,8 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
         params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
         metrics = _where(finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
         metrics["skipped"] = (jnp.float32(~finite), one)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        return TrainState(params, opt_state, state.step + 1, skipped), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

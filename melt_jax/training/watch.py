@@ -21,12 +21,13 @@ class Watch:
       model: `ModelConfig` of what is trained.
       folder: the phase's.
       start: steps of the phase that have been made.
+      skipped: how many of them, counted back from the last, were skipped in a row.
       first_step: the run's step at which the phase begins.
       checkpoints: `Checkpoints` of the phase.
       console: where lines are printed.
     """
 
-    def __init__(self, name, config, model, folder, start, first_step, checkpoints, console):
+    def __init__(self, name, config, model, folder, start, skipped, first_step, checkpoints, console):
         self._steps, self._log_every = config.phase(name).steps, config.log_every
         self._start, self._first_step, self._checkpoints = start, first_step, checkpoints
         self._log = RunLog(folder, name, start, self._steps, console)
@@ -35,7 +36,7 @@ class Watch:
         self._profiler = StepProfiler(folder, config.run)
         self._watchdog = Watchdog(name, folder, config.run)
         self._preemption = PreemptionNotice()
-        self._skipped = SkippedSteps(name, first_step, config.run.skipped_limit)
+        self._skipped = SkippedSteps(name, first_step, config.run.skipped_limit, start, skipped)
         self._contexts = contextlib.ExitStack()
         self._interval, self._ready = [], None
         self.preempted = False  # whether SIGTERM ended the steps

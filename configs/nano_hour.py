@@ -13,6 +13,7 @@ def get_config():
     config = nano.get_config()
     config.transition.steps = 1000
     config.alignment.steps = 2000
+    config.alignment.beta = 0.005
     config.log_every = 100
     config.checkpoint_every = 500
     return config

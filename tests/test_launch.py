@@ -149,8 +149,15 @@ def test_setup_wants_a_python_that_is_new_enough_and_is_done_only_when_whole(rep
     assert made == [True, False, True]
 
 
-@pytest.mark.parametrize("stated, dtype", [('"torch_dtype": "bfloat16"', "bfloat16"), ('"dtype":"bfloat16"', "bfloat16"),
-                                           ('"torch_dtype": "float32"', "float32"), ('"a": 1', "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    "stated, dtype",
+    [
+        ('"torch_dtype": "bfloat16"', "bfloat16"),
+        ('"dtype":"bfloat16"', "bfloat16"),
+        ('"torch_dtype": "float32"', "float32"),
+        ('"a": 1', "float32"),
+    ],
+)
 def test_the_main_job_publishes_in_the_dtype_that_the_looplm_states(repository, stated, dtype):
     folder, run = repository
     (folder / "ouro").mkdir()

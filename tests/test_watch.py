@@ -121,6 +121,7 @@ def test_a_last_checkpoint_that_is_not_written_is_a_stall(tmp_path):
         watch.finish()
     assert "no step has finished" in (tmp_path / "stall-process0.txt").read_text()
 
+
 class TestWatchdog:
     def stall(self, tmp_path, monkeypatch, hold, **changes):
         """Step 8 is dispatched and ends after `hold` seconds; returns the statuses that were asked to leave with."""

@@ -12,8 +12,8 @@ from melt_jax.folders import write_text
 
 
 def add_up(interval):
-    """The metrics of some steps, each {name: (sum, count)} of arrays on the host, divided last: {name: array}; nan where
-    none counts."""
+    """The metrics of some steps, each {name: (sum, count)}, read already, divided last: {name: array}; nan where none
+    counts."""
     total = lambda name, i: np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
     with np.errstate(invalid="ignore"):
         return {name: total(name, 0) / total(name, 1) for name in interval[0]}

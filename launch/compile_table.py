@@ -123,7 +123,7 @@ def steps(levers, only):
 
 
 def main():
-    """Prints a table row by row, and where steps have much to say the rest of it as a second one."""
+    """Prints a table row by row; that of topologies in two halves, its columns being many."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levers", action="store_true", help="the table of choices")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose names, joined by spaces, match")
@@ -135,13 +135,14 @@ def main():
         parser.error(f"--only: no row matches {args.only!r}")
     print(head(names, columns), flush=True)
     rows = []
-    for named, step in chosen:
-        rows.append((named, compile_step(**step)))
-        print(row(named, columns, rows[-1][1]), flush=True)
-    if not args.levers:
-        print("\n" + head(WHERE[:3], WORK))
-        for named, record in rows:
-            print(row(named[:3], WORK, record))
+    try:
+        for named, step in chosen:
+            rows.append((named, compile_step(**step)))
+            print(row(named, columns, rows[-1][1]), flush=True)
+    finally:  # what is compiled is shown, whatever stopped the rest
+        if rows and not args.levers:
+            print("\n" + head(WHERE[:3], WORK))
+            print(*(row(named[:3], WORK, record) for named, record in rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class Report:
             f" temporaries {giga(self.temporaries)}, outputs {giga(self.outputs)}, total {giga(self.total)}{limit}",
             f"(temporaries by memory_analysis: {giga(self.analysed_temporaries)})",
             self.program.summary(SCOPES),
-            f"necessary {self.necessary_flops / 1e12:,.3g} TFLOP over all devices; compiled / necessary"
+            f"necessary {self.necessary_flops / 1e9:,.1f} GFLOP over all devices; compiled / necessary"
             f" {self.flops_ratio:.3f}",
         ]
         if self.flops_ratio < 1:

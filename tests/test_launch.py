@@ -237,3 +237,17 @@ def test_rows_are_chosen_by_their_names():
         ("1.4B", "v6e:4x4", "transition"),
     ]
     assert [names for names, _ in compile_table.steps(True, "^chunks")] == [("chunks of 512",)]
+
+
+def test_topologies_make_two_tables_of_the_same_rows(monkeypatch, capsys):
+    """The second has what was compiled before a step failed, too."""
+    records = iter((RECORD, None))
+    monkeypatch.setattr(compile_table, "compile_step", lambda **_: next(records))
+    monkeypatch.setattr(sys, "argv", ["compile_table.py", "--only=v5p:2x2x"])
+    with pytest.raises(StopIteration):
+        compile_table.main()
+    first, second = (table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n"))
+    assert [len(lines) for lines in (first, second)] == [4, 4]
+    assert first[2] == "| 1.4B | v5p:2x2x2 | alignment | 8 | 1 | 1 | 12.0 of 17.0 | 1.0 | 16 | 60 |"
+    assert second[2] == "| 1.4B | v5p:2x2x2 | alignment | 1.10 | none | 5 | 1.00 + 2.00 |"
+    assert "transition" in first[3] and "does not fit" in first[3] and "transition" in second[3]

@@ -1,13 +1,16 @@
 """Compiles the steps of the README's tables, one after the other, and prints them as markdown.
 
-    python launch/compile_table.py             Ouro to MELT on several TPU topologies
-    python launch/compile_table.py --levers    one step, what each choice does to its memory, FLOPs and traffic
+    python launch/compile_table.py                       Ouro to MELT on several TPU topologies: two tables, same rows
+    python launch/compile_table.py --levers              one step, what each choice does to it
+    python launch/compile_table.py --only='v6e|2.6B'     of either, the rows whose names match a regular expression
 
-Needs libtpu (pip install 'jax[tpu]'), no TPU. A minute or two for each row on two cores.
+Run it in the repository's folder. Needs libtpu (pip install 'jax[tpu]'), no TPU. A minute or two for each row on two
+cores.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 
@@ -38,60 +41,112 @@ LEVERS = {
     "tensor 16, 4 micro-batches": {"mesh.tensor": 16, "micro_batches": 4},
     "remat 'layer', tensor 2, 8 sequences": {"remat": "layer", "mesh.tensor": 2, "data.batch": 8},
 }
+RECIPE_BATCH = 32  # sequences of the recipe's step, however many are compiled for here
+
+WHERE = ("model", "topology", "phase", "sequences", "tensor", "micro-batches")
+MEMORY = ("GB a device", "temporaries, GB")
+WORK = ("FLOPs / necessary", "weights gathered, copies", "collectives, GB", "seconds at peak: products + collectives")
+HOURS, COMPILED = "chip-hours", "compiled in, s"
+
+
+class Failed(Exception):
+    """A step was not compiled, for another reason than its memory; the message is what was said about it."""
 
 
 def compile_step(config, topology, phase, **overrides):
-    """The record of `melt_jax.compile`; None, with what it said on stderr, where it does not compile."""
+    """The record of `melt_jax.compile`, its batch as "batch"; None where the step has no place on the chip.
+
+    Raises:
+      Failed: anything else went wrong.
+    """
     command = [sys.executable, "-m", "melt_jax.compile", "--json", f"--config={config}", f"--topology={topology}"]
     command += [f"--phase={phase}", *(f"--config.{key}={value}" for key, value in overrides.items())]
     done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        print(done.stdout, done.stderr[-2000:], file=sys.stderr)
-    return json.loads(lines[-1]) if lines else None
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            return json.loads(line) | {"batch": overrides["data.batch"]}
+    if "DOES NOT FIT" in done.stdout or "RESOURCE_EXHAUSTED" in done.stderr:
+        return None
+    said = f"{done.stdout}{done.stderr}"[-4000:]
+    raise Failed(f"{' '.join(command)}\nleft with status {done.returncode}:\n{said}")
 
 
-def row(names, record):
-    """A line of a table."""
-    if record is None:
-        return "| " + " | ".join((*names, "does not fit", *[""] * 6)) + " |"
+def cells(record):
+    """{column: what stands there} of a record."""
     giga = lambda key: f"{record[key] / 1e9:.1f}"
+    total = f"{giga('total')} of {giga('memory')}"
     moved = sum(size for _, size in record["collectives"].values()) / 1e9
-    cells = (
-        *names,
-        f"{giga('total')} of {giga('memory')}" if record["fits"] else f"**{giga('total')} of {giga('memory')}**",
-        giga("temporaries"),
-        f"{record['flops_ratio']:.2f}",
-        f"{record['gathered_ratio']:.2f}",
-        f"{moved:.0f}",
-        f"{record['compute_seconds']:.2f} + {record['collective_seconds']:.2f}",
-        f"{record['compile_seconds']:.0f}",
-    )
-    return "| " + " | ".join(cells) + " |"
+    gathered = record["gathered_ratio"]
+    products, collectives = record["compute_seconds"], record["collective_seconds"]
+    return {
+        "GB a device": total if record["fits"] else f"**{total}**",
+        "temporaries, GB": giga("temporaries"),
+        HOURS: f"{record['chip_hours'] * RECIPE_BATCH / record['batch']:.0f}",
+        COMPILED: f"{record['compile_seconds']:.0f}",
+        "FLOPs / necessary": f"{record['flops_ratio']:.2f}",
+        "weights gathered, copies": "none" if gathered is None else f"{gathered:.2f}",
+        "collectives, GB": f"{moved:.0f}",
+        "seconds at peak: products + collectives": f"{products:.2f} + {collectives:.2f}",
+    }
+
+
+def head(names, columns):
+    """The first two lines of a table."""
+    return line((*names, *columns)) + "\n" + "|---" * (len(names) + len(columns)) + "|"
+
+
+def row(names, columns, record):
+    """A line of a table: the names of the row, then these columns of a record; None: it does not fit."""
+    found = {columns[0]: "does not fit"} if record is None else cells(record)
+    return line((*names, *(found.get(column, "") for column in columns)))
+
+
+def line(words):
+    """Cells as markdown."""
+    return "| " + " | ".join(words) + " |"
+
+
+def steps(levers, only):
+    """[(the names of a row, arguments of `compile_step`)] of a table, those whose names match."""
+    if levers:
+        found = [((name,), {"config": SMALL} | BASE | changes) for name, changes in LEVERS.items()]
+    else:
+        found = [
+            (
+                ("1.4B" if config == SMALL else "2.6B", topology, phase, str(batch), str(tensor), str(parts)),
+                {"config": config, "topology": topology, "phase": phase, "data.batch": batch, "mesh.tensor": tensor,
+                 "micro_batches": parts},
+            )
+            for config, topology, phase, batch, tensor, parts in TOPOLOGIES
+        ]  # fmt: skip
+    return [(names, step) for names, step in found if re.search(only, " ".join(names))]
 
 
 def main():
-    """Prints a table, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Prints a table row by row; that of topologies in two halves, its columns being many."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levers", action="store_true", help="the table of choices")
-    columns = ("GB a device", "temporaries, GB", "FLOPs / necessary", "weights gathered, copies", "collectives, GB",
-               "seconds at peak: products + collectives", "compiled in, s")  # fmt: skip
-    levers = parser.parse_args().levers
-    names = ("model", "topology", "phase", "sequences", "tensor", "micro-batches", "chip-hours")
-    heads = ("choice",) if levers else names
-    print("| " + " | ".join((*heads, *columns)) + " |\n" + "|---" * (len(heads) + len(columns)) + "|", flush=True)
-    if levers:
-        for name, changes in LEVERS.items():
-            print(row((name,), compile_step(SMALL, **BASE | changes)), flush=True)
-        return
-    for config, topology, phase, batch, tensor, parts in TOPOLOGIES:
-        choice = {"data.batch": batch, "mesh.tensor": tensor, "micro_batches": parts}
-        record = compile_step(config, topology, phase, **choice)
-        # The recipe's step is 32 sequences, however many are compiled for here.
-        hours = f"{record['chip_hours'] * 32 / batch:.0f}" if record else ""
-        name = "1.4B" if config == SMALL else "2.6B"
-        print(row((name, topology, phase, str(batch), str(tensor), str(parts), hours), record), flush=True)
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose names, joined by spaces, match")
+    args = parser.parse_args()
+    names = ("choice",) if args.levers else WHERE
+    columns = (*MEMORY, *WORK, COMPILED) if args.levers else (*MEMORY, HOURS, COMPILED)
+    chosen = steps(args.levers, args.only)
+    if not chosen:
+        parser.error(f"--only: no row matches {args.only!r}")
+    print(head(names, columns), flush=True)
+    rows = []
+    try:
+        for named, step in chosen:
+            rows.append((named, compile_step(**step)))
+            print(row(named, columns, rows[-1][1]), flush=True)
+    finally:  # what is compiled is shown, whatever stopped the rest
+        if rows and not args.levers:
+            print("\n" + head(WHERE[:3], WORK))
+            print(*(row(named[:3], WORK, record) for named, record in rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as error:
+        sys.exit(str(error))

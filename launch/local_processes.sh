@@ -5,10 +5,10 @@
 #     launch/local_processes.sh 2 --config=configs/nano.py --workdir=runs/two
 #     DEVICES=4 launch/local_processes.sh 2 …          four devices to each process instead of one
 #
-# Arguments: the number of processes, then those of melt_jax.train. Needs: Python 3.11; sets up .venv by itself, or
-# takes the interpreter of PYTHON_RUN. The first process prints here; the others write to process<i>.log in LOGS (a new
-# folder). SIGTERM and Ctrl-C are passed on to all as SIGTERM. Leaves with 75 or 76 where the run asks to be started
-# again, else with the highest status.
+# Arguments: the number of processes, then those of melt_jax.train. Needs: Python 3.11 or later; sets up .venv by
+# itself, or takes the interpreter of PYTHON_RUN. The first process prints here; the others write to process<i>.log in
+# LOGS (a new folder). SIGTERM and Ctrl-C are passed on to all as SIGTERM. Leaves with 75 or 76 where the run asks to be
+# started again, else with the highest status.
 set -euo pipefail
 processes=${1:?the number of processes}
 shift
@@ -36,7 +36,7 @@ for ((i = 0; i < processes; i++)); do
     fi
     pids+=($!)
 done
-# One process that gets the signal is enough for them to agree on a last step; all of them is what a scheduler does.
+# One process that gets the signal is enough for them to stop together; all of them is what a scheduler does.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
 highest=0 again=0

@@ -2,8 +2,9 @@
 
     python launch/sweep.py --config=configs/nano.py --workdir=runs/beta alignment.beta=0,0.005,0.1 seed=0,2
 
-Each run has a folder of its own, named by its overrides; runs that have ended are not repeated. Needs the virtual
-environment of launch/setup.sh. `--print` prints one command per run, to be handed to a scheduler, and runs nothing.
+Each run has a folder of its own, named by its overrides; runs that have ended are not trained again. Run it in the
+repository's folder, with the Python of the virtual environment that launch/setup.sh makes. `--print` prints one command
+per run, to be handed to a scheduler, and runs nothing.
 """
 
 import argparse
@@ -46,8 +47,12 @@ def main():
     parser.add_argument("--print", action="store_true", help="print the commands instead of running them")
     args = parser.parse_args()
 
+    try:
+        choices = combinations(args.overrides)
+    except ValueError as error:
+        parser.error(str(error))
     failed = 0
-    runs = [run_command(args.config, args.workdir, choice) for choice in combinations(args.overrides)]
+    runs = [run_command(args.config, args.workdir, choice) for choice in choices]
     for folder, command in runs:
         print(shlex.join(command), flush=True)
         if not args.print and subprocess.run(command).returncode:

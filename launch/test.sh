@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests; arguments go to pytest. Needs: Python 3.11; sets up .venv by itself.
+# Runs the linter and the tests; arguments go to pytest. Needs: Python 3.11 or later; sets up .venv by itself.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 $python -m ruff check melt_jax configs launch tests

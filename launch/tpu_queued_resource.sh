@@ -3,12 +3,12 @@
 #
 #     ZONE=us-east5-b ACCELERATOR=v6e-16 RUNTIME=v2-alpha-tpuv6e NFS=10.0.0.2:/melt \
 #         launch/tpu_queued_resource.sh melt-1 --config=configs/ouro_1_4b.py --workdir=/mnt/melt/runs/melt_1_6b \
-#         --config.teacher=/mnt/melt/Ouro-1.4B-Thinking --config.data.path=/mnt/melt/tokens.npz
+#         --config.teacher=/mnt/melt/Ouro-1.4B-Thinking --config.data.path=/mnt/melt/data/traces
 #
 # Arguments: a name for the queued resource and its node, then those of melt_jax.train.
 # Needs: gcloud with a project and a login; a git clone, whose HEAD is copied; and NFS, a share (such as Filestore) that
-# the machines can reach, which holds the teacher and the tokens, gets the run, and outlives the machines: each mounts it
-# at /mnt/melt. Every host runs the same command; JAX finds the others by itself.
+# the machines can reach, which holds the teacher and the prepared data, gets the run, and outlives the machines: each
+# mounts it at /mnt/melt. Every host runs the same command; JAX finds the others by itself.
 # Environment, beside the four above: PROVISION="--spot" (or "", or "--reserved"), POLL=30 (seconds between looks at the
 # queue), RESTARTS=10 (starts in a row on machines that are still there), KEEP=1 (leaves the machines at the end).
 set -euo pipefail

@@ -44,9 +44,10 @@ from melt_jax.training.objectives import Batch
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 
-PHASES = ("transition", "alignment", "prefill", "decode")
-SCOPES = ("gate", "attention", "own_rows", "cached_blocks", "mlp", "distillation", "alignment", "gather", "reduce",
-          "optimizer")  # fmt: skip
+SERVING = ("prefill", "decode")
+PHASES = ("transition", "alignment", *SERVING)
+SCOPES = ("gate", "attention", "own_rows", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
+          "reduce", "optimizer")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Report:
       arguments, temporaries, outputs: bytes; outputs that lie in the place of arguments are not counted again.
       analysed_temporaries: bytes by `memory_analysis`.
       program: `hlo.Program`.
-      necessary_flops: of the step by `melt_jax.flops`, all devices together.
+      necessary_flops: of what the program does by `melt_jax.flops`, all devices together.
+      gather_group: devices over which the step gathers a weight; 1: weights are whole, and none is gathered.
       copy_bytes: one copy of the student's and one of the teacher's weights in the compute dtype, over tensor.
       steps: of the phase; 0 for prefill and decoding.
     """
@@ -76,6 +78,7 @@ class Report:
     analysed_temporaries: int
     program: object
     necessary_flops: float
+    gather_group: int
     copy_bytes: float
     steps: int
 
@@ -96,14 +99,16 @@ class Report:
 
     @property
     def gathered_ratio(self):
-        """Bytes of weights gathered in the step, over one copy of both models' weights."""
+        """Bytes of weights gathered in the step, over one copy of both models' weights; None where none is gathered."""
+        if self.gather_group == 1:
+            return None
         gathers = (c for c in self.program.collectives if c.kind == "all-gather")
-        return sum(c.bytes for c in gathers if innermost(c.op_name, SCOPES) == "gather") / self.copy_bytes
+        return sum(c.bytes for c in gathers if innermost(c.op_name, SCOPES) == "gather_weights") / self.copy_bytes
 
     @property
     def seconds(self):
-        """(products at the chip's peak, collectives along one ring of its links at peak); neither waits for the other
-        where they overlap, and neither counts what HBM takes."""
+        """(products at the chip's peak, collectives along one ring of its links at peak), as if neither overlapped the
+        other; HBM traffic is not counted."""
         compute = self.program.bf16_flops / self.chip.device_flops
         return compute, sum(c.sent_bytes for c in self.program.collectives) / self.chip.ring_bandwidth
 
@@ -123,10 +128,14 @@ class Report:
             f" temporaries {giga(self.temporaries)}, outputs {giga(self.outputs)}, total {giga(self.total)}{limit}",
             f"(temporaries by memory_analysis: {giga(self.analysed_temporaries)})",
             self.program.summary(SCOPES),
-            f"weights gathered: {self.gathered_ratio:.2f} of one copy of both models, {giga(self.copy_bytes)} GB",
-            f"necessary {self.necessary_flops / 1e12:,.1f} TFLOP over all devices; compiled / necessary"
+            f"necessary {self.necessary_flops / 1e9:,.1f} GFLOP over all devices; compiled / necessary"
             f" {self.flops_ratio:.3f}",
         ]
+        if self.flops_ratio < 1:
+            lines.append("(below 1: products that XLA wrote as multiply and reduce are not counted)")
+        if self.gathered_ratio is not None:
+            copy = f"one copy of both models, {giga(self.copy_bytes)} GB"
+            lines.append(f"weights gathered: {self.gathered_ratio:.2f} of {copy}")
         if self.chip:
             compute, links = self.seconds
             lines.append(
@@ -138,16 +147,19 @@ class Report:
         return "\n".join(lines)
 
     def record(self):
-        """What the tables show, as plain numbers."""
-        compute, links = self.seconds
+        """What the tables show, as plain numbers; without those that need the figures of a chip not in `chips`."""
         kinds = self.program.collectives_by_kind().items()
         collectives = {f"{kind} {dtype} {group}": (count, size) for (kind, group, dtype), (count, size) in kinds}
         names = ("title", "devices", "compile_seconds", "arguments", "temporaries", "outputs", "total", "fits",
-                 "flops_ratio", "necessary_flops", "gathered_ratio", "copy_bytes", "steps", "chip_hours")  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {
+                 "flops_ratio", "necessary_flops", "gathered_ratio", "copy_bytes", "steps")  # fmt: skip
+        record = {name: getattr(self, name) for name in names}
+        record |= {"flops": self.program.flops, "collectives": collectives}
+        if self.chip is None:
+            return record
+        compute, links = self.seconds
+        return record | {
             "chip": self.chip.name, "chips": self.devices // self.chip.devices, "memory": self.chip.device_memory,
-            "flops": self.program.flops, "collectives": collectives, "compute_seconds": compute,
-            "collective_seconds": links,
+            "compute_seconds": compute, "collective_seconds": links, "chip_hours": self.chip_hours,
         }  # fmt: skip
 
 
@@ -167,23 +179,18 @@ def compile_phase(config, model, mesh, phase):
     """
     how = {"remat": config.remat, "attention_block": config.attention_block}
     student = dataclasses.replace(model, gate=config.student.gate, first_loop=config.student.first_loop, **how)
-    make = _serving_program if phase in ("prefill", "decode") else _training_program
+    serving = phase in SERVING
+    make = _serving_program if serving else _training_program
     with jax.set_mesh(mesh):
         step, arguments, necessary, mean_blocks, copies = make(config, student, mesh, phase)
         begin = time.perf_counter()
         compiled, temporaries = _compile(step.lower(*arguments))
         seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
-    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    kind, data = mesh.devices.flat[0].device_kind, config.data
+    kind = mesh.devices.flat[0].device_kind
     copy_bytes = sum(parameter_count(abstract_model(c)) for c in copies) * jnp.dtype(config.dtype).itemsize
-    title = (
-        f"{phase}: {parameter_count(abstract_model(student)):,} parameters on {mesh.size} × {kind}, {shape}\n"
-        f"{data.batch} sequences of {data.length:,} tokens in {config.micro_batches} part(s), chunks of"
-        f" {config.chunk_size}, remat {config.remat!r}, gather {config.gather!r}"
-    )
     return Report(
-        title,
+        _title(config, student, mesh, phase),
         find_chip(kind),
         mesh.size,
         seconds,
@@ -193,9 +200,29 @@ def compile_phase(config, model, mesh, phase):
         memory.temp_size_in_bytes,
         analyse(compiled.as_text(), mean_blocks),
         necessary,
+        1 if serving else mesh.shape["fsdp"],
         copy_bytes / mesh.shape["tensor"],
-        config.phase(phase).steps if phase in ("transition", "alignment") else 0,
+        0 if serving else config.phase(phase).steps,
     )
+
+
+def _title(config, student, mesh, phase):
+    """What is compiled, for what; of the choices those that the program depends on."""
+    data, kind = config.data, mesh.devices.flat[0].device_kind
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    if phase in SERVING:
+        chunks = f"chunks of {config.chunk_size}" if phase == "prefill" else "one token at a time"
+        how = f"in each of {_groups(mesh)} group(s) of devices, a cache of {data.length:,} slots, {chunks}"
+    else:
+        how = f"of {data.length:,} tokens in {config.micro_batches} part(s), chunks of {config.chunk_size},"
+        how += f" remat {config.remat!r}, gather {config.gather!r}"
+    parameters = parameter_count(abstract_model(student))
+    return f"{phase}: {parameters:,} parameters on {mesh.size} × {kind}, {shape}\n{data.batch} sequences {how}"
+
+
+def _groups(mesh):
+    """Groups of devices that have the weights whole among them."""
+    return mesh.size // mesh.shape["tensor"]
 
 
 def _compile(lowered):
@@ -235,13 +262,13 @@ def _serving_program(config, student, mesh, phase):
         arguments = model, cache, hidden, whole((count, config.chunk_size)), whole(()), whole((count,))
         starts = range(0, data.length, config.chunk_size)
         tokens, rows = count * config.chunk_size, (data.length + 1) / 2
-        necessary = tokens * forward_flops(student, rows, logits=0).total
+        necessary = _groups(mesh) * tokens * forward_flops(student, rows, logits=0).total
         return prefill_chunk, arguments, necessary, {"cached_blocks": _mean_blocks(starts, config)}, (student,)
     state = State(whole((count,)), whole((count,)), whole((count,)), whole((count,), jnp.bool_))
     sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, GREEDY))
     sampling = jax.tree.map(lambda x: whole(x.shape, x.dtype), sampling)
     request = Request(sampling, whole((count,)), whole((8,)), whole(()))
-    necessary = count * forward_flops(student, (data.length + 1) / 2, logits=1).total
+    necessary = _groups(mesh) * count * forward_flops(student, (data.length + 1) / 2, logits=1).total
     blocks = _mean_blocks(range(data.length), config)
     # One token: what loops remain beside that over blocks runs once.
     trips = lambda op_name: blocks if innermost(op_name, SCOPES) == "cached_blocks" else 1

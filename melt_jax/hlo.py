@@ -35,9 +35,11 @@ from melt_jax.hlo_text import (
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-broadcast",
                "collective-permute")  # fmt: skip
-# Custom calls with which the TPU's compiler marks places; they compute nothing.
+# Custom calls of the TPU's compiler that compute nothing: they mark places, join slices that were copied one by one
+# (ConcatBitcast), and say how the indices of a gather are packed.
 START, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
-MARKERS = (START, DONE, "AllocateBuffer", "AssumeGatherIndicesInBound")
+MARKERS = (START, DONE, "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast",
+           "GatherScatterIndicesBitpacked")  # fmt: skip
 PASSES = {"f32 highest": 6, "f32 high": 3}  # bf16 passes that a product of float32 takes on a TPU's matrix unit
 
 

@@ -221,7 +221,7 @@ def in_mesh(spec):
 
 
 def _gather_hook(weight, value):
-    with jax.named_scope("gather"):
+    with jax.named_scope("gather_weights"):
         return _gather(value)
 
 

@@ -36,7 +36,7 @@ from melt_jax.sharding import (
 )
 from melt_jax.training.checkpoint import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
-from melt_jax.training.preemption import PREEMPTED, leave_on_sigterm
+from melt_jax.training.preemption import PREEMPTED, leave_if_asked, leave_on_sigterm
 from melt_jax.training.processes import join_processes, of_first
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 from melt_jax.training.watch import Watch
@@ -129,6 +129,7 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
       SystemExit: with status 75, when SIGTERM came and a checkpoint was saved.
       NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
     """
+    leave_if_asked()
     phase = config.phase(name)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
     params = reconfigure(params, remat=config.remat, attention_block=config.attention_block)
@@ -183,6 +184,7 @@ class Results:
         evaluation = config.evaluation
         if not (evaluation.problems or evaluation.sequences) or of_first(name in self._rows):
             return
+        leave_if_asked()
         model, teacher = (for_inference(model, config.dtype) for model in (make_model(), teacher))
         self._rows[name] = scoring.score(model, teacher, config)
         if jax.process_index() == 0:

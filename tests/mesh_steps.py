@@ -51,8 +51,15 @@ def one_step(phase, mesh, gather, parts, config=CONFIG):
 
 
 def gap(got, want):
-    """The largest difference of any array, relative to the array's largest number."""
-    return max(float(np.max(np.abs(got[name] - x)) / max(np.max(np.abs(x)), 1e-30)) for name, x in want.items())
+    """The largest difference of any array, relative to the array's largest number; nan where any is not finite."""
+    return float(np.max([relative(got[name], x) for name, x in want.items()]))  # of nan, Python's max may say 0
+
+
+def relative(found, wanted):
+    """The largest difference of two arrays, relative to the largest number wanted; nan where one is not finite."""
+    if not (np.all(np.isfinite(found)) and np.all(np.isfinite(wanted))):
+        return float("nan")
+    return float(np.max(np.abs(found - wanted)) / max(np.max(np.abs(wanted)), 1e-30))
 
 
 def main():

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from melt_jax.chips import find_chip
-from melt_jax.compile import Report
-from melt_jax.hlo import Program
+from melt_jax.compile import SCOPES, Report
+from melt_jax.hlo import Program, innermost
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
@@ -45,17 +45,36 @@ def test_weights_are_gathered_once_whatever_the_chunks():
     assert moved[0] > 2 * moved[1]
 
 
-def test_decoding_compiles():
-    entry = record(phase="decode")
-    assert entry["fits"] and entry["gathered_ratio"] == 0 and entry["steps"] == 0
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_serving_counts_what_every_group_of_devices_computes(phase):
+    """Two groups run the same sequences: what is computed and what is necessary are both twice one group's."""
+    entry = record(phase=phase)
+    assert entry["fits"] and entry["gathered_ratio"] is None and entry["steps"] == 0
+    assert 0.5 < entry["flops_ratio"] < 1.5
+    assert "in each of 2 group(s)" in entry["title"] and "remat" not in entry["title"]
+
+
+def small_report(kind):
+    return Report("a step", find_chip(kind), 4, 1.0, 5, 6, 7, 6, Program((), (), {}, ()), 1.0, 1, 1.0, 300)
 
 
 def test_what_exceeds_the_chip_does_not_fit():
-    chip = find_chip("TPU v5 lite")
-    report = Report("a step", chip, 4, 1.0, 5, 6, 7, 6, Program((), (), {}, ()), 1.0, 1.0, 0)
+    report = small_report("TPU v5 lite")
     assert report.fits and report.total == 18 and "fits" in report.text()
-    large = dataclasses.replace(report, temporaries=chip.device_memory)
+    large = dataclasses.replace(report, temporaries=report.chip.device_memory)
     assert not large.fits and "DOES NOT FIT" in large.text()
+
+
+def test_a_chip_without_figures_is_reported_without_them():
+    known, unknown = (small_report(kind) for kind in ("TPU v5 lite", "TPU v3"))
+    assert "peak rates" in known.text() and "peak rates" not in unknown.text()
+    missing = {"chip", "chips", "memory", "compute_seconds", "collective_seconds", "chip_hours"}
+    assert known.record().keys() - unknown.record().keys() == missing and unknown.record()["total"] == 18
+
+
+def test_a_scope_is_not_taken_for_the_primitive_of_a_like_name():
+    assert innermost("jit(train_step)/jit(_take)/gather", SCOPES) is None
+    assert innermost("jit(train_step)/gather_weights/reshard", SCOPES) == "gather_weights"
 
 
 def test_without_libtpu_it_says_what_to_install(tmp_path):

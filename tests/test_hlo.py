@@ -156,6 +156,13 @@ def test_a_kernel_is_listed_by_name():
     assert "tpu_custom_call double, 7 times" in program.summary()
 
 
+def test_what_moves_data_alone_is_no_unknown_call():
+    """A TPU's compiler says by a custom call that it packed the indices of a gather."""
+    rows = lambda x, index: jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+    text = compiled(rows, topology_devices("v5e:2x2")[0], ("bfloat16", 4, 128, 256), ("int32", 4))
+    assert "GatherScatterIndicesBitpacked" in text and analyse(text).custom_calls == {}
+
+
 # ---- several devices ----
 
 

@@ -1,12 +1,19 @@
-"""The launch scripts: on which status of the run they start it again, with stand-ins for what they drive."""
+"""The launch scripts: what they run, on which status they start it again, with stand-ins for what they drive."""
 
+import importlib
 import os
 import pathlib
+import re
+import shlex
+import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
 
+from launch import compile_table
+from melt_jax.config import freeze
 from melt_jax.training.preemption import PREEMPTED, STALLED
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,3 +84,170 @@ def test_local_processes_report_and_leave_with_what_asks_for_a_new_start(tmp_pat
     status, output, calls = run(tmp_path, ["launch/local_processes.sh", "2", "--workdir=w"], python=python)
     assert status == left and calls.count("python -m melt_jax.train --workdir=w") == 2
     assert f"process 0: status {statuses[0]}\nprocess 1: status {statuses[1]}" in output
+
+
+@pytest.mark.parametrize("script", ["tpu_queued_resource.sh", "gke_jobset.yaml", "slurm.sbatch"])
+def test_the_command_of_a_launcher_fits_its_config(script):
+    """Every override is a key that the config accepts, and the data is of the form that its source reads."""
+    text = (ROOT / "launch" / script).read_text()
+    (name,) = re.findall(r"--config=configs/(\w+)\.py", text)
+    config = importlib.import_module(f"configs.{name}").get_config()
+    for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", text):
+        *groups, last = key.split(".")
+        group = config
+        for part in groups:
+            group = group[part]
+        group[last] = type(group[last])(value)
+    data = freeze(config).data
+    assert data.path.startswith("/") and bool(pathlib.Path(data.path).suffix) == (data.source == "tokens")
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder with the launch scripts, a requirements.txt, and `python`: a Python as PYTHON names it, of its version.
+
+    The environment that it makes has a Python that writes down its arguments and fails where `broken` is a file.
+    """
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "requirements.txt").write_text("jax\n")
+    made = '#!/bin/bash\necho "$*" >>calls\n[ ! -e broken ]\n'
+    (tmp_path / "python").write_text(f"""#!/bin/bash
+    case $1 in
+        -c) [ "$VERSION" != 3.10 ] ;;
+        --version) echo "Python $VERSION" ;;
+        -m) echo "$*" >>calls; rm -rf .venv; mkdir -p .venv/bin
+            printf {shlex.quote(made)} >.venv/bin/python; chmod +x .venv/bin/python ;;
+    esac""")
+    (tmp_path / "python").chmod(0o755)
+
+    def run(script, *arguments, version="3.12"):
+        environment = os.environ | {"PYTHON": str(tmp_path / "python"), "VERSION": version}
+        (tmp_path / "calls").write_text("")
+        command = ["bash", f"launch/{script}", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr, (tmp_path / "calls").read_text()
+
+    return tmp_path, run
+
+
+def test_setup_wants_a_python_that_is_new_enough_and_is_done_only_when_whole(repository):
+    folder, run = repository
+    status, output, _ = run("main_job.sh", version="3.10")
+    assert status == 1 and not (folder / ".venv").exists()
+    assert "expected Python 3.11 or later, found Python 3.10; PYTHON=" in output
+    (folder / "broken").touch()
+    status, _, calls = run("main_job.sh")
+    assert status != 0 and "-m venv --clear .venv" in calls and "melt_jax" not in calls
+    (folder / "broken").unlink()
+    made = []
+    for _ in range(2):
+        status, _, calls = run("main_job.sh")
+        assert status == 0
+        made.append("-m venv" in calls)
+    (folder / "requirements.txt").write_text("jax\nflax\n")
+    made.append("-m venv" in run("main_job.sh")[2])
+    assert made == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "stated, dtype",
+    [
+        ('"torch_dtype": "bfloat16"', "bfloat16"),
+        ('"dtype":"bfloat16"', "bfloat16"),
+        ('"torch_dtype": "float32"', "float32"),
+        ('"a": 1', "float32"),
+    ],
+)
+def test_the_main_job_publishes_in_the_dtype_that_the_looplm_states(repository, stated, dtype):
+    folder, run = repository
+    (folder / "ouro").mkdir()
+    (folder / "ouro/config.json").write_text(f"{{{stated}}}")
+    status, output, calls = run("main_job.sh", "configs/ouro_1_4b.py", "ouro", "runs/a b", "--config.seed=3")
+    assert status == 0, output
+    first, train, last = (line for line in calls.splitlines() if "melt_jax" in line)
+    assert "--input=ouro --output=runs/a b/teacher --to=orbax" in first
+    assert train.endswith("--config.teacher=runs/a b/teacher --config.seed=3") and "configs/ouro_1_4b.py" in train
+    assert last.endswith(f"--input=runs/a b/alignment/model --output=runs/a b/melt --to=published --dtype={dtype}"
+                         " --overwrite")  # fmt: skip
+
+
+def sweep(*arguments):
+    command = [sys.executable, "launch/sweep.py", "--config=configs/nano.py", "--workdir=runs/w", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_sweep_prints_a_command_for_every_combination():
+    done = sweep("--print", "a=1,2", "b=3")
+    commands = [shlex.split(line)[1:] for line in done.stdout.splitlines()]
+    train = ["-m", "melt_jax.train", "--config=configs/nano.py"]
+    assert done.returncode == 0 and commands == [
+        [*train, f"--workdir=runs/w/a={a},b=3", f"--config.a={a}", "--config.b=3"] for a in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("override, found", [("a", "found 'a'"), ("a=1,", "found 'a=1,'"), ("b=1", "b is given twice")])
+def test_a_sweep_refuses_what_is_no_override(override, found):
+    done = sweep("--print", "b=2", override)
+    assert done.returncode == 2 and found in done.stderr and not done.stdout
+
+
+RECORD = {
+    "total": 12e9, "memory": 17e9, "fits": True, "temporaries": 1e9, "chip_hours": 2.0, "batch": 4, "flops_ratio": 1.1,
+    "gathered_ratio": None, "collectives": {"all-gather": [3, 5e9]}, "compute_seconds": 1, "collective_seconds": 2,
+    "compile_seconds": 60,
+}  # fmt: skip
+
+
+def test_rows_of_the_table_have_a_cell_for_each_column():
+    columns = (*compile_table.MEMORY, compile_table.HOURS, *compile_table.WORK, compile_table.COMPILED)
+    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+    title, rule = compile_table.head(("choice",), columns).splitlines()
+    assert cells(title) == ["choice", *columns] and len(cells(rule)) == 1 + len(columns)
+    found = dict(zip(cells(title), cells(compile_table.row(("a",), columns, RECORD)), strict=True))
+    assert found["GB a device"] == "12.0 of 17.0" and found["chip-hours"] == "16"
+    assert found["weights gathered, copies"] == "none" and found["collectives, GB"] == "5"
+    assert cells(compile_table.row(("a",), columns, RECORD | {"fits": False}))[1] == "**12.0 of 17.0**"
+    assert cells(compile_table.row(("a",), columns, None)) == ["a", "does not fit", *[""] * (len(columns) - 1)]
+
+
+@pytest.mark.parametrize(
+    "status, stdout, stderr, found",
+    [
+        (1, 'noise\n{"total": 3, "fits": false}', "", {"total": 3, "fits": False, "batch": 4}),
+        (1, "alignment on v5e:2x2 DOES NOT FIT: RESOURCE_EXHAUSTED", "", None),
+        (1, "", "ConfigError: --topology: expected one such as v5e:4x4", "expected one such as"),
+        (-11, "", "", "left with status -11"),
+    ],
+)
+def test_only_what_has_no_place_does_not_fit(monkeypatch, status, stdout, stderr, found):
+    done = subprocess.CompletedProcess((), status, stdout, stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    compiled = lambda: compile_table.compile_step("configs/ouro_1_4b.py", "v5e:2x2", "alignment", **{"data.batch": 4})
+    if isinstance(found, str):
+        with pytest.raises(compile_table.Failed, match=found):
+            compiled()
+    else:
+        assert compiled() == found
+
+
+def test_rows_are_chosen_by_their_names():
+    assert len(compile_table.steps(False, "")) == len(compile_table.TOPOLOGIES)
+    assert [names[:3] for names, _ in compile_table.steps(False, "1.4B v6e")] == [
+        ("1.4B", "v6e:4x4", "alignment"),
+        ("1.4B", "v6e:4x4", "transition"),
+    ]
+    assert [names for names, _ in compile_table.steps(True, "^chunks")] == [("chunks of 512",)]
+
+
+def test_topologies_make_two_tables_of_the_same_rows(monkeypatch, capsys):
+    """The second has what was compiled before a step failed, too."""
+    records = iter((RECORD, None))
+    monkeypatch.setattr(compile_table, "compile_step", lambda **_: next(records))
+    monkeypatch.setattr(sys, "argv", ["compile_table.py", "--only=v5p:2x2x"])
+    with pytest.raises(StopIteration):
+        compile_table.main()
+    first, second = (table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n"))
+    assert [len(lines) for lines in (first, second)] == [4, 4]
+    assert first[2] == "| 1.4B | v5p:2x2x2 | alignment | 8 | 1 | 1 | 12.0 of 17.0 | 1.0 | 16 | 60 |"
+    assert second[2] == "| 1.4B | v5p:2x2x2 | alignment | 1.10 | none | 5 | 1.00 + 2.00 |"
+    assert "transition" in first[3] and "does not fit" in first[3] and "transition" in second[3]

@@ -13,7 +13,9 @@ import pytest
 
 from melt_jax.checkpoint import open_model, save_model
 from melt_jax.training.processes import of_first
+from tests import processes
 from tests.kill_and_resume import differing, leaves
+from tests.mesh_steps import gap
 from tests.process_run import OTHERS, STEPS
 from tests.tiny import TINY, make_model
 
@@ -86,6 +88,20 @@ def test_what_two_processes_saved_is_restored_on_every_mesh(runs):
     assert found["gone on with"] == {str(shape): [] for shape in OTHERS[:-1]}
     model = open_model(runs[0]["folder"] / "two/transition/model", dtype="float32")
     assert model.config.gate == "elementwise"
+
+
+def test_what_is_not_finite_is_no_rounding(monkeypatch, tmp_path):
+    found = {"a": {"x.model.w": np.ones(3)}, "b": {"x.model.w": np.ones(3)}}
+    logged = {"a": np.array([1.0, 2.0]), "b": np.array([1.0, 2.0])}
+    monkeypatch.setattr(processes, "leaves", lambda workdir, phases: found[workdir.name])
+    monkeypatch.setattr(processes, "losses", lambda workdir: logged[workdir.name])
+    compare = lambda exact: processes.compare(tmp_path / "a", tmp_path / "b", exact)[1]
+    assert compare(exact=False) and compare(exact=True)
+    logged["a"] = np.array([1.0, np.nan])
+    assert not compare(exact=False) and not compare(exact=True)
+    logged["a"], found["a"] = logged["b"], {"x.model.w": np.array([np.nan, 1, 1])}
+    assert not compare(exact=False) and not compare(exact=True)
+    assert np.isnan(gap({"m": np.zeros(1), "w": np.array([1, np.inf])}, {"m": np.zeros(1), "w": np.ones(2)}))
 
 
 def test_a_process_alone_is_the_first():

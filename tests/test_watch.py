@@ -18,7 +18,7 @@ from configs import nano
 from melt_jax.config import RunConfig, freeze
 from melt_jax.training import performance
 from melt_jax.training.performance import Performance, StepProfiler
-from melt_jax.training.preemption import STALLED, PreemptionNotice
+from melt_jax.training.preemption import PREEMPTED, STALLED, PreemptionNotice
 from melt_jax.training.processes import join_processes
 from melt_jax.training.skipped import NonFiniteError, SkippedSteps
 from melt_jax.training.watch import Watch
@@ -37,9 +37,9 @@ class TestPreemption:
     def test_sigterm_is_noted_during_the_steps_and_the_handler_before_comes_back(self):
         before = signal.getsignal(signal.SIGTERM)
         with PreemptionNotice() as notice:
-            assert not notice.reached(1)
+            assert not notice.reached()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert notice.reached(2) and notice.reached(3)
+            assert notice.reached() and notice.reached()
         assert signal.getsignal(signal.SIGTERM) == before
 
     def test_processes_stop_at_one_step_when_one_of_them_gets_sigterm(self):
@@ -54,12 +54,32 @@ with PreemptionNotice() as notice:
         time.sleep(0.02 * (1 + jax.process_index()))
         if step == 5 and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        if notice.reached(step):
+        if notice.reached():
             print("stopped", step)
             break
 """
         outputs = [process.communicate(timeout=120)[0] for process in start_processes(2, program)]
         assert outputs[0] == outputs[1] and outputs[0].startswith("stopped")
+
+    def test_processes_leave_before_the_same_measurement_when_one_of_them_gets_sigterm(self):
+        program = """
+import os, signal, time, jax
+from melt_jax.training.preemption import PreemptionNotice, leave_if_asked
+from melt_jax.training.processes import join_processes
+join_processes()
+with PreemptionNotice() as notice:
+    assert not any(notice.reached() for step in range(20))
+for measured in range(100):
+    print("measures", measured, flush=True)
+    leave_if_asked()
+    if measured == 2 and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2 * (1 + jax.process_index()))
+"""
+        processes = start_processes(2, program)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert [process.returncode for process in processes] == [PREEMPTED] * 2
+        assert outputs[0] == outputs[1] and "measures 2\n" in outputs[0]
 
 
 def start_processes(count, program):
@@ -81,6 +101,25 @@ def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
         assert list(watch.steps([])) == [] and not watch.preempted
         watch.finish()
     assert watch.preempted
+
+
+def test_sigterm_after_the_last_save_is_not_lost(tmp_path):
+    config = nano.get_config()
+    checkpoints = SimpleNamespace(settled=lambda: None)
+    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, checkpoints, None) as watch:
+        watch.finish()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert watch.preempted
+
+
+def test_a_last_checkpoint_that_is_not_written_is_a_stall(tmp_path):
+    config = nano.get_config()
+    config.run.stall_seconds = config.run.stall_first_seconds = 0.2
+    config.run.stall_exits = False
+    checkpoints = SimpleNamespace(settled=lambda: time.sleep(1.5))
+    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, checkpoints, None) as watch:
+        watch.finish()
+    assert "no step has finished" in (tmp_path / "stall-process0.txt").read_text()
 
 
 class TestWatchdog:

@@ -11,8 +11,8 @@ class RestoreError(ValueError):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step):
-        # Orbax would ask JAX's preemption service too, with steps of the phase. The service keeps the last step it was
-        # asked about, and the run asks with steps of the run (`PreemptionNotice`): it must be the only one.
+        # Orbax would ask JAX's preemption service too, with steps of the phase. The service keeps the last number that
+        # it was asked with, and the run counts its questions (`training.preemption`): it must be the only one.
         return False
 
 

@@ -12,8 +12,8 @@ from melt_jax.folders import write_text
 
 
 def add_up(interval):
-    """The metrics of some steps, each {name: (sum, count)}, divided last: {name: array}; nan where none counts."""
-    interval = jax.device_get(interval)
+    """The metrics of some steps, each {name: (sum, count)}, read already, divided last: {name: array}; nan where none
+    counts."""
     total = lambda name, i: np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
     with np.errstate(invalid="ignore"):
         return {name: total(name, 0) / total(name, 1) for name in interval[0]}
@@ -68,7 +68,7 @@ class RunLog:
             return
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
         if "alignment" in metrics:
-            metrics["alignment_to_kd"] = np.mean(metrics["alignment"]) / np.maximum(np.mean(metrics["kd"]), 1e-30)
+            metrics["alignment_to_kd"] = metrics["alignment"].mean(axis=1) / np.maximum(metrics["kd"], 1e-30)
         numbers = scalars(metrics)
         with self._path.open("a") as file:
             file.write(json.dumps({"phase": self.phase, "step": step, **numbers}) + "\n")

@@ -9,6 +9,7 @@ A launcher starts the run again on both. Where one of several processes is lost 
 (SIGABRT, 134 in a shell): that asks for a new start too.
 """
 
+import itertools
 import signal
 import sys
 import threading
@@ -18,15 +19,27 @@ from jax.experimental import multihost_utils
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 STALLED = 76
+_questions = itertools.count(1)  # put to JAX's preemption service by this process; every process puts them alike
 
 
 def leave_on_sigterm():
     """SIGTERM ends the process with status PREEMPTED, wherever it is, except while a `PreemptionNotice` listens.
 
-    Under `jax.distributed` SIGTERM belongs to JAX's preemption service, and nothing changes here.
+    Under `jax.distributed` SIGTERM belongs to JAX's preemption service, and nothing changes here: the processes leave
+    together, where they ask (`PreemptionNotice.reached`, `leave_if_asked`).
     """
     if not jax.distributed.is_initialized():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+
+
+def leave_if_asked():
+    """Before a piece of work, such as a measurement: ends all of several processes with status PREEMPTED if SIGTERM
+    came to one of them. Every process calls it, at the same place; what was done before is saved.
+
+    A process of its own has left already (`leave_on_sigterm`).
+    """
+    if jax.distributed.is_initialized() and _agreed():
+        sys.exit(PREEMPTED)
 
 
 class PreemptionNotice:
@@ -34,10 +47,13 @@ class PreemptionNotice:
 
     A process of its own takes the signal by a handler. Under `jax.distributed` one process's signal is everyone's:
     JAX's preemption service takes it, and agrees with all processes on the step after which they stop together.
+
+    Attributes:
+      came: whether SIGTERM came; of several processes, whether all have agreed to stop.
     """
 
     def __init__(self):
-        self.came, self._previous = False, None  # came: whether this process's handler was called
+        self.came, self._previous = False, None
 
     def __enter__(self):
         # Python runs signal handlers in the main thread alone, and lets no other set them.
@@ -49,15 +65,17 @@ class PreemptionNotice:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
-    def reached(self, step):
-        """Whether to stop after this step: true at the same step on every process.
-
-        Args:
-          step: of the run, not of a phase; every process asks once after each step, in order.
-        """
+    def reached(self):
+        """Whether to stop after this step: true at the same step on every process, for all ask after each step."""
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+            self.came |= _agreed()
         return self.came
 
     def _note(self, *_):
         self.came = True
+
+
+def _agreed():
+    """Whether all processes stop at this question. The service knows it by its number: the next one that no process
+    has put yet when SIGTERM comes."""
+    return multihost_utils.reached_preemption_sync_point(next(_questions))

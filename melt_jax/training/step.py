@@ -121,7 +121,7 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
         return jax.lax.scan(add_part, totals, parts)[0]
 
     def gather_once(params, weights, teacher, parts, step, count):
-        with jax.named_scope("gather"):
+        with jax.named_scope("gather_weights"):
             weights, teacher = gather_weights(weights), gather_weights(teacher)
         over_groups = jax.vmap(gradients_of_parts, (0, 0, 0, None, None))
         gradients, sums = over_groups(weights, teacher, parts, step, count)

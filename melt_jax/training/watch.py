@@ -29,7 +29,7 @@ class Watch:
 
     def __init__(self, name, config, model, folder, start, skipped, first_step, checkpoints, console):
         self._steps, self._log_every = config.phase(name).steps, config.log_every
-        self._start, self._first_step, self._checkpoints = start, first_step, checkpoints
+        self._start, self._checkpoints = start, checkpoints
         self._log = RunLog(folder, name, start, self._steps, console)
         batch, length = config.data.batch, config.data.length
         self._performance = Performance(batch * length, step_flops(model, name, batch, length).mfu_flops, peak_flops())
@@ -39,7 +39,6 @@ class Watch:
         self._skipped = SkippedSteps(name, first_step, config.run.skipped_limit, start, skipped)
         self._contexts = contextlib.ExitStack()
         self._interval, self._ready = [], None
-        self.preempted = False  # whether SIGTERM ended the steps
 
     def __enter__(self):
         with self._contexts as contexts:
@@ -50,6 +49,11 @@ class Watch:
 
     def __exit__(self, *error):
         return self._contexts.__exit__(*error)
+
+    @property
+    def preempted(self):
+        """Whether SIGTERM ended the steps, or came while they were ending; on every process the same."""
+        return self._preemption.came
 
     def steps(self, batches):
         """(step, batch), counted on from the phase's start."""
@@ -69,8 +73,7 @@ class Watch:
         self._log.advance()
         self._read()  # the device has this step to do meanwhile
         self._interval.append(metrics)
-        self.preempted = self._preemption.reached(self._first_step + step)
-        last = step == self._steps or self.preempted
+        last = self._preemption.reached() or step == self._steps
         if step % self._log_every == 0 or last:
             self._interval, self._ready = [], (step, self._interval)
         return last
@@ -78,9 +81,7 @@ class Watch:
     def finish(self):
         """When the loop has ended: reads what is left and waits for the saves, which no SIGTERM must disturb."""
         self._read()
-        self._watchdog.stop()
         self._checkpoints.settled()
-        self.preempted |= self._preemption.came  # after the last step
 
     def _read(self):
         if self._ready is None:

@@ -40,10 +40,6 @@ class Watchdog:
         return self
 
     def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        """Looks no longer: the steps have ended."""
         self._closed.set()
         if self._run.stall_seconds:
             self._thread.join()

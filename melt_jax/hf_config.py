@@ -110,11 +110,6 @@ def parse_config(raw, subject="config.json"):
     return ModelConfig(**fields)
 
 
-def stored_dtype(raw):
-    """The dtype that config.json states, as `torch_dtype` or `dtype`; None when it states none."""
-    return raw.get("torch_dtype", raw.get("dtype"))
-
-
 def published_config(config, dtype, source=None, chunk_size=None):
     """The dict to write as config.json.
 

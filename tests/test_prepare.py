@@ -245,9 +245,14 @@ def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as error:
-        Rows([tmp_path / "a.txt", tmp_path / "b.jsonl"], ["text"])
-    assert "a.txt: expected .jsonl or .parquet" in str(error.value) and "b.jsonl: no such file" in str(error.value)
+        Rows([tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "folder"], ["text"])
+    messages = ("a.txt: expected .jsonl or .parquet", "b.jsonl: no such file", "folder: a folder: expected a file")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and all(message in line for message, line in zip(messages, lines))
+    with pytest.raises(ValueError, match="no input files"):
+        Rows([], ["text"])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"c.parquet: cannot be read as parquet, after row 0"):
         list(Rows([tmp_path / "c.parquet"], ["text"]))

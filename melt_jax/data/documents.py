@@ -94,10 +94,9 @@ class Rows:
     """
 
     def __init__(self, paths, columns):
-        """ValueError: files that are not there, empty, or of another kind; all of them."""
+        """ValueError: no files, or all that are not there, are folders, or are of another kind."""
         self.paths, self._columns, self.position = [pathlib.Path(path) for path in paths], columns, 0
-        found = [f"{path}: no such file" for path in self.paths if not path.is_file()]
-        found += [f"{p}: expected {' or '.join(SUFFIXES)}" for p in self.paths if p.suffix not in SUFFIXES]
+        found = [f"{path}: {problem}" for path in self.paths if (problem := _path_problem(path))]
         if found or not self.paths:
             raise ValueError("\n".join(found) or "no input files")
         self.total = sum(path.stat().st_size for path in self.paths)
@@ -131,6 +130,14 @@ class Rows:
         self.position = start + path.stat().st_size
         if not columns:
             raise ValueError(f"{path}: none of the columns {', '.join(self._columns)}; it has {', '.join(names)}")
+
+
+def _path_problem(path):
+    if path.is_dir():
+        return "a folder: expected a file; name those in it, as by folder/*.jsonl"
+    if not path.is_file():
+        return "no such file"
+    return None if path.suffix in SUFFIXES else f"expected {' or '.join(SUFFIXES)}"
 
 
 def documents(rows, tokenizer, form):

@@ -122,6 +122,35 @@ def test_stop_ids_come_from_all_places(nano, byte_level, tmp_path):
     assert Tokenizer(tmp_path).stop_ids == (0, 2, 7)
 
 
+class ReadOnly:
+    """A tokenizer, or its backend, of which nothing is called that would change it."""
+
+    def __init__(self, part):
+        self._part = part
+
+    @property
+    def backend_tokenizer(self):
+        return ReadOnly(self._part.backend_tokenizer)
+
+    def __getattr__(self, name):
+        assert name not in ("no_truncation", "no_padding", "enable_truncation", "enable_padding"), name
+        return getattr(self._part, name)
+
+
+def test_truncation_and_padding_of_the_files_are_off_from_the_start(tmp_path):
+    write_tokenizer(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=5)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    # A backend that one thread changes while another encodes raises "Already borrowed".
+    tokenizer._tokenizer = ReadOnly(tokenizer._tokenizer)
+    texts = ["a=4;b=a+2;b?", "a"]
+    assert tokenizer.encode_many(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_many(texts) == [arithmetic.encode(text) for text in texts]
+
+
 def test_hash_is_that_of_the_file(nano):
     assert nano.sha256 == hashlib.sha256((NANO / "tokenizer.json").read_bytes()).hexdigest()
 

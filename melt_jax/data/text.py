@@ -34,6 +34,9 @@ class Tokenizer:
                 f"{self.folder}: no {' and no '.join(missing)}; copy the tokenizer files from the published checkpoint"
             )
         self._tokenizer = _load(self.folder)
+        # Here, once: a backend is not changed while another thread encodes with it.
+        self._tokenizer.backend_tokenizer.no_truncation()
+        self._tokenizer.backend_tokenizer.no_padding()
         self.sha256 = hashlib.sha256((self.folder / "tokenizer.json").read_bytes()).hexdigest()
         self.vocab = max(self._tokenizer.get_vocab().values()) + 1
         self.stop_ids = self._find_stop_ids()
@@ -57,8 +60,6 @@ class Tokenizer:
     def encode_many(self, texts):
         """`encode` of each text, by all cores: a list of id lists, with the ValueError in place of one that fails."""
         backend = self._tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception:  # as in `encode`; which text it was is found by trying each

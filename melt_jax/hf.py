@@ -284,7 +284,8 @@ def save_published(folder, model, dtype="bfloat16", tokenizer_from=None, overwri
       folder: where; must not exist unless `overwrite`.
       model: `LoopedTransformer`.
       dtype: of the tensors in the file.
-      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over.
+      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over; or
+        None.
 
     Raises:
       FileExistsError: `folder` exists.
@@ -296,8 +297,11 @@ def save_published(folder, model, dtype="bfloat16", tokenizer_from=None, overwri
 
 
 def companions(source, target):
-    """Copies the tokenizer files of a checkpoint folder; returns its config.json, or None if it is no such model's."""
-    if source is None:
+    """Copies the tokenizer files of a checkpoint folder; returns its config.json, or None if it is no such model's.
+
+    None or "" names no folder: nothing is copied.
+    """
+    if not source:
         return None
     copy_companions(source, target)
     try:

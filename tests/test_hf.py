@@ -263,6 +263,15 @@ def test_saving_without_a_source_and_after_a_change_of_config(tmp_path):
     )
 
 
+def test_without_a_tokenizer_nothing_of_the_working_directory_is_taken(tmp_path, monkeypatch):
+    model = load_model(write_published(tmp_path / "a", OURO))
+    monkeypatch.chdir(tmp_path / "a")
+    for i, nothing in enumerate((None, "")):
+        save_published(tmp_path / str(i), model, tokenizer_from=nothing)
+        assert sorted(file.name for file in (tmp_path / str(i)).iterdir()) == ["config.json", "model.safetensors"]
+        assert "initializer_range" not in json.loads((tmp_path / str(i) / "config.json").read_text())
+
+
 def test_saving_refuses_an_existing_folder_and_leaves_nothing_when_it_fails(tmp_path, monkeypatch):
     folder = write_published(tmp_path / "a", OURO)
     model = load_model(folder)

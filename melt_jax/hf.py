@@ -17,13 +17,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from melt_jax.folders import atomic_folder, copy_companions
-from melt_jax.hf_config import fail, parse_config, published_config, read_config, read_raw_config, write_config
+from melt_jax.hf_config import (
+    STORED_DTYPES,
+    fail,
+    parse_config,
+    published_config,
+    read_config,
+    read_raw_config,
+    write_config,
+)
 from melt_jax.model.model import abstract_model, module_leaves
 
 __all__ = ["PublishedFolder", "load_model", "read_config", "save_published", "to_hf_tensors"]
 
 INDEX = "model.safetensors.index.json"
-STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -203,6 +203,11 @@ def test_all_wrong_config_values_are_listed_at_once(tmp_path):
         ({"torch_dtype": "bfloat16", "dtype": "float32"}, "but dtype is 'float32'"),
         ({"sliding_window": 512, "use_sliding_window": True}, "use_sliding_window is True"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3': expected an integer"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention': expected full_attention for each"),
+        ({"model_type": ["ouro"]}, "model_type is ['ouro']: expected 'ouro' or 'melt'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_parameters is {'rope_type': 'yarn', 'factor'"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters is {'rope_theta': 5.0}, but rope_theta is 10"),
     ],
 )
 def test_contradictory_config_values_are_refused(tmp_path, changes, words):
@@ -220,7 +225,10 @@ def test_equivalent_configs_are_read_alike(tmp_path):
     )
     assert read_config(folder) == dataclasses.replace(OURO, rope_theta=5e5)
     edit_config(folder, rope_parameters={"rope_theta": 5e5, "rope_type": "yarn", "factor": 2})
-    assert any("rope_parameters" in line for line in refusal(folder))
+    _, line = refusal(folder)
+    assert "rope_parameters is {" in line and "computes {'rope_type': 'default', 'rope_theta': …} only" in line
+    edit_config(folder, rope_theta=5e5, rope_parameters={"rope_type": "default"})
+    assert read_config(folder) == dataclasses.replace(OURO, rope_theta=5e5)
 
 
 def test_a_melt_opens_with_any_gate_and_a_looplm_with_those_that_have_no_weights(tmp_path):

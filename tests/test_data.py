@@ -1,5 +1,6 @@
 """The training stream: a function of (seed, step), whole documents, nothing scored that cannot be known."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -366,6 +367,19 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
     ):
         (found,) = run_problems(run_config(train, **evaluation), NANO)
         assert message in found and found.startswith("evaluation.")
+
+
+@pytest.mark.parametrize("gate", ["elementwise", "last"])
+def test_a_melt_is_no_teacher_and_is_told_with_everything_else(gate):
+    config = nano.get_config()
+    config.data.length = 20
+    melt = dataclasses.replace(NANO, gate=gate)
+    teacher, data = run_problems(freeze(config), melt)
+    assert teacher == (
+        f"teacher: melt_jax/assets/ouro_nano is a MELT (gate {gate}); expected a LoopLM, such as melt_jax.convert"
+        " --gate=none writes"
+    )
+    assert data.startswith("data.high")
 
 
 def test_made_problems_need_no_file_to_evaluate_on():

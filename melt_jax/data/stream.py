@@ -58,10 +58,12 @@ def problems(data, model, tokenizer=None):
 def run_problems(config, model, tokenizer=None):
     """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as `problems` gives them.
 
-    A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own.
+    A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own. `model` is
+    the `ModelConfig` of its teacher; in pre-training, of what it makes.
     """
     evaluation, source = config.evaluation, config.data.source
-    found, given = problems(config.data, model, tokenizer), f'evaluation.path: "{evaluation.path}"'
+    found, given = _teacher_problems(config, model), f'evaluation.path: "{evaluation.path}"'
+    found += problems(config.data, model, tokenizer)
     if not evaluation.sequences or source == "arithmetic":
         why = "evaluation.sequences is 0" if not evaluation.sequences else f'source "{source}" reads no file'
         return found + [f"{given} goes unused, {why}; drop it"] * bool(evaluation.path)
@@ -74,6 +76,16 @@ def run_problems(config, model, tokenizer=None):
     if not wrong and (count := len(_open_source(data))) < evaluation.sequences:
         wrong = [f"evaluation.sequences: expected at most {count}, as {evaluation.path} has, found {data.batch}"]
     return found + [line for line in wrong if line not in found]
+
+
+def _teacher_problems(config, model):
+    # A student with the gates of a MELT would begin as that MELT, and have nothing to learn from it.
+    if model.gate == "none":
+        return []
+    return [
+        f"teacher: {config.teacher} is a MELT (gate {model.gate}); expected a LoopLM, such as melt_jax.convert"
+        " --gate=none writes"
+    ]
 
 
 def evaluation_data(config):

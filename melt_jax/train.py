@@ -66,7 +66,7 @@ def run(config_dict, workdir):
     pretraining = config.phases == ("pretraining",)
     shape = config.model if pretraining else open_folder(config.teacher).config
     if wrong := stream.run_problems(config, shape, config.tokenizer or config.teacher):
-        raise ConfigError("the data does not fit:\n" + "\n".join(f"  - {line}" for line in wrong))
+        raise ConfigError("teacher and data do not fit the run:\n" + "\n".join(f"  - {line}" for line in wrong))
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch, config.micro_batches)
     _keep_config(config_dict, workdir)
@@ -101,7 +101,8 @@ def _run(config, workdir, mesh, console):
         first_step += config.phase(name).steps
 
     # ---- the table, and a sample
-    console.print(results.table())
+    if table := results.table():
+        console.print(table)
     if config.evaluation.sample:
         melt = for_inference(params, config.dtype)
         console.print(scoring.sample(melt, config.evaluation.seed, config.chunk_size), markup=False)
@@ -187,8 +188,8 @@ class Results:
             write_text(self._path, json.dumps(self._rows, indent=1))
 
     def table(self):
-        """The rows as text."""
-        return scoring.table(self._rows)
+        """The rows as text; empty if nothing was measured."""
+        return scoring.table(self._rows) if self._rows else ""
 
 
 def _keep_config(config_dict, workdir):

@@ -97,11 +97,13 @@ def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_pa
         assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
-def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
+def test_one_phase_alone_and_what_is_refused(teacher, tmp_path, capsys):
     config = tiny_run(teacher)
     config.phases = ("alignment",)
     config.alignment.steps = 2
+    config.evaluation.problems = config.evaluation.sequences = 0
     train.run(config, tmp_path / "run")
+    assert "exact answers" not in capsys.readouterr().out  # nothing was measured: no table
     config.run.stall_seconds = 3600.0  # how a run is watched may change,
     config.mesh.fsdp = jax.device_count()  # and where it runs
     train.run(config, tmp_path / "run")
@@ -110,5 +112,8 @@ def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
         train.run(config, tmp_path / "run")
     config.data.length = 20_000_000
     with pytest.raises(ConfigError, match="max_positions"):
+        train.run(config, tmp_path / "long")
+    config.teacher = str(tmp_path / "run/alignment/model")
+    with pytest.raises(ConfigError, match=r"(?s)is a MELT \(gate elementwise\).*max_positions"):
         train.run(config, tmp_path / "long")
     assert not (tmp_path / "long").exists()

@@ -215,7 +215,7 @@ def summary(output, manifest):
         "dropped": f"documents were longer than a sequence and dropped, {counts['dropped_tokens']:,} tokens",
         "split": "documents were longer than a sequence and cut in pieces",
         "unprompted": "documents have an answer that does not begin as the template's generation prompt does (such as"
-        " without <think>): it is scored from where it differs",
+        " without <think>): it is scored from the prompt's first token that it lacks",
     }
     return "\n".join([*lines, *(f"{counts[name]:,} {note}" for name, note in notes.items() if counts[name])])
 

@@ -118,6 +118,34 @@ def test_an_answer_unlike_its_prompt_is_scored_from_where_it_differs_and_told(to
     assert scored_texts(document, tokenizer) == ["2<|im_end|>"] and document.unprompted
 
 
+@pytest.mark.parametrize("answer", ["<thought>sum</thought>2", "\n\nsum", "<think>sum", "<", "🙂"])
+def test_an_answer_unlike_its_prompt_begins_behind_whole_tokens_of_the_prompt(tokenizer, answer):
+    messages = chat("1+1?", answer)
+    document = only({"messages": messages}, tokenizer)
+    # Of the prompt's text "<think>", a token, an answer may share a few characters; of its tokens those before.
+    rest = answer.removeprefix("<think>")
+    assert scored_texts(document, tokenizer) == [rest + "<|im_end|>"] and document.unprompted
+    first = np.flatnonzero(document.loss_mask)[0] + 1
+    assert document.tokens[:first].tolist() == tokenizer.chat(messages[:1])[:first]
+    assert document.tokens[first:].tolist() == tokenizer.encode(rest + "<|im_end|>\n")
+
+
+def test_a_conversation_that_the_assistant_opens_is_told(tokenizer):
+    messages = [{"role": "assistant", "content": "hello"}, *chat("1+1?", "<think>\n2")]
+    found = only({"messages": messages}, tokenizer)
+    assert isinstance(found, Malformed) and "the assistant opens the conversation" in found.reason
+    assert isinstance(only({"messages": messages}, tokenizer, Form(score="all")), Document)
+    # What a template puts before the first turn, here of the system, is no opening.
+    system = [{"role": "system", "content": "be brief"}, *messages]
+    assert scored_texts(only({"messages": system}, tokenizer), tokenizer) == ["hello<|im_end|>", "2<|im_end|>"]
+
+
+def test_a_generation_prompt_that_does_not_go_on_from_its_messages_is_told(tmp_path, folder):
+    tokenizer = with_template(tmp_path, folder, "{% if add_generation_prompt %}now{% endif %}" + CHATML)
+    found = only({"messages": chat("a", "b")}, tokenizer)
+    assert "the chat template's generation prompt does not go on from the messages before it" in found.reason
+
+
 def test_everything_is_scored_if_asked(tokenizer):
     document = only({"messages": chat("1+1?", "2")}, tokenizer, Form(score="all"))
     assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]

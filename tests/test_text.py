@@ -185,6 +185,20 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(byte_level, t
         assert "" in pieces
 
 
+@pytest.mark.parametrize("text", ["the looped transformer", "naïve — 日本語 🙂🙃 ok", "a<|im_end|>\n\n🙂 é"])
+def test_boundaries_are_where_tokens_begin_whole_characters(byte_level, text):
+    ids = byte_level.encode(text)
+    texts = [byte_level.decode(ids[:n]) for n in range(len(ids) + 1)]
+    boundaries = {len(part) for part in texts if text.startswith(part)}
+    for limit in range(len(text) + 1):
+        assert byte_level.last_boundary(text, limit) == max(n for n in boundaries if n <= limit)
+
+
+def test_boundaries_of_characters_without_a_token(nano):
+    with pytest.raises(ValueError, match="no token for 'é'"):
+        nano.last_boundary("aé", 1)
+
+
 def test_streaming_any_ids_is_decoding_them(byte_level):
     rng = random.Random(0)
     for _ in range(200):

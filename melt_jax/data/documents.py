@@ -263,21 +263,23 @@ def _conversation(messages, tokenizer, form):
 
     Answers are encoded apart from what stands before them, as generation does: no token spans the two.
     """
-    try:
-        whole = tokenizer.render(messages, False)
-        if form.score == "all":
-            return Draft([(whole, ALL)])
-        spans, unprompted = _answer_spans(messages, whole, tokenizer)
-    except _Reason:
-        raise
-    except Exception as error:  # a template may raise anything
-        raise _Reason(f"the chat template refuses the conversation: {error}") from None
+    whole = _render(messages, False, tokenizer)
+    if form.score == "all":
+        return Draft([(whole, ALL)])
+    spans, unprompted = _answer_spans(messages, whole, tokenizer)
     pieces, end = [], 0
     for start, stop in spans:
         pieces += [(whole[end:start], CONTEXT), (whole[start:stop], ANSWER)]
         end = stop
     pieces.append((whole[end:], CONTEXT))
     return Draft([piece for piece in pieces if piece[0]], unprompted=unprompted)
+
+
+def _render(messages, generation_prompt, tokenizer):
+    try:
+        return tokenizer.render(messages, generation_prompt)
+    except Exception as error:  # a template may raise anything
+        raise _Reason(f"the chat template refuses the conversation: {error}") from None
 
 
 def _answer_spans(messages, whole, tokenizer):
@@ -289,24 +291,42 @@ def _answer_spans(messages, whole, tokenizer):
     if not any(message["role"] == "assistant" for message in messages):
         found = ", ".join(sorted({message["role"] for message in messages}))
         raise _Reason(f"no assistant's turn, so nothing would be scored; found the roles {found}")
+    if messages[0]["role"] == "assistant":
+        raise _Reason(
+            "the assistant opens the conversation: no generation prompt tells the template's header of that turn from"
+            " what the assistant writes; leave the turn out or score all"
+        )
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.render(messages[:i], False) if i else ""
-        through = tokenizer.render(messages[: i + 1], False)
+        before, through = (_render(messages[:count], False, tokenizer) for count in (i, i + 1))
         for count, text in ((i, before), (i + 1, through)):
             if not whole.startswith(text):
                 raise _Reason(
                     f"the chat template renders the first {count} messages otherwise alone than in the whole"
                     " conversation, so turns cannot be told apart; split it into single exchanges or score all"
                 )
-        prompt = tokenizer.render(messages[:i], True) if i else ""
-        start = len(prompt)
-        if not whole.startswith(prompt):
-            unprompted = True
-            start = next((n for n, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(whole))
-        spans.append((min(max(start, len(before)), len(through)), len(through)))
+        prompt = _render(messages[:i], True, tokenizer)
+        unprompted |= not through.startswith(prompt)
+        spans.append((_answer_start(before, prompt, through, tokenizer), len(through)))
     return spans, unprompted
+
+
+def _answer_start(before, prompt, through, tokenizer):
+    """Where in the conversation `through` an answer begins: behind the prompt's tokens with which its turn begins."""
+    if through.startswith(prompt):
+        return max(len(prompt), len(before))
+    if not prompt.startswith(before):
+        raise _Reason(
+            "the chat template's generation prompt does not go on from the messages before it, so what the template"
+            " writes of an answer cannot be told; score all"
+        )
+    head, turn = prompt[len(before) :], through[len(before) :]
+    same = next((n for n, (a, b) in enumerate(zip(head, turn)) if a != b), len(turn))
+    try:
+        return len(before) + tokenizer.last_boundary(head, same)
+    except ValueError as error:
+        raise _Reason(str(error)) from None
 
 
 def _assemble(place, draft, encoded, tokenizer):

@@ -65,6 +65,22 @@ class Tokenizer:
         except Exception:  # as in `encode`; which text it was is found by trying each
             return [self._encode_or_error(text) for text in texts]
 
+    def last_boundary(self, text, limit):
+        """The last place between tokens of a text within its first `limit` characters: characters before it.
+
+        Raises:
+          ValueError: as `encode`.
+        """
+        try:
+            offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
+        except Exception:  # as in `encode`, which names the characters
+            self.encode(text)
+            raise
+        starts = [start for start, _ in offsets[1:]] + [len(text)]
+        # Several tokens may share a character: only the last of them ends before the next one starts.
+        ends = [end for (_, end), start in zip(offsets, starts) if end <= min(start, limit)]
+        return ends[-1] if ends else 0
+
     def decode(self, ids, skip_special=False):
         """The text of token ids; special tokens are written out unless skipped."""
         ids = [int(i) for i in ids]

@@ -25,6 +25,20 @@ BLOCK_ROWS = 4096
 BLOCKS_AHEAD = 2  # one is read and rendered while the other is tokenised
 
 
+class Traits(NamedTuple):
+    """What prepared data tells of a document.
+
+    Attributes:
+      conversation: it was written by the chat template.
+      unprompted: an answer does not begin as the template's generation prompt does.
+      further: what its messages have besides role and content, sorted.
+    """
+
+    conversation: bool = False
+    unprompted: bool = False
+    further: tuple = ()
+
+
 class Document(NamedTuple):
     """Tokens of a document.
 
@@ -32,13 +46,13 @@ class Document(NamedTuple):
       place: "file:line", from 1.
       tokens: [n] int32.
       loss_mask: [n] bool, true where the prediction made at this token, that of the next one, is scored.
-      unprompted: an answer does not begin as the template's generation prompt does.
+      traits: `Traits`.
     """
 
     place: str
     tokens: np.ndarray
     loss_mask: np.ndarray
-    unprompted: bool = False
+    traits: Traits = Traits()
 
 
 class Draft(NamedTuple):
@@ -46,7 +60,7 @@ class Draft(NamedTuple):
 
     pieces: list
     ends: bool = False
-    unprompted: bool = False
+    traits: Traits = Traits()
 
 
 class Malformed(NamedTuple):
@@ -239,7 +253,10 @@ def _column(row, name, kind=str):
 
 
 def _messages(messages, column):
-    """[{"role", "content"}] of messages by either of the two conventions."""
+    """[{"role", "content", …}] of messages by either of the two conventions, with all else that they have.
+
+    What else is written is the template's choice. Nulls are left out: parquet has them for what other rows hold.
+    """
     out = []
     for i, message in enumerate(messages):
         where = f"{column}[{i}]"
@@ -252,7 +269,9 @@ def _messages(messages, column):
         for key in (role, content):
             if not isinstance(message.get(key), str):
                 raise _Reason(f"{where}: expected {key} to be text, found {_brief(message.get(key))}")
-        out.append({"role": SHAREGPT_ROLES.get(message[role], message[role]), "content": message[content]})
+        further = {key: value for key, value in message.items() if key not in (role, content) and value is not None}
+        speaker = SHAREGPT_ROLES.get(message[role], message[role])
+        out.append({**further, "role": speaker, "content": message[content]})
     if not out:
         raise _Reason(f"{column}: no messages")
     return out
@@ -264,15 +283,16 @@ def _conversation(messages, tokenizer, form):
     Answers are encoded apart from what stands before them, as generation does: no token spans the two.
     """
     whole = _render(messages, False, tokenizer)
+    further = tuple(sorted({key for message in messages for key in message} - {"role", "content"}))
     if form.score == "all":
-        return Draft([(whole, ALL)])
+        return Draft([(whole, ALL)], traits=Traits(True, False, further))
     spans, unprompted = _answer_spans(messages, whole, tokenizer)
     pieces, end = [], 0
     for start, stop in spans:
         pieces += [(whole[end:start], CONTEXT), (whole[start:stop], ANSWER)]
         end = stop
     pieces.append((whole[end:], CONTEXT))
-    return Draft([piece for piece in pieces if piece[0]], unprompted=unprompted)
+    return Draft([piece for piece in pieces if piece[0]], traits=Traits(True, unprompted, further))
 
 
 def _render(messages, generation_prompt, tokenizer):
@@ -343,7 +363,7 @@ def _assemble(place, draft, encoded, tokenizer):
     loss_mask[:-1] = written[1:]
     if not loss_mask.any():
         return Malformed(place, "nothing in it is scored: it is too short, or the assistant's turns are empty")
-    return Document(place, tokens, loss_mask, draft.unprompted)
+    return Document(place, tokens, loss_mask, draft.traits)
 
 
 def _written(ids, kind, stop_ids):

@@ -18,7 +18,8 @@ class Tokenizer:
       stop_ids: the ids that end a text, sorted: the eos of generation_config.json and of the tokenizer, the chat's end.
       eos: the tokenizer's own end of a text, an id, or None.
       template: the chat template's source, or None.
-      sha256: hex digest of tokenizer.json, by which prepared data says what it was written with.
+      sha256, template_sha256: hex digests of tokenizer.json and of the chat template, by which prepared data says what
+        it was written with; the second is None without a template.
     """
 
     def __init__(self, folder):
@@ -42,6 +43,7 @@ class Tokenizer:
         self.stop_ids = self._find_stop_ids()
         self.eos = self._tokenizer.eos_token_id
         self.template = self._tokenizer.chat_template
+        self.template_sha256 = hashlib.sha256(str(self.template).encode()).hexdigest() if self.template else None
 
     def encode(self, text):
         """Token ids of a text; special tokens written out in it become their ids, and none are added.

@@ -69,7 +69,7 @@ def run(config_dict, workdir):
         raise ConfigError("teacher and data do not fit the run:\n" + "\n".join(f"  - {line}" for line in wrong))
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch, config.micro_batches)
-    _keep_config(config_dict, workdir)
+    _keep_config(config_dict, stream.fingerprints(config), workdir)
     with jax.set_mesh(mesh):
         return _run(config, workdir, mesh, console)
 
@@ -192,20 +192,24 @@ class Results:
         return scoring.table(self._rows) if self._rows else ""
 
 
-def _keep_config(config_dict, workdir):
-    """Writes the config beside the run; a run is gone on with only under the config it began with, but for `FREE`."""
-    path, text = workdir / "config.json", config_dict.to_json(indent=1, sort_keys=True)
-    new = json.loads(text)
+def _keep_config(config_dict, fingerprints, workdir):
+    """Writes the config, and what its prepared data is known by, beside the run.
+
+    A run is gone on with only under the config it began with, but for `FREE`, and with the same data.
+    """
+    path, new = workdir / "config.json", json.loads(config_dict.to_json())
+    new |= {f"manifest of {key}": f"sha256 {digest}" for key, digest in fingerprints.items()}
     old = json.loads(path.read_text()) if path.exists() else new
     keys = sorted({*old, *new} - FREE)
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     if of_first(bool(changed)):  # one that went on alone would wait for the others
         raise ConfigError(
-            f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
+            f"{workdir} holds a run with another config or other data; take another workdir. Changed:\n"
+            + "\n".join(changed)
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, json.dumps(new, indent=1, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -17,6 +18,8 @@ from melt_jax.config import ConfigError
 from melt_jax.data import stream
 from melt_jax.hf import save_published
 from melt_jax.training.preemption import PREEMPTED
+from tests.test_records import LENGTH
+from tests.test_records import write as write_records
 from tests.tiny import TINY, make_model
 
 
@@ -117,3 +120,22 @@ def test_one_phase_alone_and_what_is_refused(teacher, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"(?s)is a MELT \(gate elementwise\).*max_positions"):
         train.run(config, tmp_path / "long")
     assert not (tmp_path / "long").exists()
+
+
+def test_a_run_goes_on_with_the_prepared_data_that_it_began_with(teacher, tmp_path):
+    def prepared(seed):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        write_records(tmp_path / "data", count=6, seed=seed)
+
+    prepared(0)
+    config = tiny_run(teacher)
+    config.phases = ("alignment",)
+    config.alignment.steps = 1
+    config.evaluation.problems = config.evaluation.sequences = 0
+    config.data.source, config.data.path, config.data.length = "records", str(tmp_path / "data"), LENGTH
+    train.run(config, tmp_path / "run")
+    prepared(0)  # the same bytes
+    train.run(config, tmp_path / "run")
+    prepared(1)
+    with pytest.raises(ConfigError, match=r"other data.*\nmanifest of data.path: sha256 \w+ → sha256 \w+$"):
+        train.run(config, tmp_path / "run")

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from melt_jax.data import arithmetic
-from melt_jax.data.records import open_records, record_problems
+from melt_jax.data.records import MANIFEST, open_records, record_problems, sha256
 from melt_jax.data.token_files import open_tokens, token_problems
 from melt_jax.training.objectives import Batch
 
@@ -91,6 +91,14 @@ def _teacher_problems(config, model):
 def evaluation_data(config):
     """The `DataConfig` of the sequences that a `TrainConfig` evaluates on: a batch of them, from `evaluation.path`."""
     return dataclasses.replace(config.data, path=config.evaluation.path, batch=config.evaluation.sequences)
+
+
+def fingerprints(config):
+    """{key: sha256 of the manifest} of the prepared data that a `TrainConfig` names; empty for other sources."""
+    if config.data.source != "records":
+        return {}
+    paths = {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
+    return {key: sha256(pathlib.Path(path) / MANIFEST) for key, path in paths.items() if path}
 
 
 def batches(data, seed, start, stop, rows=None):

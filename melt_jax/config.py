@@ -242,11 +242,10 @@ def problems(config):
         need(
             config.student.gate != "none", "student.gate", "a gate variant: the student is a MELT", config.student.gate
         )
-    need(config.student.gate in GATES, "student.gate", f"one of {GATES}", config.student.gate)
-    need(config.student.first_loop in CHOICES["first_loop"], "student.first_loop", f"one of {CHOICES['first_loop']}",
-         config.student.first_loop)  # fmt: skip
-    gated = config.student.first_loop == "copy" or config.student.gate == "elementwise"
-    need(gated, "student.first_loop", "'copy', unless the gate is elementwise", config.student.first_loop)
+    for key in ("gate", "first_loop"):
+        value = getattr(config.student, key)
+        need(value in CHOICES[key], f"student.{key}", f"one of {CHOICES[key]}", value)
+    found += first_loop_problems(config.student.gate, config.student.first_loop, "student.")
     for key in ("dtype", "remat", "gather"):
         need(getattr(config, key) in CHOICES[key], key, f"one of {CHOICES[key]}", getattr(config, key))
     for key in ("chunk_size", "attention_block", "micro_batches", "log_every", "checkpoint_every", "checkpoints_kept"):
@@ -273,6 +272,13 @@ def problems(config):
     need(config.evaluation.sequences >= 0, "evaluation.sequences", "at least 0", config.evaluation.sequences)
     need(config.evaluation.seed != config.seed, "evaluation.seed", "other than seed, which training uses", config.seed)
     return found
+
+
+def first_loop_problems(gate, first_loop, prefix=""):
+    """Why a MELT of that gate is not made with that first loop: a list of messages."""
+    if first_loop == "copy" or gate == "elementwise":
+        return []
+    return [f"{prefix}first_loop: expected 'copy', unless the gate is elementwise, found {first_loop!r}"]
 
 
 def model_problems(model, prefix=""):

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from melt_jax.checkpoint import PARAMS, open_folder, write_params
+from melt_jax.config import CHOICES, GATES, first_loop_problems
 from melt_jax.folders import atomic_folder, copy_companions, folder_bytes
 from melt_jax.hf import chosen_dtype, override, write_weights
-from melt_jax.hf_config import FIRST_LOOPS, fail, published_config, write_config
-from melt_jax.model.gate import VARIANTS
+from melt_jax.hf_config import fail, published_config, write_config
 from melt_jax.model.model import abstract_model, draw_weights, module_leaves, parameter_count
 
 GATE_STD = 0.02
@@ -31,25 +31,42 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "folder of the checkpoint to read, in either form", required=True)
 flags.DEFINE_string("output", None, "folder to write", required=True)
 flags.DEFINE_enum("to", None, ["orbax", "published"], "form of the output", required=True)
-flags.DEFINE_enum("gate", None, ["none", *VARIANTS], "gate of the output's model; as the input's when not given")
-flags.DEFINE_enum("first_loop", None, FIRST_LOOPS, "first loop of the output's model; as the input's when not given")
-flags.DEFINE_integer("seed", 0, "draws fresh gates")
+flags.DEFINE_enum("gate", None, GATES, "gate of the output's model; as the input's when not given")
 flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float32"], "dtype of the output's weights; as the input's when not given"
+    "first_loop", None, CHOICES["first_loop"], "first loop of the output's model; as the input's when not given"
 )
+flags.DEFINE_integer("seed", 0, "draws fresh gates")
+flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights; as the input's when not given")
 flags.DEFINE_bool("overwrite", False, "replace the output folder if it exists")
 
 
-def main(_):
-    start = time.perf_counter()
+def main(argv):
+    """Converts, or says what stands in the way."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    try:
+        convert()
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        sys.exit(f"melt_jax.convert: {error}")
+
+
+def convert():
+    """The conversion that the flags ask for.
+
+    Raises:
+      ValueError: an input that is no checkpoint, or flags that contradict it. FileExistsError: the output exists.
+    """
+    start = time.perf_counter()
 
     # What stands there, checked; what is to be.
     source = open_folder(FLAGS.input)
     config = override(source.config, FLAGS.gate, FLAGS.first_loop)
     dtype = chosen_dtype(source, FLAGS.dtype)
     abstract = abstract_model(config, dtype)
-    if FLAGS.first_loop is not None and config.gate == "none":
+    if config.gate != "none":
+        fail(FLAGS.output, first_loop_problems(config.gate, config.first_loop))
+    elif FLAGS.first_loop is not None:
         fail(
             "--first_loop", ["the output is a LoopLM, which has no cache recurrence: give --gate too, or leave it out"]
         )

@@ -2,10 +2,13 @@
 
     python -m melt_jax.evaluate --checkpoint=runs/nano/alignment/model --teacher=melt_jax/assets/ouro_nano
     python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=F.npz --rows=1
+    python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=FOLDER --rows=1
 
 Perplexity and KL are measured with chunks of --chunk_size and with decoding's chunk of one; the last column is what
 lies between them, the training-inference gap. --all_loops answers the problems with 1, 2, … T loops.
 """
+
+import pathlib
 
 import numpy as np
 from absl import app, flags, logging
@@ -13,17 +16,20 @@ from rich.table import Table
 
 from melt_jax import scoring
 from melt_jax.checkpoint import default_chunk, open_model
-from melt_jax.config import GATES
-from melt_jax.data.arithmetic import VOCABULARY
+from melt_jax.config import CHOICES, GATES
+from melt_jax.data.arithmetic import NAMES, VOCABULARY
+from melt_jax.data.records import open_records, read_manifest, record_problems
 from melt_jax.data.token_files import open_tokens, token_problems
 from melt_jax.training.objectives import Batch
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.")
 TEACHER = flags.DEFINE_string("teacher", None, "Checkpoint folder of the teacher; without one no KL is measured.")
 TASK = flags.DEFINE_enum("task", "arithmetic", ("arithmetic", "tokens"), "What to score.")
-DATA = flags.DEFINE_string("data", None, "Token file (.npy or .npz); task tokens alone.")
+DATA = flags.DEFINE_string(
+    "data", None, "Token file (.npy or .npz), or folder that melt_jax.prepare wrote; task tokens alone."
+)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence, for a file that is one stream.")
-SEQUENCES = flags.DEFINE_integer("sequences", 64, "The most sequences of the token file, or problems for the KL.")
+SEQUENCES = flags.DEFINE_integer("sequences", 64, "The most sequences of the data, or problems for the KL.")
 ROWS = flags.DEFINE_integer("rows", 16, "Sequences run at once.")
 PROBLEMS = flags.DEFINE_integer("problems", 256, "Arithmetic problems to answer.")
 LOW = flags.DEFINE_integer("low", 2, "The fewest definitions of a problem.")
@@ -38,7 +44,7 @@ EXIT_THRESHOLD = flags.DEFINE_float(
     "exit_threshold", None, "Cumulative exit probability at which answers take a loop's logits; 1: the last loop's."
 )
 GATE = flags.DEFINE_enum("gate", None, GATES, "A gate in place of the checkpoint's; none: the LoopLM inside a MELT.")
-DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the weights and rows; by default as stored.")
+DTYPE = flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "Of the weights and rows; by default as stored.")
 
 
 def main(argv):
@@ -73,29 +79,39 @@ def flag_problems():
     sizes = (LENGTH, SEQUENCES, ROWS, PROBLEMS, CHUNK_SIZE, LOOPS)
     small = [flag for flag in sizes if flag.value is not None and flag.value < 1]
     wrong = [f"--{flag.name} must be 1 or more, got {flag.value}" for flag in small]
-    if not 1 <= LOW.value <= HIGH.value <= 26:
-        wrong.append(f"--low and --high must be 1 <= low <= high <= 26, got {LOW.value} and {HIGH.value}")
+    if not 1 <= LOW.value <= HIGH.value <= len(NAMES):
+        wrong.append(f"--low and --high must be 1 <= low <= high <= {len(NAMES)}, got {LOW.value} and {HIGH.value}")
     if EXIT_THRESHOLD.value is not None and not EXIT_THRESHOLD.value >= 0:
         wrong.append(f"--exit_threshold must be 0 or more, got {EXIT_THRESHOLD.value}")
     if (TASK.value == "tokens") != (DATA.value is not None):
-        wrong.append("--data names a token file for --task=tokens, and goes with no other task")
+        wrong.append("--data names a token file or a folder for --task=tokens, and goes with no other task")
+    elif LENGTH.value is not None and DATA.value is not None and pathlib.Path(DATA.value).is_dir():
+        wrong.append(f"--length goes with a token file; the sequences of {DATA.value} have a length")
     return wrong
 
 
 def read_batch(config):
-    """The first sequences of the token file, of ids and a length that a model of that config has."""
+    """The first sequences of the data, of ids and a length that a model of that config has; else UsageError."""
     try:
-        sequences = open_tokens(DATA.value, LENGTH.value)
+        sequences, length, wrong = open_data(config.vocab)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    length = sequences.tokens.shape[1]
-    wrong = token_problems(DATA.value, length, config.vocab)
     if length > config.max_positions:
         wrong.append(f"{DATA.value}: sequences of {length} tokens pass the model's {config.max_positions} positions")
     if wrong:
         raise app.UsageError("\n".join(wrong))
     rows = [sequences[i] for i in range(min(SEQUENCES.value, len(sequences)))]
     return Batch(*(np.stack(field) for field in zip(*rows)))
+
+
+def open_data(vocab):
+    """(sequences, their length, what keeps them from a model of that vocabulary); ValueError: data of another form."""
+    if pathlib.Path(DATA.value).is_dir():
+        length = read_manifest(DATA.value)["length"]
+        return open_records(DATA.value), length, record_problems(DATA.value, length, vocab, CHECKPOINT.value)
+    sequences = open_tokens(DATA.value, LENGTH.value)
+    length = sequences.tokens.shape[1]
+    return sequences, length, token_problems(DATA.value, length, vocab)
 
 
 def answer_table(model, problems, chunk_size):

@@ -17,13 +17,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from melt_jax.folders import atomic_folder, copy_companions
-from melt_jax.hf_config import fail, parse_config, published_config, read_config, read_raw_config, write_config
+from melt_jax.hf_config import (
+    STORED_DTYPES,
+    fail,
+    parse_config,
+    published_config,
+    read_config,
+    read_raw_config,
+    write_config,
+)
 from melt_jax.model.model import abstract_model, module_leaves
 
 __all__ = ["PublishedFolder", "load_model", "read_config", "save_published", "to_hf_tensors"]
 
 INDEX = "model.safetensors.index.json"
-STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +291,8 @@ def save_published(folder, model, dtype="bfloat16", tokenizer_from=None, overwri
       folder: where; must not exist unless `overwrite`.
       model: `LoopedTransformer`.
       dtype: of the tensors in the file.
-      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over.
+      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over; or
+        None.
 
     Raises:
       FileExistsError: `folder` exists.
@@ -296,8 +304,11 @@ def save_published(folder, model, dtype="bfloat16", tokenizer_from=None, overwri
 
 
 def companions(source, target):
-    """Copies the tokenizer files of a checkpoint folder; returns its config.json, or None if it is no such model's."""
-    if source is None:
+    """Copies the tokenizer files of a checkpoint folder; returns its config.json, or None if it is no such model's.
+
+    None or "" names no folder: nothing is copied.
+    """
+    if not source:
         return None
     copy_companions(source, target)
     try:

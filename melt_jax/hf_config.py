@@ -9,11 +9,10 @@ import json
 import math
 import pathlib
 
-from melt_jax.config import ModelConfig
-from melt_jax.model.gate import VARIANTS
+from melt_jax.config import CHOICES, GATES, ModelConfig
 
-FIRST_LOOPS = ("copy", "gated")
-DTYPES = ("bfloat16", "float16", "float32")
+STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights, by their names in safetensors
+DTYPES = tuple(STORED_DTYPES.values())
 ARCHITECTURES = {"ouro": "OuroForCausalLM", "melt": "MeltForCausalLM"}
 
 CONFIG_KEYS = {
@@ -97,7 +96,8 @@ def parse_config(raw, subject="config.json"):
     fields = {ours: raw[theirs] for theirs, ours in CONFIG_KEYS.items() if raw.get(theirs) is not None}
     missing = [key for key in CONFIG_KEYS if key not in OPTIONAL and raw.get(key) is None]
     problems = [f"{key} is missing" for key in missing]
-    problems += _type_problems(raw) + _only_value_problems(raw) + _melt_key_problems(raw) + _unknown_key_problems(raw)
+    for find in (_type_problems, _only_value_problems, _rope_problems, _melt_key_problems, _unknown_key_problems):
+        problems += find(raw)
     if not problems:
         fields.setdefault("kv_heads", fields["heads"])
         fields.setdefault("head_width", fields["width"] // fields["heads"])
@@ -108,11 +108,6 @@ def parse_config(raw, subject="config.json"):
     else:
         fields["gate"] = "none"
     return ModelConfig(**fields)
-
-
-def stored_dtype(raw):
-    """The dtype that config.json states, as `torch_dtype` or `dtype`; None when it states none."""
-    return raw.get("torch_dtype", raw.get("dtype"))
 
 
 def published_config(config, dtype, source=None, chunk_size=None):
@@ -153,17 +148,24 @@ def write_config(folder, raw):
 
 
 def _with_rope_theta(raw):
-    """`rope_parameters` of the default kind, which newer libraries write, says what `rope_theta` says."""
+    """The config with the `rope_theta` that newer libraries write in `rope_parameters`, if it has no other."""
     rope = raw.get("rope_parameters")
-    if (
-        isinstance(rope, dict)
-        and set(rope) <= {"rope_theta", "rope_type"}
-        and rope.get("rope_type", "default") == "default"
-    ):
-        rest = {key: value for key, value in raw.items() if key != "rope_parameters"}
-        if raw.get("rope_theta", rope.get("rope_theta")) == rope.get("rope_theta"):
-            return {**rest, **{key: value for key, value in rope.items() if key == "rope_theta"}}
-    return raw
+    if not isinstance(rope, dict) or rope.get("rope_theta") is None:
+        return raw
+    return {**raw, "rope_theta": rope["rope_theta"]} if raw.get("rope_theta") is None else raw
+
+
+def _rope_problems(raw):
+    """What `rope_parameters` says that this model does not compute, or otherwise than `rope_theta`."""
+    rope = raw.get("rope_parameters")
+    if rope is None:
+        return []
+    default = isinstance(rope, dict) and set(rope) <= {"rope_theta", "rope_type"}
+    if not default or rope.get("rope_type", "default") != "default":
+        return [f"rope_parameters is {rope!r}: this model computes {{'rope_type': 'default', 'rope_theta': …}} only"]
+    if rope.get("rope_theta", raw.get("rope_theta")) != raw.get("rope_theta"):
+        return [f"rope_parameters is {rope!r}, but rope_theta is {raw['rope_theta']!r}"]
+    return []
 
 
 def _type_problems(raw):
@@ -194,15 +196,16 @@ def _only_value_problems(raw):
             problems.append(f"{key} is {raw[key]!r}: this model computes {values[0]!r} only")
     if raw.get("sliding_window") is not None and "use_sliding_window" not in raw:
         problems.append(f"sliding_window is {raw['sliding_window']!r}: this model attends to all tokens (null)")
-    types = raw.get("layer_types")
-    if types is not None and types != ["full_attention"] * (raw.get("num_hidden_layers") or 0):
+    types, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
+    full = isinstance(types, list) and all(kind == "full_attention" for kind in types)
+    if types is not None and not (full and (len(types) == layers or not isinstance(layers, int))):
         problems.append(f"layer_types is {types!r}: expected full_attention for each of the num_hidden_layers")
     dtypes = {key: raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
     problems += [f"{key} is {d!r}: expected one of {', '.join(DTYPES)}" for key, d in dtypes.items() if d not in DTYPES]
     if len(set(map(str, dtypes.values()))) > 1:
         problems.append(f"torch_dtype is {dtypes['torch_dtype']!r}, but dtype is {dtypes['dtype']!r}")
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if kind not in tuple(ARCHITECTURES):  # a list, say, has no hash
         problems.append(f"model_type is {kind!r}: expected 'ouro' or 'melt'")
     return problems
 
@@ -212,7 +215,7 @@ def _melt_key_problems(raw):
     if raw.get("model_type") == "ouro":
         return [f"{key} is {raw[key]!r}, but model_type 'ouro' has no gates: expected no such key" for key in own]
     problems = []
-    for key, values in (("gate", tuple(VARIANTS)), ("first_loop", FIRST_LOOPS)):
+    for key, values in (("gate", GATES[1:]), ("first_loop", CHOICES["first_loop"])):
         if key in own and raw[key] not in values:
             problems.append(f"{key} is {raw[key]!r}: expected one of {', '.join(values)}")
     if "chunk_size" in own and (type(raw["chunk_size"]) is not int or raw["chunk_size"] < 1):
@@ -221,7 +224,7 @@ def _melt_key_problems(raw):
 
 
 def _unknown_key_problems(raw):
-    known = {*CONFIG_KEYS, *ONLY_VALUES, *HARMLESS, *MELT_KEYS}
+    known = {*CONFIG_KEYS, *ONLY_VALUES, *HARMLESS, *MELT_KEYS, "rope_parameters"}
     return [f"{key} is {raw[key]!r}: a key that melt_jax does not know" for key in raw if key not in known]
 
 

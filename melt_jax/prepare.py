@@ -19,7 +19,6 @@ Train on it with
 import collections
 import dataclasses
 import glob
-import hashlib
 import os
 import sys
 
@@ -142,7 +141,10 @@ def sequences(found, settings, counts, console):
             _count_malformed(document, settings, counts, console)
             continue
         counts["documents"] += 1
-        counts["unprompted"] += document.unprompted
+        counts["conversations"] += document.traits.conversation
+        counts["unprompted"] += document.traits.unprompted
+        counts["further"] += bool(document.traits.further)
+        counts.update(("further", key) for key in document.traits.further)
         for piece in _fit(document, settings, counts):
             if (full := packer.add(piece)) is not None:
                 yield full
@@ -181,18 +183,19 @@ def _sequence_counts(sequence, length):
     return {"sequences": 1, "tokens": tokens, "scored": scored, "padding": length - tokens}
 
 
-COUNTS = ("documents", "malformed", "dropped", "dropped_tokens", "split", "unprompted")
+COUNTS = ("documents", "conversations", "malformed", "dropped", "dropped_tokens", "split", "unprompted", "further")
 
 
 def _manifest(layout, counts, shards, tokenizer, rows, form, settings):
-    template = tokenizer.template
+    further = {count[1]: counts[count] for count in counts if isinstance(count, tuple)}
     return {
         "package": __version__,
         **dataclasses.asdict(layout),
         "counts": {name: counts[name] for name in (*COUNTS, "sequences", "tokens", "scored", "padding")},
+        "further": dict(sorted(further.items())),  # documents by what their messages have besides role and content
         "shards": shards,
         "tokenizer": {"sha256": tokenizer.sha256, "vocab": tokenizer.vocab},
-        "template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        "template_sha256": tokenizer.template_sha256 if counts["conversations"] else None,  # of the one that wrote them
         "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in rows.paths],
         "form": dataclasses.asdict(form),
         "settings": dataclasses.asdict(settings),
@@ -215,7 +218,9 @@ def summary(output, manifest):
         "dropped": f"documents were longer than a sequence and dropped, {counts['dropped_tokens']:,} tokens",
         "split": "documents were longer than a sequence and cut in pieces",
         "unprompted": "documents have an answer that does not begin as the template's generation prompt does (such as"
-        " without <think>): it is scored from where it differs",
+        " without <think>): it is scored from the prompt's first token that it lacks",
+        "further": f"documents' messages have more than role and content ({', '.join(manifest['further'])}): whether it"
+        " is written is the template's choice",
     }
     return "\n".join([*lines, *(f"{counts[name]:,} {note}" for name, note in notes.items() if counts[name])])
 

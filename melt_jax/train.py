@@ -66,10 +66,10 @@ def run(config_dict, workdir):
     pretraining = config.phases == ("pretraining",)
     shape = config.model if pretraining else open_folder(config.teacher).config
     if wrong := stream.run_problems(config, shape, config.tokenizer or config.teacher):
-        raise ConfigError("the data does not fit:\n" + "\n".join(f"  - {line}" for line in wrong))
+        raise ConfigError("teacher and data do not fit the run:\n" + "\n".join(f"  - {line}" for line in wrong))
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.data.batch, config.micro_batches)
-    _keep_config(config_dict, workdir)
+    _keep_config(config_dict, stream.fingerprints(config), workdir)
     with jax.set_mesh(mesh):
         return _run(config, workdir, mesh, console)
 
@@ -102,7 +102,8 @@ def _run(config, workdir, mesh, console):
         first_step += config.phase(name).steps
 
     # ---- the table, and a sample
-    console.print(results.table())
+    if table := results.table():
+        console.print(table)
     if config.evaluation.sample:
         melt = for_inference(params, config.dtype)
         console.print(scoring.sample(melt, config.evaluation.seed, config.chunk_size), markup=False)
@@ -191,24 +192,28 @@ class Results:
             write_text(self._path, json.dumps(self._rows, indent=1))
 
     def table(self):
-        """The rows as text."""
-        return scoring.table(self._rows)
+        """The rows as text; empty if nothing was measured."""
+        return scoring.table(self._rows) if self._rows else ""
 
 
-def _keep_config(config_dict, workdir):
-    """Writes the config beside the run; a run is gone on with only under the config it began with, but for `FREE`."""
-    path, text = workdir / "config.json", config_dict.to_json(indent=1, sort_keys=True)
-    new = json.loads(text)
+def _keep_config(config_dict, fingerprints, workdir):
+    """Writes the config, and what its prepared data is known by, beside the run.
+
+    A run is gone on with only under the config it began with, but for `FREE`, and with the same data.
+    """
+    path, new = workdir / "config.json", json.loads(config_dict.to_json())
+    new |= {f"manifest of {key}": f"sha256 {digest}" for key, digest in fingerprints.items()}
     old = json.loads(path.read_text()) if path.exists() else new
     keys = sorted({*old, *new} - FREE)
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     if of_first(bool(changed)):  # one that went on alone would wait for the others
         raise ConfigError(
-            f"{workdir} holds a run with another config; take another workdir. Changed:\n" + "\n".join(changed)
+            f"{workdir} holds a run with another config or other data; take another workdir. Changed:\n"
+            + "\n".join(changed)
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, json.dumps(new, indent=1, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """What the commands make of their flags, with the work itself replaced by a record of how it was asked for."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from melt_jax.checkpoint import open_model, save_model
+from melt_jax.data.arithmetic import make_problem
+from melt_jax.data.documents import Form
 from melt_jax.model.model import reconfigure
+from melt_jax.prepare import Settings, prepare
 
 TOP = pathlib.Path(__file__).parent.parent
 NANO = "melt_jax/assets/ouro_nano"
@@ -38,6 +43,35 @@ def main(argv):
 
 app.run(main)
 """
+
+
+def evaluate(*flags):
+    """Runs melt_jax.evaluate; returns the finished process."""
+    command = [sys.executable, "-m", "melt_jax.evaluate", f"--checkpoint={NANO}", *flags]
+    return subprocess.run(command, cwd=TOP, env=os.environ, capture_output=True, text=True)
+
+
+def test_what_prepare_writes_is_evaluated_on(tmp_path):
+    problems = [make_problem(np.random.default_rng(i), 2) for i in range(4)]
+    rows = [{"question": p.question, "answer": f"{p.steps}</think>{p.answer}"} for p in problems]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    form = Form(question="question", answer="answer")
+    prepare(NANO, [tmp_path / "a.jsonl"], tmp_path / "data", form, Settings(32))
+    scored = sum(len(problem.completion) for problem in problems)
+    data = f"--data={tmp_path / 'data'}"
+    done = evaluate("--task=tokens", data)
+    assert done.returncode == 0 and f"per loop, {scored} scored tokens" in done.stdout, done.stderr
+
+    shard = next((tmp_path / "data").glob("*.arrayrecord"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for flags, message in (
+        (("--task=tokens", data), "00000.arrayrecord: expected"),
+        (("--task=tokens", data, "--length=32"), "--length goes with a token file"),
+        (("--high=11",), "--low and --high must be 1 <= low <= high <= 10, got 2 and 11"),
+    ):
+        done = evaluate(*flags)
+        assert done.returncode != 0 and message in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

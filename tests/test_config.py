@@ -5,7 +5,8 @@ import importlib
 import pytest
 
 from configs import base, nano, nano_teacher
-from melt_jax.config import ConfigError, freeze
+from melt_jax.config import GATES, ConfigError, freeze
+from melt_jax.model.gate import VARIANTS
 
 
 @pytest.mark.parametrize("name", ["nano", "nano_hour", "nano_teacher", "ouro_1_4b", "ouro_2_6b"])
@@ -35,6 +36,21 @@ def test_problems_are_all_told_at_once():
     keys = ("chunk_size", "student.gate", "micro_batches", "transition.ramp", "optimizer.b2", "evaluation.seed")
     for key in (*keys, "run.skipped_limit"):
         assert f"- {key}: expected" in str(error.value)
+
+
+def test_the_names_of_the_gates_are_those_that_have_a_function():
+    assert GATES == ("none", *VARIANTS)
+
+
+def test_a_gated_first_loop_is_for_the_elementwise_gate():
+    for gate in GATES[1:]:
+        config = nano.get_config()
+        config.student.gate, config.student.first_loop = gate, "gated"
+        if gate == "elementwise":
+            freeze(config)
+        else:
+            with pytest.raises(ConfigError, match=r"student.first_loop: expected 'copy', unless"):
+                freeze(config)
 
 
 def test_unknown_missing_and_mistyped_keys():

@@ -90,11 +90,23 @@ def test_the_seed_decides_the_gates(converted, tmp_path):
     assert not np.array_equal(stored_tensors(tmp_path / "3")[name], stored_tensors(tmp_path / "4")[name])
 
 
-def test_the_command_refuses_to_overwrite(converted):
+REFUSED = {
+    "ouro_again exists: expected a new folder": ("melt", "ouro_again"),
+    "no such folder: expected a model checkpoint": ("nowhere", "new"),
+    "first_loop: expected 'copy', unless the gate is elementwise, found 'gated'": ("melt", "new", "--gate=ema"),
+    "the output is a LoopLM, which has no cache recurrence": ("ouro", "new", "--first_loop=gated"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_the_command_says_what_it_refuses_and_writes_nothing(converted, message):
+    source, target, *flags = REFUSED[message]
     before = stored_tensors(converted / "ouro_again")
-    done = convert(converted / "melt", converted / "ouro_again", "published")
-    assert done.returncode != 0 and "exists" in done.stderr
+    done = convert(converted / source, converted / target, "published", *flags)
+    assert done.returncode == 1 and message in done.stderr
+    assert done.stderr.startswith("melt_jax.convert: ") and "Traceback" not in done.stderr
     assert_same_bits(before, stored_tensors(converted / "ouro_again"))
+    assert not (converted / "new").exists()
 
 
 def test_both_forms_open_alike(converted):

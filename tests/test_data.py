@@ -1,5 +1,6 @@
 """The training stream: a function of (seed, step), whole documents, nothing scored that cannot be known."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -243,6 +244,18 @@ def test_files_of_another_form(tmp_path, message):
     assert token_problems(path, 4, 64) == str(error.value).split("\n")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_archive_is_told_as_such(tmp_path, save):
+    path = tmp_path / "x.npz"
+    save(path, tokens=np.arange(4000).reshape(40, 100) % 97, segments=np.ones((40, 100), np.int32))
+    whole = path.read_bytes()
+    overwritten = whole[:200] + bytes(60) + whole[260:]
+    for content in (whole[: len(whole) // 2], whole[:-1], whole[:3], b"", overwritten):
+        path.write_bytes(content)
+        (message,) = token_problems(path, 100, 97)
+        assert message.startswith(f"{path}: cannot be read as .npz: ")
+
+
 def test_stream_without_a_length(tmp_path):
     with pytest.raises(ValueError, match="give the length of a sequence"):
         open_tokens(write(tmp_path / "x.npy", tokens=np.arange(8)))
@@ -265,6 +278,7 @@ VALUES = {
     "token ids run from 0 to 11, but the model's vocabulary from 0 to 10": {},
     "token ids run from -1 to 10": {"tokens": GOOD - 1},
     "segments: expected ids of 0 (padding) or more": {"segments": np.where(GOOD == 6, -1, 1)},
+    "segments: expected ids below 2³¹, found a larger one": {"segments": np.where(GOOD > 5, 2**31, 1)},
     "a document's tokens must stand together": {"segments": [[1, 1, 1, 1], [1, 2, 1, 1], [0, 0, 0, 0]]},
     "loss_mask: expected 0 and 1": {"loss_mask": np.where(GOOD == 5, 2, 0)},
     "loss_mask: padding (segment 0) is scored": {"segments": np.where(GOOD == 6, 0, 1), "loss_mask": GOOD == 6},
@@ -353,6 +367,19 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
     ):
         (found,) = run_problems(run_config(train, **evaluation), NANO)
         assert message in found and found.startswith("evaluation.")
+
+
+@pytest.mark.parametrize("gate", ["elementwise", "last"])
+def test_a_melt_is_no_teacher_and_is_told_with_everything_else(gate):
+    config = nano.get_config()
+    config.data.length = 20
+    melt = dataclasses.replace(NANO, gate=gate)
+    teacher, data = run_problems(freeze(config), melt)
+    assert teacher == (
+        f"teacher: melt_jax/assets/ouro_nano is a MELT (gate {gate}); expected a LoopLM, such as melt_jax.convert"
+        " --gate=none writes"
+    )
+    assert data.startswith("data.high")
 
 
 def test_made_problems_need_no_file_to_evaluate_on():

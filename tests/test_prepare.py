@@ -1,5 +1,6 @@
 """Preparing data: what is scored is what the assistant writes, nothing is lost untold, the same bytes every time."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import tokenizers
 from melt_jax import prepare as command
 from melt_jax.data.documents import Document, Form, Malformed, Rows, documents
 from melt_jax.data.packing import Packer, split
-from melt_jax.data.records import open_records, read_manifest
+from melt_jax.data.records import open_records, read_manifest, record_problems
 from melt_jax.data.text import Tokenizer
 from melt_jax.prepare import PrepareError, Settings, input_files, prepare, summary
 
@@ -99,7 +100,7 @@ def test_exactly_what_the_assistant_writes_is_scored(tokenizer):
         {"messages": chat("1+1?", "<think>\n\nsum</think>2", "and 2+2?", "<think>\nsum</think>4")}, tokenizer
     )
     assert scored_texts(document, tokenizer) == ["\nsum</think>2<|im_end|>", "sum</think>4<|im_end|>"]
-    assert not document.unprompted and not document.loss_mask[-1]
+    assert not document.traits.unprompted and not document.loss_mask[-1]
 
 
 def test_a_prompt_has_the_tokens_that_generation_gives_it(tokenizer):
@@ -115,7 +116,57 @@ def test_a_prompt_has_the_tokens_that_generation_gives_it(tokenizer):
 
 def test_an_answer_unlike_its_prompt_is_scored_from_where_it_differs_and_told(tokenizer):
     document = only({"messages": chat("1+1?", "2")}, tokenizer)
-    assert scored_texts(document, tokenizer) == ["2<|im_end|>"] and document.unprompted
+    assert scored_texts(document, tokenizer) == ["2<|im_end|>"] and document.traits.unprompted
+
+
+@pytest.mark.parametrize("answer", ["<thought>sum</thought>2", "\n\nsum", "<think>sum", "<", "🙂"])
+def test_an_answer_unlike_its_prompt_begins_behind_whole_tokens_of_the_prompt(tokenizer, answer):
+    messages = chat("1+1?", answer)
+    document = only({"messages": messages}, tokenizer)
+    # Of the prompt's text "<think>", a token, an answer may share a few characters; of its tokens those before.
+    rest = answer.removeprefix("<think>")
+    assert scored_texts(document, tokenizer) == [rest + "<|im_end|>"] and document.traits.unprompted
+    first = np.flatnonzero(document.loss_mask)[0] + 1
+    assert document.tokens[:first].tolist() == tokenizer.chat(messages[:1])[:first]
+    assert document.tokens[first:].tolist() == tokenizer.encode(rest + "<|im_end|>\n")
+
+
+def test_a_conversation_that_the_assistant_opens_is_told(tokenizer):
+    messages = [{"role": "assistant", "content": "hello"}, *chat("1+1?", "<think>\n2")]
+    found = only({"messages": messages}, tokenizer)
+    assert isinstance(found, Malformed) and "the assistant opens the conversation" in found.reason
+    assert isinstance(only({"messages": messages}, tokenizer, Form(score="all")), Document)
+    # What a template puts before the first turn, here of the system, is no opening.
+    system = [{"role": "system", "content": "be brief"}, *messages]
+    assert scored_texts(only({"messages": system}, tokenizer), tokenizer) == ["hello<|im_end|>", "2<|im_end|>"]
+
+
+def test_a_generation_prompt_that_does_not_go_on_from_its_messages_is_told(tmp_path, folder):
+    tokenizer = with_template(tmp_path, folder, "{% if add_generation_prompt %}now{% endif %}" + CHATML)
+    found = only({"messages": chat("a", "b")}, tokenizer)
+    assert "the chat template's generation prompt does not go on from the messages before it" in found.reason
+
+
+# A template that writes thoughts which messages hold beside their content.
+THOUGHTFUL = CHATML.replace("m.content", "('<think>\\n' + m.thinking if m.thinking else '') + m.content")
+
+
+def test_the_template_gets_all_that_messages_have_and_what_they_have_is_counted(tmp_path, folder):
+    tokenizer = with_template(tmp_path, folder, THOUGHTFUL)
+    question, answer = chat("1+1?", "2")
+    rows = [{"messages": [question, {**answer, "thinking": "sum</think>"}]} for _ in range(2)]
+    rows += [{"messages": [question, {**answer, "weight": 1, "thinking": None}]}, {"messages": [question, answer]}]
+    rows.append({"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2", "weight": 0}]})
+    (tmp_path / "a.jsonl").write_bytes(b"".join(map(line, rows)))
+    found = list(documents(Rows([tmp_path / "a.jsonl"], Form().columns), tokenizer, Form()))
+    assert scored_texts(found[0], tokenizer) == ["sum</think>2<|im_end|>"] and not found[0].traits.unprompted
+    assert [document.traits.further for document in found] == [("thinking",)] * 2 + [("weight",), (), ("weight",)]
+    np.testing.assert_array_equal(found[2].tokens, found[3].tokens)  # null is nothing
+    np.testing.assert_array_equal(found[4].tokens, found[3].tokens)
+
+    manifest = prepare(tmp_path, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(64))
+    assert manifest["counts"]["further"] == 4 and manifest["further"] == {"thinking": 2, "weight": 2}
+    assert "4 documents' messages have more than role and content (thinking, weight)" in summary("out", manifest)
 
 
 def test_everything_is_scored_if_asked(tokenizer):
@@ -245,9 +296,14 @@ def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as error:
-        Rows([tmp_path / "a.txt", tmp_path / "b.jsonl"], ["text"])
-    assert "a.txt: expected .jsonl or .parquet" in str(error.value) and "b.jsonl: no such file" in str(error.value)
+        Rows([tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "folder"], ["text"])
+    messages = ("a.txt: expected .jsonl or .parquet", "b.jsonl: no such file", "folder: a folder: expected a file")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and all(message in line for message, line in zip(messages, lines))
+    with pytest.raises(ValueError, match="no input files"):
+        Rows([], ["text"])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"c.parquet: cannot be read as parquet, after row 0"):
         list(Rows([tmp_path / "c.parquet"], ["text"]))
@@ -329,7 +385,9 @@ def test_the_whole_way(tmp_path, folder, tokenizer):
     assert written == {
         row.tokens[row.segments == s].tobytes() for row in rows for s in range(1, row.segments.max() + 1)
     }
+    assert counts["conversations"] == count and counts["further"] == 0 and manifest["further"] == {}
     assert manifest["tokenizer"] == {"sha256": tokenizer.sha256, "vocab": tokenizer.vocab}
+    assert manifest["template_sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
     assert "60 documents read" in summary("out", manifest)
 
 
@@ -355,6 +413,25 @@ def test_malformed_rows_stop_or_are_counted(tmp_path, folder, capsys):
     assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
     assert run("count")["counts"]["malformed"] == 1
     assert "a.jsonl:3: no JSON" in capsys.readouterr().err
+
+
+def test_data_of_another_chat_template_does_not_fit(tmp_path, folder):
+    other = tmp_path / "other"
+    other.mkdir()
+    with_template(other, folder, FORGETFUL)
+    for name, row in (("turns", {"messages": chat("a", "b")}), ("text", {"text": "the sum"})):
+        (tmp_path / f"{name}.jsonl").write_bytes(line(row))
+        prepare(folder, [tmp_path / f"{name}.jsonl"], tmp_path / name, Form(), Settings(32))
+        assert record_problems(tmp_path / name, 32, 300, folder) == []
+    assert record_problems(tmp_path / "text", 32, 300, other) == []  # no template wrote it
+    (message,) = record_problems(tmp_path / "turns", 32, 300, str(other))
+    assert "written with another chat template than that of" in message and f"--tokenizer={other}" in message
+    save_config(other, None)
+    (message,) = record_problems(tmp_path / "turns", 32, 300, other)
+    assert "there, none here" in message
+    (other / "tokenizer_config.json").unlink()
+    (message,) = record_problems(tmp_path / "turns", 32, 300, other)
+    assert "cannot be read" in message and "no tokenizer_config.json" in message
 
 
 def test_an_output_that_exists_is_kept(tmp_path, folder):

@@ -29,11 +29,11 @@ def make_document(rng, size):
     return Document("x:1", rng.integers(VOCAB, size=size, dtype=np.int32), loss_mask)
 
 
-def write(folder, count=11, shard=4, tokenizer=b"{}"):
+def write(folder, count=11, shard=4, tokenizer=b"{}", seed=0):
     """Writes `count` sequences of two documents each; returns them as lists of documents."""
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(tokenizer)
-    rng, layout, writer = np.random.default_rng(0), Layout.of(LENGTH, VOCAB), ShardWriter(folder, shard)
+    rng, layout, writer = np.random.default_rng(seed), Layout.of(LENGTH, VOCAB), ShardWriter(folder, shard)
     sequences = [[make_document(rng, 5), make_document(rng, int(rng.integers(2, 8)))] for _ in range(count)]
     for sequence in sequences:
         writer.write(layout.encode(sequence))

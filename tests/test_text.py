@@ -122,6 +122,35 @@ def test_stop_ids_come_from_all_places(nano, byte_level, tmp_path):
     assert Tokenizer(tmp_path).stop_ids == (0, 2, 7)
 
 
+class ReadOnly:
+    """A tokenizer, or its backend, of which nothing is called that would change it."""
+
+    def __init__(self, part):
+        self._part = part
+
+    @property
+    def backend_tokenizer(self):
+        return ReadOnly(self._part.backend_tokenizer)
+
+    def __getattr__(self, name):
+        assert name not in ("no_truncation", "no_padding", "enable_truncation", "enable_padding"), name
+        return getattr(self._part, name)
+
+
+def test_truncation_and_padding_of_the_files_are_off_from_the_start(tmp_path):
+    write_tokenizer(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=5)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    # A backend that one thread changes while another encodes raises "Already borrowed".
+    tokenizer._tokenizer = ReadOnly(tokenizer._tokenizer)
+    texts = ["a=4;b=a+2;b?", "a"]
+    assert tokenizer.encode_many(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_many(texts) == [arithmetic.encode(text) for text in texts]
+
+
 def test_hash_is_that_of_the_file(nano):
     assert nano.sha256 == hashlib.sha256((NANO / "tokenizer.json").read_bytes()).hexdigest()
 
@@ -154,6 +183,20 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(byte_level, t
     assert streamer.finish() == ""
     if "🙂" in text:
         assert "" in pieces
+
+
+@pytest.mark.parametrize("text", ["the looped transformer", "naïve — 日本語 🙂🙃 ok", "a<|im_end|>\n\n🙂 é"])
+def test_boundaries_are_where_tokens_begin_whole_characters(byte_level, text):
+    ids = byte_level.encode(text)
+    texts = [byte_level.decode(ids[:n]) for n in range(len(ids) + 1)]
+    boundaries = {len(part) for part in texts if text.startswith(part)}
+    for limit in range(len(text) + 1):
+        assert byte_level.last_boundary(text, limit) == max(n for n in boundaries if n <= limit)
+
+
+def test_boundaries_of_characters_without_a_token(nano):
+    with pytest.raises(ValueError, match="no token for 'é'"):
+        nano.last_boundary("aé", 1)
 
 
 def test_streaming_any_ids_is_decoding_them(byte_level):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -17,6 +18,8 @@ from melt_jax.config import ConfigError
 from melt_jax.data import stream
 from melt_jax.hf import save_published
 from melt_jax.training.preemption import PREEMPTED
+from tests.test_records import LENGTH
+from tests.test_records import write as write_records
 from tests.tiny import TINY, make_model
 
 
@@ -97,11 +100,13 @@ def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_pa
         assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
-def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
+def test_one_phase_alone_and_what_is_refused(teacher, tmp_path, capsys):
     config = tiny_run(teacher)
     config.phases = ("alignment",)
     config.alignment.steps = 2
+    config.evaluation.problems = config.evaluation.sequences = 0
     train.run(config, tmp_path / "run")
+    assert "exact answers" not in capsys.readouterr().out  # nothing was measured: no table
     config.run.stall_seconds = 3600.0  # how a run is watched may change,
     config.mesh.fsdp = jax.device_count()  # and where it runs
     train.run(config, tmp_path / "run")
@@ -111,4 +116,26 @@ def test_one_phase_alone_and_what_is_refused(teacher, tmp_path):
     config.data.length = 20_000_000
     with pytest.raises(ConfigError, match="max_positions"):
         train.run(config, tmp_path / "long")
+    config.teacher = str(tmp_path / "run/alignment/model")
+    with pytest.raises(ConfigError, match=r"(?s)is a MELT \(gate elementwise\).*max_positions"):
+        train.run(config, tmp_path / "long")
     assert not (tmp_path / "long").exists()
+
+
+def test_a_run_goes_on_with_the_prepared_data_that_it_began_with(teacher, tmp_path):
+    def prepared(seed):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        write_records(tmp_path / "data", count=6, seed=seed)
+
+    prepared(0)
+    config = tiny_run(teacher)
+    config.phases = ("alignment",)
+    config.alignment.steps = 1
+    config.evaluation.problems = config.evaluation.sequences = 0
+    config.data.source, config.data.path, config.data.length = "records", str(tmp_path / "data"), LENGTH
+    train.run(config, tmp_path / "run")
+    prepared(0)  # the same bytes
+    train.run(config, tmp_path / "run")
+    prepared(1)
+    with pytest.raises(ConfigError, match=r"other data.*\nmanifest of data.path: sha256 \w+ → sha256 \w+$"):
+        train.run(config, tmp_path / "run")

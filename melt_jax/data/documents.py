@@ -25,6 +25,20 @@ BLOCK_ROWS = 4096
 BLOCKS_AHEAD = 2  # one is read and rendered while the other is tokenised
 
 
+class Traits(NamedTuple):
+    """What prepared data tells of a document.
+
+    Attributes:
+      conversation: it was written by the chat template.
+      unprompted: an answer does not begin as the template's generation prompt does.
+      further: what its messages have besides role and content, sorted.
+    """
+
+    conversation: bool = False
+    unprompted: bool = False
+    further: tuple = ()
+
+
 class Document(NamedTuple):
     """Tokens of a document.
 
@@ -32,13 +46,13 @@ class Document(NamedTuple):
       place: "file:line", from 1.
       tokens: [n] int32.
       loss_mask: [n] bool, true where the prediction made at this token, that of the next one, is scored.
-      unprompted: an answer does not begin as the template's generation prompt does.
+      traits: `Traits`.
     """
 
     place: str
     tokens: np.ndarray
     loss_mask: np.ndarray
-    unprompted: bool = False
+    traits: Traits = Traits()
 
 
 class Draft(NamedTuple):
@@ -46,7 +60,7 @@ class Draft(NamedTuple):
 
     pieces: list
     ends: bool = False
-    unprompted: bool = False
+    traits: Traits = Traits()
 
 
 class Malformed(NamedTuple):
@@ -94,10 +108,9 @@ class Rows:
     """
 
     def __init__(self, paths, columns):
-        """ValueError: files that are not there, empty, or of another kind; all of them."""
+        """ValueError: no files, or all that are not there, are folders, or are of another kind."""
         self.paths, self._columns, self.position = [pathlib.Path(path) for path in paths], columns, 0
-        found = [f"{path}: no such file" for path in self.paths if not path.is_file()]
-        found += [f"{p}: expected {' or '.join(SUFFIXES)}" for p in self.paths if p.suffix not in SUFFIXES]
+        found = [f"{path}: {problem}" for path in self.paths if (problem := _path_problem(path))]
         if found or not self.paths:
             raise ValueError("\n".join(found) or "no input files")
         self.total = sum(path.stat().st_size for path in self.paths)
@@ -131,6 +144,14 @@ class Rows:
         self.position = start + path.stat().st_size
         if not columns:
             raise ValueError(f"{path}: none of the columns {', '.join(self._columns)}; it has {', '.join(names)}")
+
+
+def _path_problem(path):
+    if path.is_dir():
+        return "a folder: expected a file; name those in it, as by folder/*.jsonl"
+    if not path.is_file():
+        return "no such file"
+    return None if path.suffix in SUFFIXES else f"expected {' or '.join(SUFFIXES)}"
 
 
 def documents(rows, tokenizer, form):
@@ -232,7 +253,10 @@ def _column(row, name, kind=str):
 
 
 def _messages(messages, column):
-    """[{"role", "content"}] of messages by either of the two conventions."""
+    """[{"role", "content", …}] of messages by either of the two conventions, with all else that they have.
+
+    What else is written is the template's choice. Nulls are left out: parquet has them for what other rows hold.
+    """
     out = []
     for i, message in enumerate(messages):
         where = f"{column}[{i}]"
@@ -245,7 +269,9 @@ def _messages(messages, column):
         for key in (role, content):
             if not isinstance(message.get(key), str):
                 raise _Reason(f"{where}: expected {key} to be text, found {_brief(message.get(key))}")
-        out.append({"role": SHAREGPT_ROLES.get(message[role], message[role]), "content": message[content]})
+        further = {key: value for key, value in message.items() if key not in (role, content) and value is not None}
+        speaker = SHAREGPT_ROLES.get(message[role], message[role])
+        out.append({**further, "role": speaker, "content": message[content]})
     if not out:
         raise _Reason(f"{column}: no messages")
     return out
@@ -256,21 +282,24 @@ def _conversation(messages, tokenizer, form):
 
     Answers are encoded apart from what stands before them, as generation does: no token spans the two.
     """
-    try:
-        whole = tokenizer.render(messages, False)
-        if form.score == "all":
-            return Draft([(whole, ALL)])
-        spans, unprompted = _answer_spans(messages, whole, tokenizer)
-    except _Reason:
-        raise
-    except Exception as error:  # a template may raise anything
-        raise _Reason(f"the chat template refuses the conversation: {error}") from None
+    whole = _render(messages, False, tokenizer)
+    further = tuple(sorted({key for message in messages for key in message} - {"role", "content"}))
+    if form.score == "all":
+        return Draft([(whole, ALL)], traits=Traits(True, False, further))
+    spans, unprompted = _answer_spans(messages, whole, tokenizer)
     pieces, end = [], 0
     for start, stop in spans:
         pieces += [(whole[end:start], CONTEXT), (whole[start:stop], ANSWER)]
         end = stop
     pieces.append((whole[end:], CONTEXT))
-    return Draft([piece for piece in pieces if piece[0]], unprompted=unprompted)
+    return Draft([piece for piece in pieces if piece[0]], traits=Traits(True, unprompted, further))
+
+
+def _render(messages, generation_prompt, tokenizer):
+    try:
+        return tokenizer.render(messages, generation_prompt)
+    except Exception as error:  # a template may raise anything
+        raise _Reason(f"the chat template refuses the conversation: {error}") from None
 
 
 def _answer_spans(messages, whole, tokenizer):
@@ -282,24 +311,42 @@ def _answer_spans(messages, whole, tokenizer):
     if not any(message["role"] == "assistant" for message in messages):
         found = ", ".join(sorted({message["role"] for message in messages}))
         raise _Reason(f"no assistant's turn, so nothing would be scored; found the roles {found}")
+    if messages[0]["role"] == "assistant":
+        raise _Reason(
+            "the assistant opens the conversation: no generation prompt tells the template's header of that turn from"
+            " what the assistant writes; leave the turn out or score all"
+        )
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.render(messages[:i], False) if i else ""
-        through = tokenizer.render(messages[: i + 1], False)
+        before, through = (_render(messages[:count], False, tokenizer) for count in (i, i + 1))
         for count, text in ((i, before), (i + 1, through)):
             if not whole.startswith(text):
                 raise _Reason(
                     f"the chat template renders the first {count} messages otherwise alone than in the whole"
                     " conversation, so turns cannot be told apart; split it into single exchanges or score all"
                 )
-        prompt = tokenizer.render(messages[:i], True) if i else ""
-        start = len(prompt)
-        if not whole.startswith(prompt):
-            unprompted = True
-            start = next((n for n, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(whole))
-        spans.append((min(max(start, len(before)), len(through)), len(through)))
+        prompt = _render(messages[:i], True, tokenizer)
+        unprompted |= not through.startswith(prompt)
+        spans.append((_answer_start(before, prompt, through, tokenizer), len(through)))
     return spans, unprompted
+
+
+def _answer_start(before, prompt, through, tokenizer):
+    """Where in the conversation `through` an answer begins: behind the prompt's tokens with which its turn begins."""
+    if through.startswith(prompt):
+        return max(len(prompt), len(before))
+    if not prompt.startswith(before):
+        raise _Reason(
+            "the chat template's generation prompt does not go on from the messages before it, so what the template"
+            " writes of an answer cannot be told; score all"
+        )
+    head, turn = prompt[len(before) :], through[len(before) :]
+    same = next((n for n, (a, b) in enumerate(zip(head, turn)) if a != b), len(turn))
+    try:
+        return len(before) + tokenizer.last_boundary(head, same)
+    except ValueError as error:
+        raise _Reason(str(error)) from None
 
 
 def _assemble(place, draft, encoded, tokenizer):
@@ -316,7 +363,7 @@ def _assemble(place, draft, encoded, tokenizer):
     loss_mask[:-1] = written[1:]
     if not loss_mask.any():
         return Malformed(place, "nothing in it is scored: it is too short, or the assistant's turns are empty")
-    return Document(place, tokens, loss_mask, draft.unprompted)
+    return Document(place, tokens, loss_mask, draft.traits)
 
 
 def _written(ids, kind, stop_ids):

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from melt_jax.data.text import Tokenizer
 from melt_jax.data.token_files import TokenSequences
 
 FORMAT = "melt_jax records 1"
@@ -176,7 +177,8 @@ def record_problems(folder, length, vocab, tokenizer=None):
       folder: of the data.
       length: S, the configured tokens of a sequence.
       vocab: V of the model.
-      tokenizer: a checkpoint folder; if it has a tokenizer, the data must be written with it. None: not compared.
+      tokenizer: a checkpoint folder; if it has a tokenizer, the data must be written with it, and conversations in it
+        with its chat template. None: not compared.
     """
     try:
         manifest = read_manifest(folder)
@@ -193,14 +195,28 @@ def record_problems(folder, length, vocab, tokenizer=None):
             f"{folder}: written with a tokenizer of {manifest['tokenizer']['vocab']} ids, but the model has {vocab};"
             " prepare the data with the model's tokenizer"
         )
-    file = pathlib.Path(tokenizer or "") / "tokenizer.json"
-    if tokenizer and file.is_file() and (digest := sha256(file)) != manifest["tokenizer"]["sha256"]:
-        written = manifest["tokenizer"]["sha256"]
-        found.append(
-            f"{folder}: written with another tokenizer than {file}: sha256 {written[:12]}… there, {digest[:12]}… here;"
-            f" prepare the data with --tokenizer={tokenizer}"
-        )
+    if tokenizer:
+        found += _tokenizer_problems(folder, manifest, pathlib.Path(tokenizer))
     return found
+
+
+def _tokenizer_problems(folder, manifest, tokenizer):
+    """At most one message: another tokenizer or, with the same one, another chat template."""
+    if not (tokenizer / "tokenizer.json").is_file():
+        return []
+    part, written, here = "tokenizer", manifest["tokenizer"]["sha256"], sha256(tokenizer / "tokenizer.json")
+    if here == written and (template := manifest.get("template_sha256")):
+        # Opened, which takes a second: a template may stand in several files, and the library knows which one counts.
+        try:
+            part, written, here = "chat template", template, Tokenizer(tokenizer).template_sha256 or "none"
+        except (OSError, ValueError) as error:
+            return [f"{folder}: written by a chat template, and that of {tokenizer} cannot be read: {error}"]
+    if here == written:
+        return []
+    return [
+        f"{folder}: written with another {part} than that of {tokenizer}: sha256 {written[:12]} there, {here[:12]}"
+        f" here; prepare the data with --tokenizer={tokenizer}"
+    ]
 
 
 def verify_shards(folder):

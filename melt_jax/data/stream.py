@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from melt_jax.data import arithmetic
-from melt_jax.data.records import open_records, record_problems
+from melt_jax.data.records import MANIFEST, open_records, record_problems, sha256
 from melt_jax.data.token_files import open_tokens, token_problems
 from melt_jax.training.objectives import Batch
 
@@ -58,10 +58,12 @@ def problems(data, model, tokenizer=None):
 def run_problems(config, model, tokenizer=None):
     """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as `problems` gives them.
 
-    A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own.
+    A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own. `model` is
+    the `ModelConfig` of its teacher; in pre-training, of what it makes.
     """
     evaluation, source = config.evaluation, config.data.source
-    found, given = problems(config.data, model, tokenizer), f'evaluation.path: "{evaluation.path}"'
+    found, given = _teacher_problems(config, model), f'evaluation.path: "{evaluation.path}"'
+    found += problems(config.data, model, tokenizer)
     if not evaluation.sequences or source == "arithmetic":
         why = "evaluation.sequences is 0" if not evaluation.sequences else f'source "{source}" reads no file'
         return found + [f"{given} goes unused, {why}; drop it"] * bool(evaluation.path)
@@ -76,9 +78,27 @@ def run_problems(config, model, tokenizer=None):
     return found + [line for line in wrong if line not in found]
 
 
+def _teacher_problems(config, model):
+    # A student with the gates of a MELT would begin as that MELT, and have nothing to learn from it.
+    if model.gate == "none":
+        return []
+    return [
+        f"teacher: {config.teacher} is a MELT (gate {model.gate}); expected a LoopLM, such as melt_jax.convert"
+        " --gate=none writes"
+    ]
+
+
 def evaluation_data(config):
     """The `DataConfig` of the sequences that a `TrainConfig` evaluates on: a batch of them, from `evaluation.path`."""
     return dataclasses.replace(config.data, path=config.evaluation.path, batch=config.evaluation.sequences)
+
+
+def fingerprints(config):
+    """{key: sha256 of the manifest} of the prepared data that a `TrainConfig` names; empty for other sources."""
+    if config.data.source != "records":
+        return {}
+    paths = {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
+    return {key: sha256(pathlib.Path(path) / MANIFEST) for key, path in paths.items() if path}
 
 
 def batches(data, seed, start, stop, rows=None):

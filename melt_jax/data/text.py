@@ -18,7 +18,8 @@ class Tokenizer:
       stop_ids: the ids that end a text, sorted: the eos of generation_config.json and of the tokenizer, the chat's end.
       eos: the tokenizer's own end of a text, an id, or None.
       template: the chat template's source, or None.
-      sha256: hex digest of tokenizer.json, by which prepared data says what it was written with.
+      sha256, template_sha256: hex digests of tokenizer.json and of the chat template, by which prepared data says what
+        it was written with; the second is None without a template.
     """
 
     def __init__(self, folder):
@@ -34,11 +35,15 @@ class Tokenizer:
                 f"{self.folder}: no {' and no '.join(missing)}; copy the tokenizer files from the published checkpoint"
             )
         self._tokenizer = _load(self.folder)
+        # Here, once: a backend is not changed while another thread encodes with it.
+        self._tokenizer.backend_tokenizer.no_truncation()
+        self._tokenizer.backend_tokenizer.no_padding()
         self.sha256 = hashlib.sha256((self.folder / "tokenizer.json").read_bytes()).hexdigest()
         self.vocab = max(self._tokenizer.get_vocab().values()) + 1
         self.stop_ids = self._find_stop_ids()
         self.eos = self._tokenizer.eos_token_id
         self.template = self._tokenizer.chat_template
+        self.template_sha256 = hashlib.sha256(str(self.template).encode()).hexdigest() if self.template else None
 
     def encode(self, text):
         """Token ids of a text; special tokens written out in it become their ids, and none are added.
@@ -57,12 +62,26 @@ class Tokenizer:
     def encode_many(self, texts):
         """`encode` of each text, by all cores: a list of id lists, with the ValueError in place of one that fails."""
         backend = self._tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception:  # as in `encode`; which text it was is found by trying each
             return [self._encode_or_error(text) for text in texts]
+
+    def last_boundary(self, text, limit):
+        """The last place between tokens of a text within its first `limit` characters: characters before it.
+
+        Raises:
+          ValueError: as `encode`.
+        """
+        try:
+            offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
+        except Exception:  # as in `encode`, which names the characters
+            self.encode(text)
+            raise
+        starts = [start for start, _ in offsets[1:]] + [len(text)]
+        # Several tokens may share a character: only the last of them ends before the next one starts.
+        ends = [end for (_, end), start in zip(offsets, starts) if end <= min(start, limit)]
+        return ends[-1] if ends else 0
 
     def decode(self, ids, skip_special=False):
         """The text of token ids; special tokens are written out unless skipped."""

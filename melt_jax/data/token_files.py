@@ -11,6 +11,8 @@ it scored.
 import dataclasses
 import logging
 import pathlib
+import zipfile
+import zlib
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from melt_jax.training.objectives import Batch
 log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 1024
 ARRAYS = ("tokens", "segments", "loss_mask")
+# What a damaged file raises. A .npz is a zip archive, of which half a copy has no end that says what is in it.
+UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,7 @@ def _open(path, length):
         else:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
-    except (ValueError, OSError, EOFError) as error:
+    except UNREADABLE as error:
         return None, [f"{path}: cannot be read as {path.suffix}: {error}"]
     found = [f"{path}: {message}" for message in _form_problems(arrays, path.suffix == ".npz", length)]
     if found:
@@ -154,8 +158,10 @@ def _bad_rows(sequences, rows):
     out = []
     segments = np.ones(sequences.tokens[rows].shape, np.int32)
     if sequences.segments is not None:
-        segments = sequences.segments[rows].astype(np.int64)
+        segments = sequences.segments[rows]
         out.append(("segments: expected ids of 0 (padding) or more, found a negative one", (segments < 0).any(1)))
+        out.append(("segments: expected ids below 2³¹, found a larger one", (segments >= 2**31).any(1)))
+        segments = segments.astype(np.int64)
         starts = (segments != np.roll(segments, 1, axis=1)) & (segments > 0)
         starts[:, 0] = segments[:, 0] > 0
         ordered = np.sort(segments, axis=1)

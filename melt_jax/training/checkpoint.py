@@ -34,13 +34,14 @@ class Checkpoints:
         self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self):
-        """The step of the newest whole checkpoint, or None."""
+        """The step of the newest checkpoint, or None. Just after `save` it is still being written: see `settled`."""
         return self._manager.latest_step()
 
     def save(self, step, state, force=False):
-        """Saves the state after so many steps, if the interval or `force` says so, in the background."""
-        if step == self.latest():
-            return False
+        """Saves the state after so many steps, if the interval or `force` says so, in the background; whether it did.
+
+        A step is saved once: steps go up, from the one restored.
+        """
         return self._manager.save(step, args=ocp.args.StandardSave(flatten(state)), force=force)
 
     def restore(self, step, abstract):
@@ -66,7 +67,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in names])
 
     def settled(self):
-        """Waits for saves under way; then `latest`."""
+        """Waits for saves under way; then `latest`, which is whole."""
         self._manager.wait_until_finished()
         return self.latest()
 

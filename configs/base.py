@@ -27,7 +27,7 @@ def get_config():
     config.dtype = "bfloat16"  # of computation and of the teacher; masters and moments are float32
     config.remat = "products"  # what a chunk's backward pass recomputes: none, all but "products" with weights, "layer"
     config.attention_block = 512  # cached slots whose attention scores exist at a time
-    # The next three say where a step runs, and may change when a run is gone on with.
+    # The next three say where a step runs, and may change when a run is resumed.
     config.micro_batches = 1  # parts of a batch whose gradients are added up, one after the other
 
     config.mesh = ConfigDict()  # devices along each axis of a slice (ICI); 0: what is left

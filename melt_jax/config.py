@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +211,13 @@ def freeze(config):
     """A `TrainConfig` from a ConfigDict, checked.
 
     Raises:
-      ConfigError: lists every unknown or missing key, wrong type, impossible value and contradiction.
+      ConfigError: lists every unknown key, impossible value and contradiction; where a key is missing or has a value
+        of another type, those instead of the values.
     """
     found = []
     frozen = _convert(TrainConfig, config.to_dict(), "", found)
-    if not found:
-        found = problems(frozen)
+    if frozen is not None:  # every key has a value of its type
+        found += problems(frozen)
     if found:
         raise ConfigError("the configuration has problems:\n" + "\n".join(f"  - {line}" for line in found))
     return frozen
@@ -254,7 +256,9 @@ def problems(config):
          "'products' or 'layer' with gather 'layer': 'none' keeps every gathered weight", config.remat)  # fmt: skip
     for key, factor in dataclasses.asdict(config.mesh).items():
         need(factor >= (1 if key.endswith("_slices") else 0), f"mesh.{key}", "a number of devices", factor)
-    need(0 <= config.seed < 2**32, "seed", "in [0, 2³²)", config.seed)
+    for key, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
+        need(0 <= seed < 2**32, key, "in [0, 2³²)", seed)
+    need(0 <= config.student.gate_std < math.inf, "student.gate_std", "at least 0", config.student.gate_std)
     need(config.data.batch % max(config.micro_batches, 1) == 0, "micro_batches",
          f"a divisor of data.batch, {config.data.batch}", config.micro_batches)  # fmt: skip
     for name in config.phases:
@@ -263,8 +267,9 @@ def problems(config):
     optimizer = config.optimizer
     for key in ("b1", "b2"):
         need(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", "in [0, 1)", getattr(optimizer, key))
+    need(0 < optimizer.eps < math.inf, "optimizer.eps", "above 0", optimizer.eps)
     need(optimizer.clip > 0, "optimizer.clip", "above 0", optimizer.clip)
-    need(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0", optimizer.weight_decay)
+    need(0 <= optimizer.weight_decay < math.inf, "optimizer.weight_decay", "at least 0", optimizer.weight_decay)
     for key, least in (("skipped_limit", 1), ("stall_seconds", 0), ("stall_first_seconds", 0), ("profile_start", 0),
                        ("profile_steps", 1)):  # fmt: skip
         need(getattr(config.run, key) >= least, f"run.{key}", f"at least {least}", getattr(config.run, key))
@@ -320,16 +325,19 @@ def _phase_problems(name, phase, need):
         phase.warmup_steps,
     )
     for key in ("learning_rate", "gate_learning_rate"):
-        need(getattr(phase, key) >= 0, f"{name}.{key}", "at least 0", getattr(phase, key))
+        need(0 <= getattr(phase, key) < math.inf, f"{name}.{key}", "at least 0", getattr(phase, key))
     need(0 <= phase.final_fraction <= 1, f"{name}.final_fraction", "in [0, 1]", phase.final_fraction)
     if name == "transition":
         need(0 < phase.ramp <= 1, "transition.ramp", "in (0, 1]", phase.ramp)
     if name == "alignment":
-        need(phase.beta >= 0, "alignment.beta", "at least 0", phase.beta)
+        need(0 <= phase.beta < math.inf, "alignment.beta", "at least 0", phase.beta)
+    if name == "pretraining":
+        for key in ("init_std", "embedding_std", "entropy_bonus"):
+            need(0 <= getattr(phase, key) < math.inf, f"{name}.{key}", "at least 0", getattr(phase, key))
 
 
 def _convert(cls, values, prefix, found):
-    """A dataclass from a dict; appends what is wrong to `found` and then returns None."""
+    """A dataclass from a dict; appends what is wrong to `found`. None where a field has no value of its type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
@@ -337,26 +345,30 @@ def _convert(cls, values, prefix, found):
             found.append(f"{prefix}{key}: unknown key" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
     out = {}
     for key, field in fields.items():
-        if key not in values and field.default is not dataclasses.MISSING:
-            out[key] = field.default
-        elif key not in values:
-            found.append(f"{prefix}{key}: missing")
-        elif dataclasses.is_dataclass(field.type):
-            if isinstance(values[key], dict):
-                out[key] = _convert(field.type, values[key], f"{prefix}{key}.", found)
+        name = f"{prefix}{key}"
+        if key not in values:
+            if field.default is dataclasses.MISSING:
+                found.append(f"{name}: missing")
             else:
-                found.append(f"{prefix}{key}: expected a group of keys, found {values[key]!r}")
-        else:
-            out[key] = _typed(field.type, values[key], f"{prefix}{key}", found)
+                out[key] = field.default
+        elif not dataclasses.is_dataclass(field.type):
+            try:
+                out[key] = _typed(field.type, values[key])
+            except TypeError as error:
+                found.append(f"{name}: {error}")
+        elif not isinstance(values[key], dict):
+            found.append(f"{name}: expected a group of keys, found {values[key]!r}")
+        elif (group := _convert(field.type, values[key], f"{name}.", found)) is not None:
+            out[key] = group
     return cls(**out) if len(out) == len(fields) else None
 
 
-def _typed(kind, value, key, found):
+def _typed(kind, value):
+    """The value as that type, where nothing is lost; else TypeError."""
     if kind is float and type(value) is int:
         return float(value)
     if kind is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return tuple(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        name = getattr(kind, "__name__", str(kind))
-        found.append(f"{key}: expected {name}, found {value!r}")
+        raise TypeError(f"expected {getattr(kind, '__name__', kind)}, found {value!r}")
     return value

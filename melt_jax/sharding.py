@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 
+from melt_jax.model.model import abstract_model
+
 AXES = ("replica", "fsdp", "tensor")
 BATCH = ("replica", "fsdp")  # the axes that split the batch; a group of devices has one index on both
 RULES = {
@@ -141,6 +143,24 @@ def check_batch(mesh, batch, micro_batches):
     if batch % (groups * micro_batches):
         found = f"replica {mesh.shape['replica']} · fsdp {mesh.shape['fsdp']} · micro_batches {micro_batches}"
         raise ShardingError(f"data.batch: expected a multiple of {groups * micro_batches} ({found}), found {batch}")
+
+
+def mesh_problems(config, model):
+    """Why devices, a `TrainConfig`'s mesh and batch, and a `ModelConfig`'s weights do not fit: a list of messages."""
+    try:
+        mesh = make_mesh(config.mesh)
+    except ShardingError as error:
+        return [str(error)]
+    found = []
+    for check in (
+        lambda: check_batch(mesh, config.data.batch, config.micro_batches),
+        lambda: weight_shardings(abstract_model(model), mesh),
+    ):
+        try:
+            check()
+        except ShardingError as error:
+            found.append(str(error))
+    return found
 
 
 def batch_sharding(mesh):

@@ -9,6 +9,7 @@ end is made of. SIGTERM saves a checkpoint and leaves with status 75, a stall th
 both ask to be started again (`melt_jax.training.preemption`).
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -26,10 +27,10 @@ from melt_jax.folders import write_text
 from melt_jax.model.model import abstract_model, init_model, parameter_count, reconfigure
 from melt_jax.sharding import (
     batch_sharding,
-    check_batch,
     for_inference,
     local_rows,
     make_mesh,
+    mesh_problems,
     place_batch,
     place_weights,
     weight_shardings,
@@ -44,7 +45,7 @@ from melt_jax.training.watch import Watch
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is gone on with.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is resumed.")
 FREE = {"run", "mesh", "gather", "micro_batches"}  # may change in a run: how it is watched, and where its steps run
 
 
@@ -58,17 +59,19 @@ def main(argv):
 
 
 def run(config_dict, workdir):
-    """One run of a ConfigDict, new or gone on with, in a folder. Returns the trained model, float32."""
+    """One run of a ConfigDict, new or resumed, in a folder. Returns the trained model, float32."""
     console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
 
     # ---- the config, checked before anything is allocated
     config = freeze(config_dict)
     pretraining = config.phases == ("pretraining",)
     shape = config.model if pretraining else open_folder(config.teacher).config
-    if wrong := stream.run_problems(config, shape, config.tokenizer or config.teacher):
-        raise ConfigError("teacher and data do not fit the run:\n" + "\n".join(f"  - {line}" for line in wrong))
+    wrong = stream.run_problems(config, shape, config.tokenizer or config.teacher)
+    wrong += mesh_problems(config, shape if pretraining else dataclasses.replace(shape, gate=config.student.gate))
+    if wrong:
+        fit = "teacher, data and devices do not fit the run:\n"
+        raise ConfigError(fit + "\n".join(f"  - {line}" for line in wrong))
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.data.batch, config.micro_batches)
     _keep_config(config_dict, stream.fingerprints(config), workdir)
     with jax.set_mesh(mesh):
         return _run(config, workdir, mesh, console)
@@ -199,7 +202,7 @@ class Results:
 def _keep_config(config_dict, fingerprints, workdir):
     """Writes the config, and what its prepared data is known by, beside the run.
 
-    A run is gone on with only under the config it began with, but for `FREE`, and with the same data.
+    A run is resumed only under the config it began with, but for `FREE`, and with the same data.
     """
     path, new = workdir / "config.json", json.loads(config_dict.to_json())
     new |= {f"manifest of {key}": f"sha256 {digest}" for key, digest in fingerprints.items()}

@@ -23,18 +23,24 @@ def test_the_papers_recipe():
 
 
 def test_problems_are_all_told_at_once():
-    config = nano.get_config()
+    config = nano.get_config().unlock()
+    config.chunk_sise = 3
     config.chunk_size = 0
     config.student.gate = "none"
     config.micro_batches = 3
     config.transition.ramp = 0.0
     config.optimizer.b2 = 1.0
-    config.evaluation.seed = config.seed
+    config.evaluation.seed = config.seed = -1
+    config.student.gate_std = -1.0
+    config.optimizer.eps = 0.0
+    config.alignment.learning_rate = float("inf")
     config.run.skipped_limit = 0
     with pytest.raises(ConfigError) as error:
         freeze(config)
     keys = ("chunk_size", "student.gate", "micro_batches", "transition.ramp", "optimizer.b2", "evaluation.seed")
-    for key in (*keys, "run.skipped_limit"):
+    assert "- chunk_sise: unknown key; did you mean chunk_size?" in str(error.value)
+    more = ("run.skipped_limit", "seed", "student.gate_std", "optimizer.eps", "alignment.learning_rate")
+    for key in (*keys, *more):
         assert f"- {key}: expected" in str(error.value)
 
 

@@ -17,7 +17,7 @@ from melt_jax.data.records import (
     verify_shards,
     write_manifest,
 )
-from melt_jax.data.stream import batch_maker, batches, problems, process_rows
+from melt_jax.data.stream import batch_maker, batches, problems
 
 MODEL = ModelConfig(vocab=64, max_positions=512)
 LENGTH, VOCAB = 12, 50
@@ -158,16 +158,20 @@ def test_every_epoch_shows_every_sequence_once(folder):
     assert sorted(seen[:11]) == sorted(seen[11:]) == everything and seen[:11] != seen[11:]
 
 
+def share(batch, process, processes):
+    return slice(batch * process // processes, batch * (process + 1) // processes)
+
+
 @pytest.mark.parametrize("source", ["records", "arithmetic"])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_one_global_batch(folder, source, processes):
     data = data_config(folder) if source == "records" else DataConfig(length=64, batch=4, high=3)
     for step in (0, 5):
-        parts = [batch_maker(data, 3, process_rows(4, i, processes))(step) for i in range(processes)]
+        parts = [batch_maker(data, 3, share(4, i, processes))(step) for i in range(processes)]
         joined = type(parts[0])(*(np.concatenate(field) for field in zip(*parts)))
         assert len(parts[0].tokens) == 4 // processes
         assert_same(joined, batch_maker(data, 3)(step))
-    rows = process_rows(4, processes - 1, processes)
+    rows = share(4, processes - 1, processes)
     assert_same(next(batches(data, 3, 5, 6, rows)), parts[-1])
 
 
@@ -175,14 +179,8 @@ def test_a_process_reads_its_own_rows_alone(folder, monkeypatch):
     data, read = data_config(folder, 8), []
     decode = Layout.decode
     monkeypatch.setattr(Layout, "decode", lambda self, record: read.append(record) or decode(self, record))
-    batch_maker(data, 0, process_rows(8, 1, 4))(0)
+    batch_maker(data, 0, share(8, 1, 4))(0)
     assert len(read) == 2
-
-
-@pytest.mark.parametrize("batch, process, processes, message", [(4, 2, 2, "process"), (4, 0, 3, "cannot be shared")])
-def test_processes_that_cannot_share(batch, process, processes, message):
-    with pytest.raises(ValueError, match=message):
-        process_rows(batch, process, processes)
 
 
 def test_data_that_does_not_fit_the_model_is_refused(folder, tmp_path):

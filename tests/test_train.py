@@ -117,7 +117,9 @@ def test_one_phase_alone_and_what_is_refused(teacher, tmp_path, capsys):
     with pytest.raises(ConfigError, match="max_positions"):
         train.run(config, tmp_path / "long")
     config.teacher = str(tmp_path / "run/alignment/model")
-    with pytest.raises(ConfigError, match=r"(?s)is a MELT \(gate elementwise\).*max_positions"):
+    config.tokenizer, config.mesh.tensor = "nowhere", 3
+    told = (r"is a MELT \(gate elementwise\)", "max_positions", "nowhere has no tokenizer.json", "mesh: expected")
+    with pytest.raises(ConfigError, match="(?s)" + ".*".join(told)):
         train.run(config, tmp_path / "long")
     assert not (tmp_path / "long").exists()
 

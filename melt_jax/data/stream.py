@@ -15,6 +15,7 @@ import numpy as np
 
 from melt_jax.data import arithmetic
 from melt_jax.data.records import MANIFEST, open_records, record_problems, sha256
+from melt_jax.data.text import TOKENIZER_FILES
 from melt_jax.data.token_files import open_tokens, token_problems
 from melt_jax.training.objectives import Batch
 
@@ -64,6 +65,11 @@ def run_problems(config, model, tokenizer=None):
     evaluation, source = config.evaluation, config.data.source
     found, given = _teacher_problems(config, model), f'evaluation.path: "{evaluation.path}"'
     found += problems(config.data, model, tokenizer)
+    if config.tokenizer:
+        missing = [name for name in TOKENIZER_FILES if not (pathlib.Path(config.tokenizer) / name).is_file()]
+        found += [f"tokenizer: {config.tokenizer} has no {name}" for name in missing]
+    if source != "arithmetic" and (evaluation.problems or evaluation.sample):
+        found += [f"evaluation.problems or sample: {line}" for line in _definition_problems(config.data, model)]
     if not evaluation.sequences or source == "arithmetic":
         why = "evaluation.sequences is 0" if not evaluation.sequences else f'source "{source}" reads no file'
         return found + [f"{given} goes unused, {why}; drop it"] * bool(evaluation.path)
@@ -108,7 +114,7 @@ def batches(data, seed, start, stop, rows=None):
       data: `melt_jax.config.DataConfig`, free of `problems`.
       seed: in [0, 2³²); another seed gives other problems, or another order of the file's sequences.
       start, stop: step numbers.
-      rows: a slice, the rows of the global batch to make, as `process_rows` gives them; None: all.
+      rows: a slice, the rows of the global batch to make, such as `sharding.local_rows`; None: all.
 
     Returns:
       An iterator of `Batch`, [batch, length] int32 numpy arrays, of the asked rows.
@@ -122,25 +128,6 @@ def batches(data, seed, start, stop, rows=None):
     if start == stop:
         return iter(())
     return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(PREFETCH))
-
-
-def process_rows(batch, process, processes):
-    """The slice of a global batch's rows that one of several processes makes: equal shares, in the processes' order.
-
-    Args:
-      batch: sequences of the global batch.
-      process: this process's index, from 0, such as `jax.process_index()`.
-      processes: their number.
-
-    Raises:
-      ValueError: an index out of range, or a batch that cannot be shared equally.
-    """
-    if not 0 <= process < processes:
-        raise ValueError(f"process: expected 0 <= process < {processes}, found {process}")
-    share, rest = divmod(batch, processes)
-    if rest:
-        raise ValueError(f"data.batch: {batch} sequences cannot be shared equally by {processes} processes")
-    return slice(process * share, (process + 1) * share)
 
 
 def batch_maker(data, seed, rows=None):
@@ -179,15 +166,21 @@ def _arithmetic_problems(data, model):
         found.append(f'data.path: source "arithmetic" reads no file; drop {path}, or set data.source to "tokens"')
     if data.score not in SCORES:
         found.append(f"data.score: {_unknown(data.score, SCORES)}")
-    names = len(arithmetic.NAMES)
-    if not 1 <= data.low <= data.high <= names:
-        found.append(
-            f"data.low, data.high: expected 1 <= low <= high <= {names} definitions, found {data.low} and {data.high}"
-        )
-    elif (longest := arithmetic.problem_tokens(data.high)) > data.length:
+    wrong = _definition_problems(data, model)
+    if not wrong and (longest := arithmetic.problem_tokens(data.high)) > data.length:
         found.append(
             f"data.high: a problem of {data.high} definitions takes {longest} tokens, but data.length is {data.length};"
             " lengthen the sequences or lower data.high"
+        )
+    return found + wrong
+
+
+def _definition_problems(data, model):
+    """Why no problems are made, or the model cannot read them."""
+    found, names = [], len(arithmetic.NAMES)
+    if not 1 <= data.low <= data.high <= names:
+        found.append(
+            f"data.low, data.high: expected 1 <= low <= high <= {names} definitions, found {data.low} and {data.high}"
         )
     if model.vocab < (needed := len(arithmetic.VOCABULARY)):
         found.append(f"model vocab: arithmetic uses {needed} token ids, but the model has {model.vocab}")

@@ -1,4 +1,4 @@
-"""The main job on a laptop: the embedded LoopLM becomes a MELT in two phases, on two CPU cores, in under ten minutes.
+"""The main job on a laptop: the embedded LoopLM becomes a MELT in two phases, in five minutes of two CPU cores.
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 """

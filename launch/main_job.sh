@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job: an Ouro checkpoint in, two phases of distillation, a MELT that answers out.
 #
-#     launch/main_job.sh                                       the embedded LoopLM, ten minutes on two cores
+#     launch/main_job.sh                                       the embedded LoopLM, five minutes on two cores
 #     launch/main_job.sh configs/ouro_1_4b.py Ouro-1.4B-Thinking runs/melt_1_6b --config.data.path=data/traces
 #
 # Arguments: config, published folder of the LoopLM, workdir, then overrides of the config.

@@ -117,14 +117,14 @@ def open_data(vocab):
 def answer_table(model, problems, chunk_size):
     """Exact answers by number of definitions, for each number of loops that is asked for."""
     most = LOOPS.value or model.config.loops
-    out = Table(title="exact answers, greedy (whole completions)", box=None, title_justify="left", pad_edge=False)
+    out = Table(title="exact answers (whole completions), greedy, by definitions (problems)", box=None, title_justify="left", pad_edge=False)
     out.add_column("loops")
     results = {
         loops: scoring.exact_answers(model, problems, chunk_size, loops, EXIT_THRESHOLD.value)
         for loops in (range(1, most + 1) if ALL_LOOPS.value else (most,))
     }
     for definitions, count, *_ in results[most].by_definitions():
-        out.add_column(f"{definitions} definitions ({count})", justify="right")
+        out.add_column(f"{definitions} ({count})", justify="right")
     out.add_column(f"all ({len(problems)})", justify="right")
     out.add_column("cache bytes/token", justify="right")
     for loops, answers in results.items():

@@ -14,7 +14,7 @@ from rich.console import Console
 from melt_jax.config import AlignmentConfig, OptimizerConfig, TransitionConfig
 from melt_jax.model.model import init_model, reconfigure
 from melt_jax.training.checkpoint import Checkpoints, RestoreError
-from melt_jax.training.log import RunLog, add_up
+from melt_jax.training.log import RunLog, add_up, scalars
 from melt_jax.training.optimizer import group_labels, group_norms, make_optimizer, matrices, schedule
 from melt_jax.training.step import init_state, make_train_step, phase_objective, transition_alpha
 from tests.tiny import TINY, make_model, random_batch, with_config
@@ -156,7 +156,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count(where):
     assert disturbed.skipped == 0 and step(disturbed, None, bad)[0].skipped == 1
     assert found.pop("skipped") == pytest.approx(1 / 3) and wanted.pop("skipped") == 0
     chex.assert_trees_all_equal(found, wanted)
-    assert np.isnan(add_up(interval[1:2])["loss"])
+    alone = add_up(interval[1:2])
+    assert np.isnan(alone["loss"]) and set(scalars(alone)) == {"skipped"}
 
 
 def test_group_norms():

@@ -1,6 +1,7 @@
 """The log of a run: a progress bar, a line per interval, `metrics.jsonl` and TensorBoard, in one folder."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -20,13 +21,16 @@ def add_up(interval):
 
 
 def scalars(metrics):
-    """Metrics as numbers: entries of [T] and [T, L] arrays get names ending in `/loop1` and `/loop1/layer1`."""
+    """Metrics as numbers: entries of [T] and [T, L] arrays get names ending in `/loop1` and `/loop1/layer1`.
+
+    Those that are none, for want of a step that counts, are left out.
+    """
     out = {}
     for name, value in metrics.items():
         for index, number in np.ndenumerate(value):
             where = "".join(f"/{axis}{i + 1}" for axis, i in zip(("loop", "layer"), index))
             out[name + where] = float(number)
-    return out
+    return {name: number for name, number in out.items() if math.isfinite(number)}
 
 
 class RunLog:

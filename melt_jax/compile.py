@@ -4,8 +4,9 @@
         --config.data.batch=4 --config.micro_batches=1
 
 The program is the one that `melt_jax.train` (or prefill and decoding of `melt_jax.generate`) would run there. Memory is
-the compiler's own: arguments and outputs by `memory_analysis`, temporaries as its memory-usage report lays them out,
-which is what it compares with the chip's HBM (`memory_analysis` adds up more: it is printed beside). FLOPs and
+the compiler's own: the total is that of its memory-usage report, which is what it compares with the chip's HBM;
+arguments and outputs are those of `memory_analysis` (whose temporaries, printed beside, may be more than lie there at
+once), and temporaries are the rest. FLOPs and
 collectives are read from the compiled text, each times the trips of the loops around it; the loop over blocks of the
 cache counts as often as it runs on average. Exit status 1: it does not fit the chip. Needs libtpu: pip install
 'jax[tpu]'. The model is that of the config's teacher if its folder exists, else `config.model`.
@@ -60,7 +61,7 @@ class Report:
       devices: in the mesh.
       compile_seconds: to lower and compile, on this machine.
       arguments, temporaries, outputs: bytes; outputs that lie in the place of arguments are not counted again.
-      analysed_temporaries: bytes by `memory_analysis`.
+      analysed_temporaries: bytes of them by `memory_analysis`.
       program: `hlo.Program`.
       necessary_flops: of what the program does by `melt_jax.flops`, all devices together.
       gather_group: devices over which the step gathers a weight; 1: weights are whole, and none is gathered.
@@ -182,11 +183,12 @@ def compile_phase(config, model, mesh, phase):
     serving = phase in SERVING
     make = _serving_program if serving else _training_program
     with jax.set_mesh(mesh):
-        step, arguments, necessary, mean_blocks, copies = make(config, student, mesh, phase)
+        step, inputs, necessary, mean_blocks, copies = make(config, student, mesh, phase)
         begin = time.perf_counter()
-        compiled, temporaries = _compile(step.lower(*arguments))
+        compiled, total = _compile(step.lower(*inputs))
         seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     kind = mesh.devices.flat[0].device_kind
     copy_bytes = sum(parameter_count(abstract_model(c)) for c in copies) * jnp.dtype(config.dtype).itemsize
     return Report(
@@ -194,9 +196,9 @@ def compile_phase(config, model, mesh, phase):
         find_chip(kind),
         mesh.size,
         seconds,
-        memory.argument_size_in_bytes,
-        temporaries or memory.temp_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        arguments,
+        memory.temp_size_in_bytes if total is None else total - arguments - outputs,
+        outputs,
         memory.temp_size_in_bytes,
         analyse(compiled.as_text(), mean_blocks),
         necessary,
@@ -226,7 +228,7 @@ def _groups(mesh):
 
 
 def _compile(lowered):
-    """(the compiled program, bytes of HBM that its temporaries take by the compiler's report, None without one)."""
+    """(the compiled program, bytes of HBM that it takes with its arguments by the compiler's report, or None)."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         for report in pathlib.Path(folder).glob("*memory-usage-report.txt"):

@@ -116,5 +116,12 @@ def blend(shared, base, alpha):
 def _write_slots(old, new, start, slot_axis):
     if jnp.ndim(start) == 0:
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, slot_axis)
-    update = lambda o, n, s: jax.lax.dynamic_update_slice_in_dim(o, n, s, slot_axis - 1)
-    return jax.vmap(update, in_axes=(slot_axis - 1, slot_axis - 1, 0), out_axes=slot_axis - 1)(old, new, start)
+    batch_axis = slot_axis - 1
+
+    def put(old, xs):  # one sequence after the other, in place: a scatter makes a TPU copy the whole cache
+        i, row, slot = xs
+        at = [0] * old.ndim
+        at[batch_axis], at[slot_axis] = i, slot
+        return jax.lax.dynamic_update_slice(old, jnp.expand_dims(row, batch_axis), at), None
+
+    return jax.lax.scan(put, old, (jnp.arange(len(start)), jnp.moveaxis(new, batch_axis, 0), start))[0]

@@ -37,8 +37,8 @@ LEVERS = {
     "chunks of 512": {"chunk_size": 512},
     "scores of 2 048 slots at a time": {"attention_block": 2048},
     "scores of all slots at once": {"attention_block": 10_000},
-    "tensor 8, 2 micro-batches": {"mesh.tensor": 8, "micro_batches": 2},
-    "tensor 16, 4 micro-batches": {"mesh.tensor": 16, "micro_batches": 4},
+    "tensor 8": {"mesh.tensor": 8},
+    "tensor 16": {"mesh.tensor": 16},
     "remat 'layer', tensor 2, 8 sequences": {"remat": "layer", "mesh.tensor": 2, "data.batch": 8},
 }
 RECIPE_BATCH = 32  # sequences of the recipe's step, however many are compiled for here

@@ -117,7 +117,8 @@ def open_data(vocab):
 def answer_table(model, problems, chunk_size):
     """Exact answers by number of definitions, for each number of loops that is asked for."""
     most = LOOPS.value or model.config.loops
-    out = Table(title="exact answers (whole completions), greedy, by definitions (problems)", box=None, title_justify="left", pad_edge=False)
+    title = "exact answers (whole completions), greedy, by definitions (problems)"
+    out = Table(title=title, box=None, title_justify="left", pad_edge=False)
     out.add_column("loops")
     results = {
         loops: scoring.exact_answers(model, problems, chunk_size, loops, EXIT_THRESHOLD.value)

@@ -54,6 +54,13 @@ def test_serving_counts_what_every_group_of_devices_computes(phase):
     assert "in each of 2 group(s)" in entry["title"] and "remat" not in entry["title"]
 
 
+def test_decoding_several_sequences_keeps_no_copy_of_their_cache():
+    entry = record(phase="decode", **{"data.length": 16384})
+    cache = 2 * 3 * 4 * 16384 * 4 * 64 * 2 / 2  # keys and values, layers, sequences, slots, heads, width, bytes; tensor
+    assert entry["arguments"] > cache and 0 < entry["temporaries"] < cache / 4
+    assert entry["total"] < 1.5 * entry["arguments"]
+
+
 def small_report(kind):
     return Report("a step", find_chip(kind), 4, 1.0, 5, 6, 7, 6, Program((), (), {}, ()), 1.0, 1, 1.0, 300)
 

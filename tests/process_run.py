@@ -66,7 +66,7 @@ def restore_elsewhere(teacher, source, folder):
     for shape in OTHERS:
         mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
         with jax.set_mesh(mesh):
-            params = place_weights(other, mesh)
+            params = place_weights(jax.tree.map(np.copy, other), mesh)  # the state takes them
             state = init_state(params, make_optimizer(config.transition, config.optimizer, params))
             lie = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             state = checkpoints.restore(STEPS, jax.tree.map(lie, state))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from test_hlo import topology_devices
-from tiny import TINY
+from tiny import TINY as TINY_BLOCKS
 
 from melt_jax import ModelConfig
 from melt_jax.chips import CHIPS, find_chip
@@ -21,6 +21,7 @@ from melt_jax.training.objectives import Batch, distillation_loss, distillation_
 
 OURO = ModelConfig()
 MELT = dataclasses.replace(OURO, gate="elementwise")
+TINY = dataclasses.replace(TINY_BLOCKS, attention_block=512)  # one block: no loop with trips unknown to the text
 
 
 def weight_flops(config, loops=None):

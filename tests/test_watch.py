@@ -106,7 +106,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
 def test_sigterm_after_the_last_save_is_not_lost(tmp_path):
     config = nano.get_config()
     checkpoints = SimpleNamespace(settled=lambda: None)
-    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, checkpoints, None) as watch:
+    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None) as watch:
         watch.finish()
         os.kill(os.getpid(), signal.SIGTERM)
     assert watch.preempted
@@ -117,7 +117,7 @@ def test_a_last_checkpoint_that_is_not_written_is_a_stall(tmp_path):
     config.run.stall_seconds = config.run.stall_first_seconds = 0.2
     config.run.stall_exits = False
     checkpoints = SimpleNamespace(settled=lambda: time.sleep(1.5))
-    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, checkpoints, None) as watch:
+    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None) as watch:
         watch.finish()
     assert "no step has finished" in (tmp_path / "stall-process0.txt").read_text()
 

@@ -74,18 +74,18 @@ def run(config_dict, workdir):
     mesh = make_mesh(config.mesh)
     _keep_config(config_dict, stream.fingerprints(config), workdir)
     with jax.set_mesh(mesh):
-        return _run(config, workdir, mesh, console)
+        return _run(config, shape, workdir, mesh, console)
 
 
-def _run(config, workdir, mesh, console):
+def _run(config, shape, workdir, mesh, console):
     # ---- where the student starts
     key = jax.random.key(config.seed)
     teacher = None
     if config.phases == ("pretraining",):
         phase = config.pretraining
-        params = init_model(config.model, key, phase.init_std, embedding_std=phase.embedding_std)
+        params = init_model(shape, key, phase.init_std, embedding_std=phase.embedding_std)
     else:
-        shardings = weight_shardings(abstract_model(open_folder(config.teacher).config), mesh)
+        shardings = weight_shardings(abstract_model(shape), mesh)
         teacher = open_model(config.teacher, dtype=config.dtype, shardings=shardings)
         teacher = reconfigure(teacher, attention_block=config.attention_block)
         params = make_student(open_model(config.teacher, dtype="float32", shardings=shardings), config, key)

@@ -108,7 +108,9 @@ def _attend_backward(block, residuals, out_bar):
         query_bar, earlier_bar = state
         more, rows_bar = pull_back(rows, mask)
         # Read, add, write: where the last block overlaps the one before it, both have their say.
-        put = lambda total, x: _add_at(total, x.astype(total.dtype), begin)
+        put = lambda total, x: jax.lax.dynamic_update_slice_in_dim(
+            total, jax.lax.dynamic_slice_in_dim(total, begin, x.shape[1], 1) + x.astype(total.dtype), begin, 1
+        )
         parts = _unblend(rows_bar, earlier, alpha)
         return query_bar + more, jax.tree.map(put, earlier_bar, parts)
 
@@ -134,16 +136,9 @@ def _fold_blocks(add_block, state, earlier, alpha, seen, block):
         return add_block(state, rows, seen.earlier(index * size, begin, size), begin)
 
     if size == slots:
-        return add_block(state, blend(*earlier, alpha), seen.earlier(0, 0, size), 0)
+        return body(0, state)
     with jax.named_scope("cached_blocks"):
         return jax.lax.fori_loop(0, (jnp.max(seen.start) + size - 1) // size, body, state)
-
-
-def _add_at(total, x, begin):
-    if x.shape == total.shape:
-        return total + x
-    old = jax.lax.dynamic_slice_in_dim(total, begin, x.shape[1], 1)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + x, begin, 1)
 
 
 def _unblend(rows_bar, earlier, alpha):

@@ -1,6 +1,6 @@
 """The main job on a laptop: the embedded LoopLM becomes a MELT in two phases, in five minutes of two CPU cores.
 
-    python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 """
 
 from configs import base

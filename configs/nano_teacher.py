@@ -1,6 +1,6 @@
 """Trains the embedded LoopLM, `melt_jax/assets/ouro_nano`, from scratch on worked arithmetic, with Ouro's objective.
 
-    python -m melt_jax.train --config=configs/nano_teacher.py --workdir=runs/nano_teacher
+python -m melt_jax.train --config=configs/nano_teacher.py --workdir=runs/nano_teacher
 """
 
 from configs import base

@@ -1,8 +1,8 @@
 """melt_jax: the Memory-Efficient Looped Transformer in JAX."""
 
+from melt_jax.checkpoints.published import load_model, to_hf_tensors
 from melt_jax.config import ModelConfig
-from melt_jax.generation import generate_tokens
-from melt_jax.hf import load_model, to_hf_tensors
+from melt_jax.inference.generation import generate_tokens
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer, exit_loop, init_model, parameter_count
 from melt_jax.model.sequence import run_sequence

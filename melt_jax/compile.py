@@ -32,16 +32,16 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from melt_jax.checkpoint import open_folder
-from melt_jax.chips import find_chip
+from melt_jax.analysis.chips import find_chip
+from melt_jax.analysis.flops import forward_flops, step_flops
+from melt_jax.analysis.hlo import analyse, innermost
+from melt_jax.checkpoints.orbax import open_folder
 from melt_jax.config import ConfigError, freeze
-from melt_jax.flops import forward_flops, step_flops
-from melt_jax.generation import GREEDY, Request, State, decode_block, prefill_chunk
-from melt_jax.hlo import analyse, innermost
+from melt_jax.data.batch import Batch
+from melt_jax.inference.generation import GREEDY, Request, State, decode_block, prefill_chunk
 from melt_jax.model.cache import create_cache
 from melt_jax.model.model import abstract_model, parameter_count
 from melt_jax.sharding import batch_sharding, check_batch, for_inference, make_mesh, weight_shardings
-from melt_jax.training.objectives import Batch
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 
@@ -63,7 +63,7 @@ class Report:
       arguments, temporaries, outputs: bytes; outputs that lie in the place of arguments are not counted again.
       analysed_temporaries: bytes of them by `memory_analysis`.
       program: `hlo.Program`.
-      necessary_flops: of what the program does by `melt_jax.flops`, all devices together.
+      necessary_flops: of what the program does by `melt_jax.analysis.flops`, all devices together.
       gather_group: devices over which the step gathers a weight; 1: weights are whole, and none is gathered.
       copy_bytes: one copy of the student's and one of the teacher's weights in the compute dtype, over tensor.
       steps: of the phase; 0 for prefill and decoding.

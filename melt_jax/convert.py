@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from melt_jax.checkpoint import PARAMS, open_folder, write_params
+from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
+from melt_jax.checkpoints.published import chosen_dtype, override, write_weights
+from melt_jax.checkpoints.published_config import fail, published_config, write_config
 from melt_jax.config import CHOICES, GATES, first_loop_problems
-from melt_jax.folders import atomic_folder, copy_companions, folder_bytes
-from melt_jax.hf import chosen_dtype, override, write_weights
-from melt_jax.hf_config import fail, published_config, write_config
+from melt_jax.files import atomic_folder, copy_companions, folder_bytes
 from melt_jax.model.model import abstract_model, draw_weights, module_leaves, parameter_count
 
 GATE_STD = 0.02

@@ -14,13 +14,13 @@ import numpy as np
 from absl import app, flags, logging
 from rich.table import Table
 
-from melt_jax import scoring
-from melt_jax.checkpoint import default_chunk, open_model
+from melt_jax.checkpoints.orbax import default_chunk, open_model
 from melt_jax.config import CHOICES, GATES
 from melt_jax.data.arithmetic import NAMES, VOCABULARY
+from melt_jax.data.batch import Batch
 from melt_jax.data.records import open_records, read_manifest, record_problems
 from melt_jax.data.token_files import open_tokens, token_problems
-from melt_jax.training.objectives import Batch
+from melt_jax.inference import scoring
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.")
 TEACHER = flags.DEFINE_string("teacher", None, "Checkpoint folder of the teacher; without one no KL is measured.")

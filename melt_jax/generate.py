@@ -13,10 +13,10 @@ import sys
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from melt_jax.checkpoint import default_chunk, open_model
+from melt_jax.checkpoints.orbax import default_chunk, open_model
 from melt_jax.config import GATES
 from melt_jax.data.text import Tokenizer
-from melt_jax.generation import Sampling, generate
+from melt_jax.inference.generation import Sampling, generate
 from melt_jax.model.cache import bytes_per_token
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.")

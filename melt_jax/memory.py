@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from melt_jax.config import ModelConfig
+from melt_jax.data.batch import Batch
 from melt_jax.model.model import init_model
 from melt_jax.model.sequence import chunk_sums, plain_chunk_sums
-from melt_jax.training.objectives import Batch, distillation_loss, distillation_sums, normalize, scored_tokens
+from melt_jax.training.objectives import distillation_loss, distillation_sums, normalize, scored_tokens
 
 PHASES = {"transition": {"alpha": 0.5}, "alignment": {"align": True}}
 CHUNKS = (4, 8, 16, 20, 32)

@@ -32,7 +32,7 @@ from melt_jax.data.documents import SCORES, Form, Malformed, Rows, documents
 from melt_jax.data.packing import Packer, split
 from melt_jax.data.records import Layout, ShardWriter, verify_shards, write_manifest
 from melt_jax.data.text import Tokenizer
-from melt_jax.folders import atomic_folder
+from melt_jax.files import atomic_folder
 
 SHOWN = 10  # malformed rows that are told one by one when they are counted
 

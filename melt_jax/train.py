@@ -19,11 +19,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from melt_jax import scoring
-from melt_jax.checkpoint import open_folder, open_model, save_model
+from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
-from melt_jax.folders import write_text
+from melt_jax.files import write_text
+from melt_jax.inference import scoring
 from melt_jax.model.model import abstract_model, init_model, parameter_count, reconfigure
 from melt_jax.sharding import (
     batch_sharding,
@@ -35,12 +35,12 @@ from melt_jax.sharding import (
     place_weights,
     weight_shardings,
 )
-from melt_jax.training.checkpoint import Checkpoints
+from melt_jax.training.checkpoints import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.preemption import PREEMPTED, leave_if_asked, leave_on_sigterm
 from melt_jax.training.processes import join_processes, of_first
 from melt_jax.training.step import init_state, make_train_step, phase_objective
-from melt_jax.training.watch import Watch
+from melt_jax.training.step_monitor import Watch
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY, jit_run, make_model, random_tokens, run
 
 from melt_jax import ModelConfig, run_chunk
 from melt_jax.model.attention import Seen
 from melt_jax.model.cache import ChunkRows, Rows, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
+from tests.helpers.tiny import TINY, jit_run, make_model, random_tokens, run
 
 change = dataclasses.replace
 KINDS = {"LoopLM": ("none", None), "MELT": ("elementwise", None), "transition": ("elementwise", 0.4)}

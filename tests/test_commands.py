@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from melt_jax.checkpoint import open_model, save_model
+from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.data.arithmetic import make_problem
 from melt_jax.data.documents import Form
 from melt_jax.model.model import reconfigure

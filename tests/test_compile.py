@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from melt_jax.chips import find_chip
+from melt_jax.analysis.chips import find_chip
+from melt_jax.analysis.hlo import Program, innermost
 from melt_jax.compile import SCOPES, Report
-from melt_jax.hlo import Program, innermost
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import TOKENIZER_FILES, write_published
-from test_hf import MELT, OURO, assert_same_bits, edit_config, stored_tensors
 
-from melt_jax.checkpoint import OrbaxFolder, default_chunk, nest, open_model, save_model, write_params
-from melt_jax.hf import abstract_model, load_model, module_leaves, to_hf_tensors
+from melt_jax.checkpoints.orbax import OrbaxFolder, default_chunk, nest, open_model, save_model, write_params
+from melt_jax.checkpoints.published import abstract_model, load_model, module_leaves, to_hf_tensors
+from tests.helpers.synthetic import TOKENIZER_FILES, write_published
+from tests.test_published import MELT, OURO, assert_same_bits, edit_config, stored_tensors
 
 TOP = pathlib.Path(__file__).parent.parent
 
@@ -168,7 +168,7 @@ def test_weights_go_where_their_shardings_say(converted):
 
 def test_models_spread_over_devices_come_back_to_their_places(tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(TOP)}
-    command = [sys.executable, TOP / "tests" / "shard_round_trip.py", tmp_path]
+    command = [sys.executable, "-m", "tests.helpers.shard_round_trip", tmp_path]
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0 and "the same weights in the same places" in done.stdout, done.stderr
 
@@ -178,7 +178,7 @@ def test_weights_are_written_from_where_they_lie(tmp_path):
     code = f"""
 import resource
 import numpy as np
-from melt_jax.checkpoint import write_params
+from melt_jax.checkpoints.orbax import write_params
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 write_params({str(tmp_path / "small")!r}, {{"a": np.ones((2, 1), np.float32)}})
@@ -230,7 +230,7 @@ def test_an_interrupted_save_leaves_nothing_that_opens(tmp_path, monkeypatch):
         write_params(folder, weights)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("melt_jax.checkpoint.write_params", interrupted)
+    monkeypatch.setattr("melt_jax.checkpoints.orbax.write_params", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(tmp_path / "saved", model)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]

@@ -7,17 +7,18 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from test_hlo import topology_devices
-from tiny import TINY as TINY_BLOCKS
 
 from melt_jax import ModelConfig
-from melt_jax.chips import CHIPS, find_chip
-from melt_jax.flops import causal_rows, forward_flops, step_flops
-from melt_jax.hlo import analyse
+from melt_jax.analysis.chips import CHIPS, find_chip
+from melt_jax.analysis.flops import causal_rows, forward_flops, step_flops
+from melt_jax.analysis.hlo import analyse
+from melt_jax.data.batch import Batch
 from melt_jax.model.cache import create_cache
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import abstract_model, module_leaves
-from melt_jax.training.objectives import Batch, distillation_loss, distillation_sums, normalize, scored_tokens
+from melt_jax.training.objectives import distillation_loss, distillation_sums, normalize, scored_tokens
+from tests.helpers.tiny import TINY as TINY_BLOCKS
+from tests.test_hlo import topology_devices
 
 OURO = ModelConfig()
 MELT = dataclasses.replace(OURO, gate="elementwise")

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
-from tiny import TINY
 
 from melt_jax.model.gate import VARIANTS, Gate, update_latent
 from melt_jax.model.model import Initializer
+from tests.helpers.tiny import TINY
 
 SHAPES = ((1, 1, 4), (2, 5, 16), (3, 2, 33))  # B, C, D
 LOOPS = 5

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY, make_model, random_tokens, run, with_config
 
 from melt_jax import load_model
-from melt_jax.generation import (
+from melt_jax.inference.generation import (
     Request,
     Sampling,
     check_request,
@@ -23,6 +22,7 @@ from melt_jax.generation import (
     prefill,
     restrict,
 )
+from tests.helpers.tiny import TINY, make_model, random_tokens, run, with_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LOOPLM = dataclasses.replace(TINY, gate="none")

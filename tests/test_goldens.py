@@ -1,7 +1,8 @@
 """The package computes what the public reference implementation and a float64 one did: every array of tests/golden."""
 
 import pytest
-from check_goldens import GOLDEN, check_folder
+
+from tests.helpers.check_goldens import GOLDEN, check_folder
 
 FOLDERS = sorted(folder for folder in GOLDEN.iterdir() if folder.is_dir())
 

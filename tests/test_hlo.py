@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from melt_jax.hlo import analyse
+from melt_jax.analysis.hlo import analyse
 
 LAYERS = 6
 SIZES = {"tokens": 64, "width": 128, "hidden": 256}

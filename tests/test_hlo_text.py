@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from melt_jax.hlo import analyse
-from melt_jax.hlo_loops import count_trips
-from melt_jax.hlo_text import Instruction, arrays, convolution_flops, group_size, tuple_elements
+from melt_jax.analysis.hlo import analyse
+from melt_jax.analysis.hlo_loops import count_trips
+from melt_jax.analysis.hlo_text import Instruction, arrays, convolution_flops, group_size, tuple_elements
 
 
 def brute_meetings(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate):

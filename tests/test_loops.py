@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import run_reference
-from tiny import TINY, jit_run, make_model, numpy_tensors, random_tokens, run, with_config
 
 from melt_jax import exit_loop, run_chunk
-from melt_jax.generation import prefill
+from melt_jax.inference.generation import prefill
 from melt_jax.model.cache import create_cache
 from melt_jax.model.gate import VARIANTS
+from tests.helpers.reference import run_reference
+from tests.helpers.tiny import TINY, jit_run, make_model, numpy_tensors, random_tokens, run, with_config
 
 change = dataclasses.replace
 CONFIGS = {

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, make_model, random_batch, random_tokens, run, with_config
 
 from melt_jax import alignment_loss, transition_loss
 from melt_jax.training.objectives import (
@@ -16,6 +15,7 @@ from melt_jax.training.objectives import (
     pretraining_sums,
     scored_tokens,
 )
+from tests.helpers.tiny import TINY, make_model, random_batch, random_tokens, run, with_config
 
 change = dataclasses.replace
 B, S, CHUNK = 4, 10, 4

@@ -11,13 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from melt_jax.checkpoint import open_model, save_model
+from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.training.processes import of_first
-from tests import processes
-from tests.kill_and_resume import differing, leaves
-from tests.mesh_steps import gap
-from tests.process_run import OTHERS, STEPS
-from tests.tiny import TINY, make_model
+from tests.helpers.mesh_steps import gap
+from tests.helpers.process_run import OTHERS, STEPS
+from tests.helpers.tiny import TINY, make_model
+from tests.long import processes
+from tests.long.kill_and_resume import differing, leaves
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def started(folder, name, count, devices, *other):
     command = lambda i: [folder / "teacher", folder / name, folder / f"{name}{i}.json", *other]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.process_run", *map(str, command(i))],
+            [sys.executable, "-m", "tests.helpers.process_run", *map(str, command(i))],
             cwd=ROOT,
             env=environment | {"MELT_PROCESS": str(i)},
             stdout=subprocess.PIPE,

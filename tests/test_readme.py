@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from melt_jax.checkpoint import default_chunk, open_model
+from melt_jax.checkpoints.orbax import default_chunk, open_model
 from melt_jax.data.records import open_records
 
 TOP = pathlib.Path(__file__).parent.parent

@@ -7,10 +7,11 @@ import types
 import jax
 import numpy as np
 import pytest
-from tiny import TINY, make_model, random_batch, run, with_config
 
-from melt_jax import ModelConfig, scoring
+from melt_jax import ModelConfig
 from melt_jax.data import arithmetic
+from melt_jax.inference import scoring
+from tests.helpers.tiny import TINY, make_model, random_batch, run, with_config
 
 LOOPLM = dataclasses.replace(TINY, gate="none")
 BATCH = random_batch(3, 11)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import run_reference
-from tiny import TINY, make_model, numpy_tensors, packed_segments, random_batch, random_tokens, run
 
 from melt_jax import init_model, run_sequence
 from melt_jax.memory import temporary_bytes
 from melt_jax.model.sequence import chunk_sums, join_chunks, plain_chunk_sums, segment_positions, split_chunks
 from melt_jax.training.objectives import distillation_loss, distillation_sums, pretraining_loss, pretraining_sums
+from tests.helpers.reference import run_reference
+from tests.helpers.tiny import TINY, make_model, numpy_tensors, packed_segments, random_batch, random_tokens, run
 
 change = dataclasses.replace
 EQUAL_HEADS = change(TINY, heads=3, kv_heads=3, head_width=8, tied=True)

@@ -13,7 +13,7 @@ import pytest
 from melt_jax.config import MeshConfig
 from melt_jax.model.model import abstract_model
 from melt_jax.sharding import AXES, ShardingError, check_batch, make_mesh, mesh_shape, partition, weight_shardings
-from tests.tiny import TINY
+from tests.helpers.tiny import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ def test_one_device_is_a_mesh():
 def test_steps_on_eight_devices_are_the_one_device_step():
     """Both phases; data-, fsdp-, tensor- and mixed meshes; weights gathered once a step and at each use."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.mesh_steps", "--quick", "--json"]
+    command = [sys.executable, "-m", "tests.helpers.mesh_steps", "--quick", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     gaps = json.loads(done.stdout.splitlines()[-1])

@@ -13,14 +13,14 @@ import pytest
 
 from configs import nano
 from melt_jax import train
-from melt_jax.checkpoint import open_model
+from melt_jax.checkpoints.orbax import open_model
+from melt_jax.checkpoints.published import save_published
 from melt_jax.config import ConfigError
 from melt_jax.data import stream
-from melt_jax.hf import save_published
 from melt_jax.training.preemption import PREEMPTED
+from tests.helpers.tiny import TINY, make_model
 from tests.test_records import LENGTH
 from tests.test_records import write as write_records
-from tests.tiny import TINY, make_model
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from melt_jax.config import AlignmentConfig, OptimizerConfig, TransitionConfig
 from melt_jax.model.model import init_model, reconfigure
-from melt_jax.training.checkpoint import Checkpoints, RestoreError
+from melt_jax.training.checkpoints import Checkpoints, RestoreError
 from melt_jax.training.log import RunLog, add_up, scalars
 from melt_jax.training.optimizer import group_labels, group_norms, make_optimizer, matrices, schedule
 from melt_jax.training.step import init_state, make_train_step, phase_objective, transition_alpha
-from tests.tiny import TINY, make_model, random_batch, with_config
+from tests.helpers.tiny import TINY, make_model, random_batch, with_config
 
 OPTIMIZER = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
 TRANSITION = TransitionConfig(4, 1e-3, 1e-2, 0, 0.1, 1.0)

@@ -14,10 +14,10 @@ import grain
 import numpy as np
 
 from melt_jax.data import arithmetic
+from melt_jax.data.batch import Batch
 from melt_jax.data.records import MANIFEST, open_records, record_problems, sha256
 from melt_jax.data.text import TOKENIZER_FILES
 from melt_jax.data.token_files import open_tokens, token_problems
-from melt_jax.training.objectives import Batch
 
 SOURCES = ("arithmetic", "tokens", "records")
 SCORES = ("completion", "all")

@@ -16,7 +16,7 @@ import zlib
 
 import numpy as np
 
-from melt_jax.training.objectives import Batch
+from melt_jax.data.batch import Batch
 
 log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 1024

@@ -11,26 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from melt_jax.data.batch import Batch
 from melt_jax.model.cache import create_cache
 from melt_jax.model.layout import batch_axes
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.sequence import add_sink, chunk_sums, run_chunks, segment_positions, split_chunks
-
-
-class Batch(NamedTuple):
-    """Sequences, [B, S] int32 each.
-
-    Attributes:
-      tokens: token ids.
-      segments: an id per packed document; 0 is padding.
-      loss_mask: 1 where the prediction made at this token is scored.
-      targets: the next token of the same document; for pre-training and perplexities.
-    """
-
-    tokens: jax.Array
-    segments: jax.Array
-    loss_mask: jax.Array
-    targets: jax.Array | None = None
 
 
 class Targets(NamedTuple):

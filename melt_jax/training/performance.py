@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from melt_jax.chips import find_chip
+from melt_jax.analysis.chips import find_chip
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -18,7 +18,7 @@ class Performance:
 
     Args:
       tokens: of one step's global batch, padding among them.
-      flops: that one step needs, over all devices (`melt_jax.flops`, `StepFlops.mfu_flops`).
+      flops: that one step needs, over all devices (`melt_jax.analysis.flops`, `StepFlops.mfu_flops`).
       peak: FLOP/s of all devices together, or None where it is not known, and then there is no MFU.
     """
 

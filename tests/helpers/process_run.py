@@ -1,7 +1,7 @@
 """What test_processes.py runs in processes of its own: a short run of training, and restores on other meshes.
 
-    python -m tests.process_run TEACHER WORKDIR OUTPUT          trains; the process of `MELT_PROCESS`, if it is set
-    python -m tests.process_run TEACHER WORKDIR OUTPUT OTHER    also restores what the run in OTHER saved
+    python -m tests.helpers.process_run TEACHER WORKDIR OUTPUT         trains, as process `MELT_PROCESS` if it is set
+    python -m tests.helpers.process_run TEACHER WORKDIR OUTPUT OTHER   also restores what the run in OTHER saved
 
 OUTPUT gets what was found, as JSON.
 """
@@ -19,12 +19,12 @@ from melt_jax import train
 from melt_jax.config import MeshConfig, freeze
 from melt_jax.data import stream
 from melt_jax.sharding import make_mesh, place_weights
-from melt_jax.training.checkpoint import Checkpoints, flatten
+from melt_jax.training.checkpoints import Checkpoints, flatten
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.processes import join_processes
 from melt_jax.training.step import init_state
-from tests.kill_and_resume import differing, read_checkpoint
-from tests.tiny import TINY, make_model
+from tests.helpers.tiny import TINY, make_model
+from tests.long.kill_and_resume import differing, read_checkpoint
 
 STEPS, BATCH = 3, 8
 MESH = {"replica": 2, "fsdp": 2, "tensor": 2}

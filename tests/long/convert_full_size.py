@@ -4,8 +4,8 @@ Not a test of the suite: 2.87 GB of random bfloat16 are written, and five times 
 the process's largest resident set (ru_maxrss), interpreter and libraries included; the bound is 1.3 times the input's
 size, also where fresh gates make the output the larger.
 
-    python -m tests.convert_full_size /tmp/full            Ouro-1.4B, a few minutes
-    python -m tests.convert_full_size /tmp/full --files 3 --layers 48     Ouro-2.6B in three files
+    python -m tests.long.convert_full_size /tmp/full            Ouro-1.4B, a few minutes
+    python -m tests.long.convert_full_size /tmp/full --files 3 --layers 48     Ouro-2.6B in three files
 
 Prints one line per conversion, and fails where a bound is passed or a tensor comes back with other bits.
 """
@@ -21,10 +21,10 @@ import time
 import numpy as np
 from safetensors import safe_open
 
+from melt_jax.checkpoints.published import scan_tensors
 from melt_jax.config import ModelConfig
-from melt_jax.folders import folder_bytes
-from melt_jax.hf import scan_tensors
-from tests.synthetic import write_published
+from melt_jax.files import folder_bytes
+from tests.helpers.synthetic import write_published
 
 BOUND = 1.3
 

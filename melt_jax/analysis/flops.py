@@ -11,7 +11,7 @@ V vocabulary, L layers, T loops, and `rows` the mean number of rows that a query
     head          2·D·V for each loop whose logits are wanted
 
 A backward pass is twice its forward pass. This is what the mathematics needs: a program that masks rows instead of
-leaving them out, or computes something twice, does more; `melt_jax.hlo` counts what a compiled program does.
+leaving them out, or computes something twice, does more; `melt_jax.analysis.hlo` counts what a compiled program does.
 """
 
 import dataclasses

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from melt_jax.data import arithmetic, stream
-from melt_jax.generation import generate
+from melt_jax.data.batch import Batch
+from melt_jax.inference.generation import generate
 from melt_jax.model.cache import bytes_per_token
 from melt_jax.model.layout import replicated
 from melt_jax.model.sequence import run_sequence, split_chunks
-from melt_jax.training.objectives import Batch, cross_entropy_per_loop, kl_per_loop
+from melt_jax.training.objectives import cross_entropy_per_loop, kl_per_loop
 
 PROBLEM_STREAM = 2**63  # beside the training stream, which counts steps: no step reaches it
 SPARE_TOKENS = 12  # room for a completion that takes a step more than the truth

@@ -1,6 +1,6 @@
 """Saves and opens a model spread over four devices; `test_convert.py` runs it as a process of its own.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 python tests/shard_round_trip.py FOLDER
+XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m tests.helpers.shard_round_trip FOLDER
 """
 
 import dataclasses
@@ -9,10 +9,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import TINY, make_model
 
-from melt_jax.checkpoint import open_model, save_model
+from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.model.model import module_leaves
+from tests.helpers.tiny import TINY, make_model
 
 # One layer, and as many key/value heads as heads: most weights have a dimension of 1.
 CONFIG = dataclasses.replace(TINY, layers=1, kv_heads=4)

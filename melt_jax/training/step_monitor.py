@@ -4,7 +4,7 @@ import contextlib
 
 import jax
 
-from melt_jax.flops import step_flops
+from melt_jax.analysis.flops import step_flops
 from melt_jax.training.log import RunLog
 from melt_jax.training.performance import Performance, StepProfiler, peak_flops
 from melt_jax.training.preemption import PreemptionNotice

@@ -1,6 +1,6 @@
 """Steps on meshes of eight CPU devices beside the same step on one device.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.mesh_steps
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.helpers.mesh_steps
 
 Prints the largest relative difference of any gradient, as the first moments hold it, or metric; with --quick of some of
 the meshes, and with --json as JSON.
@@ -18,8 +18,8 @@ from melt_jax.config import MeshConfig
 from melt_jax.sharding import batch_sharding, local_rows, make_mesh, place_batch, place_weights
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import init_state, make_train_step, phase_objective
+from tests.helpers.tiny import TINY, make_model, random_batch
 from tests.test_training import ALIGNMENT, OPTIMIZER, TRANSITION
-from tests.tiny import TINY, make_model, random_batch
 
 CONFIG = dataclasses.replace(TINY, vocab=32, heads=8, kv_heads=8, feed_forward=24, loops=2, remat="products",
                              attention_block=4)  # fmt: skip

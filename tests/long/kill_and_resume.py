@@ -1,6 +1,6 @@
 """Kills runs and starts them again, and compares what they end with: a command of its own, not part of the suite.
 
-    JAX_PLATFORMS=cpu python tests/kill_and_resume.py [--folder=/tmp/kill_and_resume]
+    JAX_PLATFORMS=cpu python -m tests.long.kill_and_resume [--folder=/tmp/kill_and_resume]
 
 Trains configs/nano.py, made small, three times over: undisturbed; killed once in each phase with SIGKILL; and asked to
 stop once in each phase with SIGTERM, which must save the step under way and leave with status 75. A run that was
@@ -21,13 +21,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from melt_jax.checkpoints.orbax import open_model
+from melt_jax.training.checkpoints import flatten
+from melt_jax.training.preemption import PREEMPTED
 
-from melt_jax.checkpoint import open_model  # noqa: E402
-from melt_jax.training.checkpoint import flatten  # noqa: E402
-from melt_jax.training.preemption import PREEMPTED  # noqa: E402
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PHASES = {"transition": 40, "alignment": 30}  # steps
 # When the log shows that step, so much later (in seconds): nothing about a step, a save or a log line is special there.
 MOMENTS = {"transition": (17, 0.037), "alignment": (11, 0.091)}

@@ -15,7 +15,7 @@ import numpy as np
 
 import melt_jax
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 run_sequence = jax.jit(melt_jax.run_sequence, static_argnames="chunk_size")
 logits = jax.jit(lambda model, hidden: model.logits(hidden))
 exit_pdf = jax.jit(lambda model, hidden: model.exit_pdf(hidden))

@@ -7,7 +7,7 @@ or elements of the loop's state, which a loop around it may pass on unchanged.
 
 import re
 
-from melt_jax.hlo_text import called, operand_names, tuple_elements
+from melt_jax.analysis.hlo_text import called, operand_names, tuple_elements
 
 
 def read_loop(computations, computation, instruction, state):

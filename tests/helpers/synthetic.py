@@ -7,8 +7,8 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from melt_jax.hf import INDEX, STORED_DTYPES, abstract_model, published_tensors
-from melt_jax.hf_config import published_config, write_config
+from melt_jax.checkpoints.published import INDEX, STORED_DTYPES, abstract_model, published_tensors
+from melt_jax.checkpoints.published_config import published_config, write_config
 
 OURO_KEYS = {
     "architectures": ["OuroForCausalLM"],

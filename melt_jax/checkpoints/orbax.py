@@ -12,9 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from melt_jax.folders import atomic_folder
-from melt_jax.hf import PublishedFolder, assemble, companions
-from melt_jax.hf_config import DTYPES, fail, parse_config, published_config, read_raw_config, write_config
+from melt_jax.checkpoints.published import PublishedFolder, assemble, companions
+from melt_jax.checkpoints.published_config import (
+    DTYPES,
+    fail,
+    parse_config,
+    published_config,
+    read_raw_config,
+    write_config,
+)
+from melt_jax.files import atomic_folder
 from melt_jax.model.model import abstract_model, module_leaves
 
 PARAMS = "params"
@@ -90,7 +97,8 @@ def open_folder(folder):
 
 
 def open_model(folder, dtype=None, gate=None, first_loop=None, shardings=None):
-    """A model from a published folder or one in Orbax form; otherwise as `melt_jax.hf.load_model`, but for the dtype.
+    """A model from a published folder or one in Orbax form; otherwise as
+    `melt_jax.checkpoints.published.load_model`, but for the dtype.
 
     Args:
       dtype: of the weights in memory; None: as stored.

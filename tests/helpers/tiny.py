@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import keystr
 
 from melt_jax import ModelConfig, init_model, run_sequence, to_hf_tensors
-from melt_jax.training.objectives import Batch
+from melt_jax.data.batch import Batch
 
 TINY = ModelConfig(
     vocab=29,

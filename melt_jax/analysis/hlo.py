@@ -19,8 +19,8 @@ import math
 import numbers
 import re
 
-from melt_jax.hlo_loops import read_loop
-from melt_jax.hlo_text import (
+from melt_jax.analysis.hlo_loops import read_loop
+from melt_jax.analysis.hlo_text import (
     array_bytes,
     array_elements,
     arrays,

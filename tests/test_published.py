@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from synthetic import TOKENIZER_FILES, write_published
 
-from melt_jax.config import ModelConfig
-from melt_jax.hf import (
+from melt_jax.checkpoints.published import (
     abstract_model,
     load_model,
     published_tensors,
@@ -23,7 +21,9 @@ from melt_jax.hf import (
     save_published,
     to_hf_tensors,
 )
+from melt_jax.config import ModelConfig
 from melt_jax.model.model import parameter_count
+from tests.helpers.synthetic import TOKENIZER_FILES, write_published
 
 OURO = ModelConfig(
     vocab=29, width=16, layers=3, loops=2, heads=4, kv_heads=2, head_width=6, feed_forward=20, bos=1, eos=2
@@ -286,7 +286,8 @@ def test_saving_refuses_an_existing_folder_and_leaves_nothing_when_it_fails(tmp_
     before = sorted(file.name for file in tmp_path.rglob("*"))
     with pytest.raises(FileExistsError, match="exists"):
         save_published(folder, model)
-    monkeypatch.setattr("melt_jax.hf.write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    monkeypatch.setattr("melt_jax.checkpoints.published.write_config", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_published(tmp_path / "b", model)
     with pytest.raises(KeyboardInterrupt):

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from melt_jax.folders import atomic_folder, copy_companions
-from melt_jax.hf_config import (
+from melt_jax.checkpoints.published_config import (
     STORED_DTYPES,
     fail,
     parse_config,
@@ -26,6 +25,7 @@ from melt_jax.hf_config import (
     read_raw_config,
     write_config,
 )
+from melt_jax.files import atomic_folder, copy_companions
 from melt_jax.model.model import abstract_model, module_leaves
 
 __all__ = ["PublishedFolder", "load_model", "read_config", "save_published", "to_hf_tensors"]

@@ -21,9 +21,9 @@ from melt_jax.training.performance import Performance, StepProfiler
 from melt_jax.training.preemption import PREEMPTED, STALLED, PreemptionNotice
 from melt_jax.training.processes import join_processes
 from melt_jax.training.skipped import NonFiniteError, SkippedSteps
-from melt_jax.training.watch import Watch
+from melt_jax.training.step_monitor import Watch
 from melt_jax.training.watchdog import Watchdog
-from tests.tiny import TINY
+from tests.helpers.tiny import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -1,6 +1,6 @@
 """Trains with several processes on this machine, and compares: a command of its own, not part of the suite.
 
-    JAX_PLATFORMS=cpu python tests/processes.py [--folder=/tmp/processes]
+    JAX_PLATFORMS=cpu python -m tests.long.processes [--folder=/tmp/processes]
 
 Trains configs/nano.py, made small, by launch/local_processes.sh: on one device, and on four as one process, two and
 four have them. Where devices and mesh are the same, every loss, weight, moment and score must have the same bits; on
@@ -23,14 +23,12 @@ import time
 import numpy as np
 from absl import logging
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from melt_jax.checkpoints.orbax import open_model, save_model
+from melt_jax.training.preemption import PREEMPTED
+from tests.helpers.mesh_steps import relative
+from tests.long.kill_and_resume import differing, last_step, leaves
 
-from melt_jax.checkpoint import open_model, save_model  # noqa: E402
-from melt_jax.training.preemption import PREEMPTED  # noqa: E402
-from tests.kill_and_resume import differing, last_step, leaves  # noqa: E402
-from tests.mesh_steps import relative  # noqa: E402
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PHASES = {"transition": 24, "alignment": 16}  # steps
 MOMENTS = {"transition": 5, "alignment": 4}  # SIGTERM comes when the log shows that step
 OVERRIDES = {

@@ -1,0 +1,1 @@
+"""Model folders: the published form and the Orbax form, read and written."""

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melt_jax import __version__
-from melt_jax.data.documents import SCORES, Form, Malformed, Rows, documents
+from melt_jax.data.documents import SCORES, Form, InputRows, Malformed, documents
 from melt_jax.data.packing import Packer, split
 from melt_jax.data.records import Layout, ShardWriter, verify_shards, write_manifest
 from melt_jax.data.text import Tokenizer
@@ -52,7 +52,7 @@ LONG = flags.DEFINE_enum(
     "long", "error", ("error", "drop", "split"), "Documents longer than a sequence: stop, leave out, or cut in pieces."
 )
 MALFORMED = flags.DEFINE_enum(
-    "malformed", "stop", ("stop", "count"), "Rows that are no document: stop, or go on and tell."
+    "malformed", "stop", ("stop", "count"), "InputRows that are no document: stop, or go on and tell."
 )
 WINDOW = flags.DEFINE_integer(
     "window", 64, "Sequences open at a time for documents to fit into; 1: one after the other."
@@ -114,7 +114,7 @@ def prepare(tokenizer, paths, output, form, settings, overwrite=False):
       FileExistsError: `output` exists. FileNotFoundError: no tokenizer. ValueError: inputs that cannot be read.
       PrepareError: a malformed row or a long document that is to stop the work.
     """
-    rows, tokenizer = Rows(paths, form.columns), Tokenizer(tokenizer)
+    rows, tokenizer = InputRows(paths, form.columns), Tokenizer(tokenizer)
     if tokenizer.template is None and (form.question or form.messages):
         raise PrepareError(f"{tokenizer.folder}: no chat template in its tokenizer files; conversations need one")
     layout, counts = Layout.of(settings.length, tokenizer.vocab), collections.Counter()

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 
 from melt_jax import prepare as command
-from melt_jax.data.documents import Document, Form, Malformed, Rows, documents
+from melt_jax.data.documents import Document, Form, InputRows, Malformed, documents
 from melt_jax.data.packing import Packer, split
 from melt_jax.data.records import open_records, read_manifest, record_problems
 from melt_jax.data.text import Tokenizer
@@ -158,7 +158,7 @@ def test_the_template_gets_all_that_messages_have_and_what_they_have_is_counted(
     rows += [{"messages": [question, {**answer, "weight": 1, "thinking": None}]}, {"messages": [question, answer]}]
     rows.append({"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2", "weight": 0}]})
     (tmp_path / "a.jsonl").write_bytes(b"".join(map(line, rows)))
-    found = list(documents(Rows([tmp_path / "a.jsonl"], Form().columns), tokenizer, Form()))
+    found = list(documents(InputRows([tmp_path / "a.jsonl"], Form().columns), tokenizer, Form()))
     assert scored_texts(found[0], tokenizer) == ["sum</think>2<|im_end|>"] and not found[0].traits.unprompted
     assert [document.traits.further for document in found] == [("thinking",)] * 2 + [("weight",), (), ("weight",)]
     np.testing.assert_array_equal(found[2].tokens, found[3].tokens)  # null is nothing
@@ -286,7 +286,7 @@ def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "b.parquet", row_group_size=40)
     found = []
     for name in ("a.jsonl", "b.parquet"):
-        rows = Rows([tmp_path / name], Form().columns)
+        rows = InputRows([tmp_path / name], Form().columns)
         found.append(list(documents(rows, tokenizer, Form())))
         assert rows.position == rows.total
     for one, other in zip(*found, strict=True):
@@ -298,18 +298,18 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as error:
-        Rows([tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "folder"], ["text"])
+        InputRows([tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "folder"], ["text"])
     messages = ("a.txt: expected .jsonl or .parquet", "b.jsonl: no such file", "folder: a folder: expected a file")
     lines = str(error.value).splitlines()
     assert len(lines) == 3 and all(message in line for message, line in zip(messages, lines))
     with pytest.raises(ValueError, match="no input files"):
-        Rows([], ["text"])
+        InputRows([], ["text"])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"c.parquet: cannot be read as parquet, after row 0"):
-        list(Rows([tmp_path / "c.parquet"], ["text"]))
+        list(InputRows([tmp_path / "c.parquet"], ["text"]))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "d.parquet")
     with pytest.raises(ValueError, match=r"d.parquet: none of the columns text; it has body"):
-        list(Rows([tmp_path / "d.parquet"], ["text"]))
+        list(InputRows([tmp_path / "d.parquet"], ["text"]))
 
 
 def test_patterns(tmp_path):
@@ -380,7 +380,7 @@ def test_the_whole_way(tmp_path, folder, tokenizer):
     assert counts["padding"] == sum((row.segments == 0).sum() for row in rows)
     written = {
         document.tokens.tobytes()
-        for document in documents(Rows([tmp_path / "a.jsonl"], ["messages"]), tokenizer, Form())
+        for document in documents(InputRows([tmp_path / "a.jsonl"], ["messages"]), tokenizer, Form())
     }
     assert written == {
         row.tokens[row.segments == s].tobytes() for row in rows for s in range(1, row.segments.max() + 1)

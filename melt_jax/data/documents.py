@@ -1,6 +1,6 @@
 """Documents for training: the rows of jsonl and parquet files → chat template → tokens, and which of them are scored.
 
-A row is a conversation (a list of messages), a question with its answer, or plain text. Rows are read in blocks, and a
+A row is a conversation (a list of messages), a question with its answer, or plain text. InputRows are read in blocks, and a
 few blocks are under way at a time, so that memory does not grow with the files. The tokenizer works on a block with all
 cores; documents come in the order of their rows, whatever the number of cores.
 """
@@ -98,7 +98,7 @@ class Form:
         return [name for name in self.columns if name != self.answer]
 
 
-class Rows:
+class InputRows:
     """The rows of files, in order: iterating gives (place, row), a row being a jsonl line's bytes or a dict of columns.
 
     Attributes:
@@ -158,7 +158,7 @@ def documents(rows, tokenizer, form):
     """A `Document` or `Malformed` of every row, in the rows' order.
 
     Args:
-      rows: iterable of (place, row), as `Rows`.
+      rows: iterable of (place, row), as `InputRows`.
       tokenizer: `melt_jax.data.text.Tokenizer`.
       form: `Form`.
     """

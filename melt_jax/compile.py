@@ -47,7 +47,7 @@ from melt_jax.training.step import init_state, make_train_step, phase_objective
 
 SERVING = ("prefill", "decode")
 PHASES = ("transition", "alignment", *SERVING)
-SCOPES = ("gate", "attention", "own_rows", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
+SCOPES = ("gate", "attention", "within_chunk", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
           "reduce", "optimizer")  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from melt_jax.model.attention import Seen, attend
-from melt_jax.model.cache import ChunkRows, Rows, blend
+from melt_jax.model.cache import KV, ChunkKV, blend
 
 B, C, K, G, E = 2, 5, 2, 3, 4
 
@@ -26,14 +26,14 @@ def inputs(slots, start, which="shared", dtype=np.float32, seed=0):
     """Random arguments of `attend`; rows beyond `start` are large, so that seeing one would show."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
-    rows = lambda length: Rows(normal(B, length, K, E), normal(B, length, K, E))
+    rows = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
     beyond = lambda rows: jax.tree.map(lambda x: x.at[:, np.max(start) :].set(100.0), rows)
     shared, base = (beyond(rows(slots)) if which in (name, "both") else None for name in ("shared", "base"))
     alpha = jnp.float32(0.3) if which == "both" else None
     cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
     seen = Seen(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
-    return normal(B, C, K, G, E), ChunkRows(shared, base), rows(C), alpha, seen
+    return normal(B, C, K, G, E), ChunkKV(shared, base), rows(C), alpha, seen
 
 
 CASES = {

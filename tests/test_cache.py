@@ -9,7 +9,7 @@ import pytest
 
 from melt_jax import ModelConfig, run_chunk
 from melt_jax.model.attention import Seen
-from melt_jax.model.cache import ChunkRows, Rows, blend, bytes_per_token, create_cache
+from melt_jax.model.cache import KV, ChunkKV, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
 from tests.helpers.tiny import TINY, jit_run, make_model, random_tokens, run
 
@@ -51,15 +51,15 @@ def test_a_transition_needs_a_gate():
 def random_rows(config, length, seed, lead=()):
     rng = np.random.default_rng(seed)
     shape = (*lead, config.layers, B, length, config.kv_heads, config.head_width)
-    return Rows(*(rng.standard_normal(shape, np.float32) for _ in range(2)))
+    return KV(*(rng.standard_normal(shape, np.float32) for _ in range(2)))
 
 
 @pytest.mark.parametrize("start", [3, (0, 5)], ids=["one start", "a start per batch row"])
 def test_writes_reach_their_slots_alone(start):
     cache = create_cache(TINY, B, S, jnp.float32, transition=True)
-    old = ChunkRows(random_rows(TINY, S, 0), random_rows(TINY, S, 1, (TINY.loops,)))
+    old = ChunkKV(random_rows(TINY, S, 0), random_rows(TINY, S, 1, (TINY.loops,)))
     cache = cache.write(jax.tree.map(jnp.asarray, old), jnp.full((B, S), 7), 0)
-    new = ChunkRows(random_rows(TINY, CHUNK, 2), random_rows(TINY, CHUNK, 3, (TINY.loops,)))
+    new = ChunkKV(random_rows(TINY, CHUNK, 2), random_rows(TINY, CHUNK, 3, (TINY.loops,)))
     write = jax.jit(lambda cache, *args: cache.write(*args))
     written = jax.device_get(write(cache, new, np.full((B, CHUNK), 9), np.asarray(start, np.int32)))
     for b, first in enumerate(np.broadcast_to(start, B)):
@@ -84,7 +84,7 @@ def test_blend():
 @jax.jit
 def one_chunk(model, tokens, cache, start, alpha):
     out = run_chunk(model, tokens, cache, start, alpha=alpha)
-    return cache.write(out.rows, out.segments, start), out.hidden
+    return cache.write(out.kv, out.segments, start), out.hidden
 
 
 @by_kind

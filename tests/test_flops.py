@@ -10,7 +10,7 @@ import pytest
 
 from melt_jax import ModelConfig
 from melt_jax.analysis.chips import CHIPS, find_chip
-from melt_jax.analysis.flops import causal_rows, forward_flops, step_flops
+from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops
 from melt_jax.analysis.hlo import analyse
 from melt_jax.data.batch import Batch
 from melt_jax.model.cache import create_cache
@@ -55,8 +55,8 @@ def test_the_transition_projects_rows_twice_and_variants_without_weights_have_no
 
 
 def test_a_step_is_a_teacher_and_three_or_four_students():
-    tokens, rows = 32 * 10_000, causal_rows(10_000)
-    assert rows == sum(range(1, 10_001)) / 10_000 and causal_rows(1, earlier=99) == 100
+    tokens, rows = 32 * 10_000, causal_entries(10_000)
+    assert rows == sum(range(1, 10_001)) / 10_000 and causal_entries(1, earlier=99) == 100
     teacher, student = forward_flops(OURO, rows).total, forward_flops(MELT, rows).total
     step = step_flops(MELT, "alignment", 32, 10_000, chunk_size=500)
     assert step.total == tokens * (teacher + 4 * student)
@@ -106,7 +106,7 @@ def alignment_program(length, chunk):
 
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_compiled_step_does_the_necessary_and_known_extras(chunks):
-    """The extras. Rows that a query does not see are computed and masked: those of the chunk, and of all slots (a
+    """The extras. KV that a query does not see are computed and masked: those of the chunk, and of all slots (a
     student's sequence in one chunk has none, its teacher's always has). The backward pass computes both models' logits
     again, so that one loop's exist at a time; in several chunks that replaces the student's from the recomputation.
     And attention's backward pass computes the scores again, half of its forward pass."""
@@ -116,7 +116,7 @@ def test_a_compiled_step_does_the_necessary_and_known_extras(chunks):
     teacher = dataclasses.replace(student, gate="none")
     step = step_flops(student, "alignment", 1, length, chunk)
     attention = lambda config, rows: length * (forward_flops(config, rows).attention)
-    unseen = lambda config, rows: attention(config, rows) - attention(config, causal_rows(length))
+    unseen = lambda config, rows: attention(config, rows) - attention(config, causal_entries(length))
     masked = unseen(teacher, length + chunk)
     masked += 3 * unseen(student, length) if chunks == 1 else 4 * unseen(student, length + chunk)
     logits = length * forward_flops(teacher, 1).head * (2 if chunks == 1 else 1)

@@ -82,7 +82,7 @@ def test_melt_depends_on_the_chunk_length():
 def decode_token(model, cache, tokens, lengths):
     """A chunk of one token [B] per sequence, each at a slot of its own [B]."""
     out = run_chunk(model, tokens[:, None], cache, lengths)
-    return cache.write(out.rows, out.segments, lengths), out.hidden[:, :, 0]
+    return cache.write(out.kv, out.segments, lengths), out.hidden[:, :, 0]
 
 
 def decode(model, prompts, following, chunk):

@@ -65,7 +65,7 @@ class StepFlops:
         return self.teacher + self.forward + self.backward
 
 
-def causal_rows(length, earlier=0):
+def causal_entries(length, earlier=0):
     """Mean rows that the queries of `length` consecutive tokens see, of one document with `earlier` tokens before."""
     return earlier + (length + 1) / 2
 
@@ -75,7 +75,7 @@ def forward_flops(config, rows, logits=None, transition=False):
 
     Args:
       config: `ModelConfig`; gate "none" is the LoopLM.
-      rows: mean number of rows a query sees, its own included: `causal_rows` of a sequence; while decoding, the tokens
+      rows: mean number of rows a query sees, its own included: `causal_entries` of a sequence; while decoding, the tokens
         so far.
       logits: loops whose logits are computed; all by default, as in training. Decoding computes 1, and a prefill that
         many for its last token alone.
@@ -122,7 +122,7 @@ def step_flops(config, phase, batch, length, chunk_size=None):
     """
     if phase not in PHASES:
         raise ValueError(f"phase: expected one of {PHASES}, found {phase!r}")
-    rows, tokens = causal_rows(length), batch * length
+    rows, tokens = causal_entries(length), batch * length
     forward = tokens * forward_flops(config, rows, transition=phase == "transition").total
     teacher = 0
     if phase != "pretraining":

@@ -186,7 +186,7 @@ def prefill_chunk(model, cache, last_hidden, tokens, start, lengths, loops=None)
     inside = (last >= 0) & (last < tokens.shape[1])
     index = jnp.clip(last, 0, tokens.shape[1] - 1)[None, :, None, None]
     found = jnp.take_along_axis(out.hidden, index, axis=2)[:, :, 0]
-    return cache.write(out.rows, out.segments, start), jnp.where(inside[None, :, None], found, last_hidden)
+    return cache.write(out.kv, out.segments, start), jnp.where(inside[None, :, None], found, last_hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("exit_threshold",))
@@ -217,7 +217,7 @@ def decode_block(model, cache, state, request, block=1, loops=None, exit_thresho
         step, cache, state, tokens, exits = carry
         live = (~state.done).astype(jnp.int32)[:, None]
         out = run_chunk(model, state.tokens[:, None], cache, state.lengths, segments=live, loops=loops)
-        cache = cache.write(out.rows, out.segments, state.lengths)
+        cache = cache.write(out.kv, out.segments, state.lengths)
         state = state._replace(lengths=state.lengths + live[:, 0])
         state, new, left = _advance(model, state, out.hidden[:, :, 0], request, exit_threshold)
         return step + 1, cache, state, tokens.at[step].set(new), exits.at[step].set(left)

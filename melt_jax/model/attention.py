@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from melt_jax.model.cache import ChunkRows, Rows, blend
+from melt_jax.model.cache import KV, ChunkKV, blend
 from melt_jax.model.layout import einsum
 
 SAVED = "attention"  # the name under which `jax.checkpoint` policies know what the gradient needs of the forward pass
@@ -54,8 +54,8 @@ def attend(query, earlier, own, alpha, seen, block):
 
     Args:
       query: [B, C, K, G, E].
-      earlier: `ChunkRows` of [B, S, K, E], the cache's of one layer: shared, base, or both, which are blended by α.
-      own: `Rows` of [B, C, K, E].
+      earlier: `ChunkKV` of [B, S, K, E], the cache's of one layer: shared, base, or both, which are blended by α.
+      own: `KV` of [B, C, K, E].
       alpha: of the transition, or None; not differentiated.
       seen: `Seen`.
       block: slots whose scores exist at a time; a shorter cache is one block.
@@ -67,7 +67,7 @@ def attend(query, earlier, own, alpha, seen, block):
 
 
 def _attend_forward(query, earlier, own, alpha, seen, block):
-    with jax.named_scope("own_rows"):
+    with jax.named_scope("within_chunk"):
         scores = _scores(query, own.keys, seen.own())
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
@@ -99,19 +99,19 @@ def _attend_backward(block, residuals, out_bar):
         scores_bar = (weights * (weights_bar - product) * scale).astype(query.dtype)
         query_bar = einsum("bkgcs,bske->bckge", scores_bar, rows.keys, preferred_element_type=jnp.float32)
         keys_bar = einsum("bkgcs,bckge->bske", scores_bar, query)
-        return query_bar, Rows(keys_bar, einsum("bkgcs,bckge->bske", weights.astype(query.dtype), out_bar))
+        return query_bar, KV(keys_bar, einsum("bkgcs,bckge->bske", weights.astype(query.dtype), out_bar))
 
-    with jax.named_scope("own_rows"):
+    with jax.named_scope("within_chunk"):
         query_bar, own_bar = pull_back(own, seen.own())
 
     def add_block(state, rows, mask, begin):
         query_bar, earlier_bar = state
-        more, rows_bar = pull_back(rows, mask)
+        more, kv_bar = pull_back(rows, mask)
         # Read, add, write: where the last block overlaps the one before it, both have their say.
         put = lambda total, x: jax.lax.dynamic_update_slice_in_dim(
             total, jax.lax.dynamic_slice_in_dim(total, begin, x.shape[1], 1) + x.astype(total.dtype), begin, 1
         )
-        parts = _unblend(rows_bar, earlier, alpha)
+        parts = _unblend(kv_bar, earlier, alpha)
         return query_bar + more, jax.tree.map(put, earlier_bar, parts)
 
     state = query_bar, jax.tree.map(jnp.zeros_like, earlier)
@@ -141,12 +141,12 @@ def _fold_blocks(add_block, state, earlier, alpha, seen, block):
         return jax.lax.fori_loop(0, (jnp.max(seen.start) + size - 1) // size, body, state)
 
 
-def _unblend(rows_bar, earlier, alpha):
+def _unblend(kv_bar, earlier, alpha):
     """The cotangent of `blend`: that of the blended rows → that of the shared and of the base rows."""
     if earlier.shared is None or earlier.base is None:
-        return ChunkRows(*(rows and rows_bar for rows in earlier))
-    scale = lambda factor: jax.tree.map(lambda x: (factor * x.astype(jnp.float32)).astype(x.dtype), rows_bar)
-    return ChunkRows(scale(alpha), scale(1 - alpha))
+        return ChunkKV(*(rows and kv_bar for rows in earlier))
+    scale = lambda factor: jax.tree.map(lambda x: (factor * x.astype(jnp.float32)).astype(x.dtype), kv_bar)
+    return ChunkKV(scale(alpha), scale(1 - alpha))
 
 
 def _scores(query, keys, mask):

@@ -17,33 +17,33 @@ import jax.numpy as jnp
 from melt_jax.model.layout import split_zeros
 
 
-class Rows(NamedTuple):
+class KV(NamedTuple):
     """Keys (after RoPE) and values of tokens, [..., B, tokens, K, E] each."""
 
     keys: jax.Array
     values: jax.Array
 
 
-class ChunkRows(NamedTuple):
+class ChunkKV(NamedTuple):
     """The rows that one chunk adds to a cache; None where the cache keeps none."""
 
-    shared: Rows | None
-    base: Rows | None
+    shared: KV | None
+    base: KV | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Rows of S slots and the segment each slot belongs to.
+    """KV of S slots and the segment each slot belongs to.
 
     Attributes:
-      shared: `Rows` of [L, B, S, K, E], or None.
-      base: `Rows` of [T, L, B, S, K, E], or None.
+      shared: `KV` of [L, B, S, K, E], or None.
+      base: `KV` of [T, L, B, S, K, E], or None.
       segments: [B, S] int32; 0 is an empty slot or padding, which nothing sees.
     """
 
-    shared: Rows | None
-    base: Rows | None
+    shared: KV | None
+    base: KV | None
     segments: jax.Array
 
     @property
@@ -62,12 +62,12 @@ class Cache:
         return self.segments.shape[1]
 
     def read(self, start, length):
-        """The `ChunkRows` of slots start … start + length − 1."""
+        """The `ChunkKV` of slots start … start + length − 1."""
         take = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis)
-        return ChunkRows(jax.tree.map(take(2), self.shared), jax.tree.map(take(3), self.base))
+        return ChunkKV(jax.tree.map(take(2), self.shared), jax.tree.map(take(3), self.base))
 
     def write(self, rows, segments, start):
-        """The cache with a chunk's `ChunkRows` and its segments [B, C] at slots start … start + C − 1.
+        """The cache with a chunk's `ChunkKV` and its segments [B, C] at slots start … start + C − 1.
 
         `start` is one slot for all batch rows, or [B] with a slot for each.
         """
@@ -91,7 +91,7 @@ def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, lo
     """
     shape = (config.layers, batch, length, config.kv_heads, config.head_width)
     zeros = lambda lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
-    empty = lambda *lead: Rows(zeros(lead), zeros(lead))
+    empty = lambda *lead: KV(zeros(lead), zeros(lead))
     melt = config.gate != "none"
     if transition and not melt:
         raise ValueError("a transition needs a model with a gate; this one has gate='none' (a LoopLM)")
@@ -106,7 +106,7 @@ def bytes_per_token(config, itemsize=2, loops=None):
 
 
 def blend(shared, base, alpha):
-    """Rows as attention sees them: α·shared + (1 − α)·base, or whichever is kept alone."""
+    """KV as attention sees them: α·shared + (1 − α)·base, or whichever is kept alone."""
     if shared is None or base is None:
         return shared if base is None else base
     mix = lambda s, b: (alpha * s.astype(jnp.float32) + (1 - alpha) * b.astype(jnp.float32)).astype(s.dtype)

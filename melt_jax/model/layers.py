@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from melt_jax.model.cache import Rows
 from melt_jax.model.gate import Gate
 from melt_jax.model.layout import einsum, token_sharding
 
@@ -56,9 +55,9 @@ class DecoderLayer(nnx.Module):
         self.down_proj = weight.normal((F, D), ("mlp", "embed"))
         self.kv_gate = Gate(config, weight) if config.gate in ("elementwise", "scalar") else None
 
-    def project_rows(self, stream, rope):
-        """Rows of a [B, C, D] key/value stream: k = rope(stream W_K), v = stream W_V."""
-        return Rows(
+    def project_kv(self, stream, rope):
+        """KV of a [B, C, D] key/value stream: k = rope(stream W_K), v = stream W_V."""
+        return KV(
             apply_rope(einsum("bcd,dke->bcke", stream, self.k_proj[...]), rope),
             einsum("bcd,dke->bcke", stream, self.v_proj[...]),
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from melt_jax.model.attention import SAVED, Seen, attend
-from melt_jax.model.cache import ChunkRows, blend, create_cache
+from melt_jax.model.cache import ChunkKV, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import rms_norm, rope_table
 from melt_jax.model.layout import batch_axes, split_features, split_zeros, whole_features
@@ -27,14 +27,14 @@ class ChunkOutput(NamedTuple):
       hidden: [T, B, C, D], the normed stream at the end of each loop.
       attention_output: [T, L, B, C, D], after W_O and before the sandwich norm.
       openness: [T, L, B, C] float32, the gate's mean 1 − z; ones for the LoopLM.
-      rows: `ChunkRows`: the chunk's final shared rows and its base rows of every loop, as the cache keeps them.
+      rows: `ChunkKV`: the chunk's final shared rows and its base rows of every loop, as the cache keeps them.
       segments: [B, C] int32, to be written beside the rows.
     """
 
     hidden: jax.Array
     attention_output: jax.Array
     openness: jax.Array
-    rows: ChunkRows
+    rows: ChunkKV
     segments: jax.Array
 
 
@@ -55,7 +55,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
       loops: T, where it is not the model's.
 
     Returns:
-      `ChunkOutput`. The cache is not changed; `cache.write(out.rows, out.segments, start)` adds the chunk.
+      `ChunkOutput`. The cache is not changed; `cache.write(out.kv, out.segments, start)` adds the chunk.
     """
     config = model.config
     batch, length = tokens.shape
@@ -78,11 +78,11 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
             shared = base = None
             if cache.shared is not None:
                 latent, openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
-                shared = layer.project_rows(whole_features(latent), rope)
+                shared = layer.project_kv(whole_features(latent), rope)
             if cache.base is not None:
-                base = layer.project_rows(u, rope)
+                base = layer.project_kv(u, rope)
         with jax.named_scope("attention"):
-            earlier, own = ChunkRows(earlier_shared, earlier_base), blend(shared, base, alpha)
+            earlier, own = ChunkKV(earlier_shared, earlier_base), blend(shared, base, alpha)
             heads = attend(layer.project_query(u, rope), earlier, own, alpha, seen, config.attention_block)
             attended = layer.project_output(heads)
             y = y + layer.norm(attended, "input_layernorm_2")
@@ -113,4 +113,4 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
     (_, _, shared), (hidden, base, attended, openness) = jax.lax.scan(
         run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.base)
     )
-    return ChunkOutput(hidden, attended, openness, ChunkRows(shared, base), segments)
+    return ChunkOutput(hidden, attended, openness, ChunkKV(shared, base), segments)

@@ -72,7 +72,7 @@ def run_chunks(model, chunks, alpha=None, loops=None):
         index, (tokens, positions, segments) = xs
         start = index * chunk_size
         out = run_chunk(model, tokens, cache, start, positions=positions, segments=segments, alpha=alpha, loops=loops)
-        return cache.write(out.rows, out.segments, start), out[:3]
+        return cache.write(out.kv, out.segments, start), out[:3]
 
     split = batch_axes(chunks[0][0])
     cache = create_cache(model.config, batch, count * chunk_size, model.dtype, alpha is not None, loops, split)
@@ -165,20 +165,20 @@ def _chunk_sums_backward(step, residuals, sums_bar):
     rows = (cache.shared, cache.base)
 
     def body(carry, xs):
-        rows_bar, weights_bar = carry
+        kv_bar, weights_bar = carry
         index, chunk = xs
         start = index * chunk_size
 
         def chunk_step(weights, rows):
-            sums, new_rows, _ = step(weights, Cache(*rows, cache.segments), start, data, chunk)
-            return sums, tuple(new_rows)
+            sums, new_kv, _ = step(weights, Cache(*rows, cache.segments), start, data, chunk)
+            return sums, tuple(new_kv)
 
-        (_, new_rows), pull_back = jax.vjp(chunk_step, weights, rows)
-        own = Cache(*rows_bar, cache.segments).read(start, chunk_size)
-        own = jax.tree.map(lambda bar, new: bar.astype(new.dtype), tuple(own), new_rows)
+        (_, new_kv), pull_back = jax.vjp(chunk_step, weights, rows)
+        own = Cache(*kv_bar, cache.segments).read(start, chunk_size)
+        own = jax.tree.map(lambda bar, new: bar.astype(new.dtype), tuple(own), new_kv)
         chunk_weights_bar, earlier_bar = pull_back((sums_bar, own))
         add = lambda total, x: total + x.astype(total.dtype)
-        return (jax.tree.map(add, rows_bar, earlier_bar), jax.tree.map(add, weights_bar, chunk_weights_bar)), None
+        return (jax.tree.map(add, kv_bar, earlier_bar), jax.tree.map(add, weights_bar, chunk_weights_bar)), None
 
     float32 = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
     totals = jax.tree.map(float32, rows), jax.tree.map(float32 if sink is None else jnp.zeros_like, sink or weights)

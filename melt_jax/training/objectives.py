@@ -155,7 +155,7 @@ def _distillation_step(student, cache, start, data, chunk):
         with jax.named_scope("alignment"):
             gap = out.attention_output.astype(jnp.float32) - targets.attention_output.astype(jnp.float32)
             sums["alignment"] = jnp.sum(jnp.square(gap) * mask[..., None], axis=(2, 3, 4))
-    return sums, out.rows, out.segments
+    return sums, out.kv, out.segments
 
 
 def _pretraining_step(model, cache, start, data, chunk):
@@ -172,7 +172,7 @@ def _pretraining_step(model, cache, start, data, chunk):
         "exit_entropy": jnp.sum(jax.scipy.special.entr(pdf) * mask),
         "exit_probability": jnp.sum(pdf * mask, axis=(1, 2)),
     }
-    return sums, out.rows, out.segments
+    return sums, out.kv, out.segments
 
 
 def _sum_over_chunks(step, model, batch, make_targets, data, chunk_size, transition, sink, chunk_sums):

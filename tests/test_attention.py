@@ -28,18 +28,18 @@ def inputs(slots, start, which="shared", dtype=np.float32, seed=0):
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     rows = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
     beyond = lambda rows: jax.tree.map(lambda x: x.at[:, np.max(start) :].set(100.0), rows)
-    shared, base = (beyond(rows(slots)) if which in (name, "both") else None for name in ("shared", "base"))
+    shared, per_loop = (beyond(rows(slots)) if which in (name, "both") else None for name in ("shared", "per_loop"))
     alpha = jnp.float32(0.3) if which == "both" else None
     cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
     seen = Seen(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
-    return normal(B, C, K, G, E), ChunkKV(shared, base), rows(C), alpha, seen
+    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), rows(C), alpha, seen
 
 
 CASES = {
     "one block": (8, 6, "shared", 512),
     "whole blocks": (12, 8, "shared", 4),
-    "blocks that overlap": (13, 13, "base", 4),
+    "blocks that overlap": (13, 13, "per_loop", 4),
     "a block partly empty": (13, 6, "both", 4),
     "nothing before": (12, 0, "shared", 4),
     "a start for each row": (13, (3, 11), "both", 4),

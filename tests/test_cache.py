@@ -21,7 +21,7 @@ by_kind = pytest.mark.parametrize("gate, alpha", KINDS.values(), ids=KINDS)
 
 
 def row_bytes(cache):
-    return sum(x.nbytes for x in jax.tree.leaves((cache.shared, cache.base)))
+    return sum(x.nbytes for x in jax.tree.leaves((cache.shared, cache.per_loop)))
 
 
 def test_bytes_do_not_depend_on_the_loops():
@@ -67,7 +67,7 @@ def test_writes_reach_their_slots_alone(start):
         np.testing.assert_array_equal(written.segments[b], np.where(inside, 9, 7))
         for got, before, chunk, axis in (
             *zip(written.shared, old.shared, new.shared, (1, 1)),
-            *zip(written.base, old.base, new.base, (2, 2)),
+            *zip(written.per_loop, old.per_loop, new.per_loop, (2, 2)),
         ):
             take = lambda x, axis=axis, b=b: np.moveaxis(np.take(x, b, axis=axis), axis, 0)
             np.testing.assert_array_equal(take(got)[inside], take(chunk))
@@ -75,10 +75,10 @@ def test_writes_reach_their_slots_alone(start):
 
 
 def test_blend():
-    shared, base = random_rows(TINY, 3, 0), random_rows(TINY, 3, 1)
-    for got, s, b in zip(blend(shared, base, 0.25), shared, base):
+    shared, per_loop = random_rows(TINY, 3, 0), random_rows(TINY, 3, 1)
+    for got, s, b in zip(blend(shared, per_loop, 0.25), shared, per_loop):
         np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, atol=1e-6)
-    assert blend(shared, None, None) is shared and blend(None, base, None) is base
+    assert blend(shared, None, None) is shared and blend(None, per_loop, None) is per_loop
 
 
 @jax.jit
@@ -97,11 +97,11 @@ def test_rows_of_finished_chunks_never_change(gate, alpha):
     dirty = jax.tree.map(lambda x: x + x.dtype.type(1), cache)
     for start in range(0, 12, CHUNK):
         piece = tokens[:, start : start + CHUNK]
-        before = (cache.shared, cache.base)
+        before = (cache.shared, cache.per_loop)
         cache, hidden = jax.device_get(one_chunk(model, piece, cache, start, alpha))
         dirty, dirty_hidden = one_chunk(model, piece, dirty, start, alpha)
         np.testing.assert_array_equal(hidden, dirty_hidden)
-        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves((cache.shared, cache.base)), strict=True):
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves((cache.shared, cache.per_loop)), strict=True):
             changed = np.abs(np.moveaxis(new - old, -3, 0)).reshape(12, -1).max(1) > 0
             np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(start, start + CHUNK))
 
@@ -112,7 +112,7 @@ def outputs(model, tokens, alpha, segments=None, chunk=CHUNK):
     found = {"hidden": np.moveaxis(out.hidden, (1, 2), (0, 1))}
     found |= {"attention_output": np.moveaxis(out.attention_output, (2, 3), (0, 1))}
     found |= {"openness": np.moveaxis(out.openness, (2, 3), (0, 1))}
-    for name, rows in (("shared", out.cache.shared), ("base", out.cache.base)):
+    for name, rows in (("shared", out.cache.shared), ("per_loop", out.cache.per_loop)):
         if rows is not None:
             found |= {f"{name} {part}": np.moveaxis(x, (-4, -3), (0, 1)) for part, x in rows._asdict().items()}
     return found

@@ -38,8 +38,8 @@ def assert_reference(config, tokens, segments, chunk, alpha, atol):
         got = {"hidden": out.hidden[:, b], "attention_output": out.attention_output[:, :, b]}
         if out.cache.shared is not None:
             got |= {f"shared_{name}": x[:, b] for name, x in out.cache.shared._asdict().items()}
-        if out.cache.base is not None:
-            got |= {f"base_{name}": x[:, :, b] for name, x in out.cache.base._asdict().items()}
+        if out.cache.per_loop is not None:
+            got |= {f"base_{name}": x[:, :, b] for name, x in out.cache.per_loop._asdict().items()}
         assert got.keys() == want.keys()
         for name, x in got.items():
             axis = {"hidden": 1, "shared_keys": 1, "shared_values": 1}.get(name, 2)

@@ -79,7 +79,7 @@ def forward_flops(config, rows, logits=None, transition=False):
         so far.
       logits: loops whose logits are computed; all by default, as in training. Decoding computes 1, and a prefill that
         many for its last token alone.
-      transition: base rows are kept beside the shared ones.
+      transition: per-loop entries are kept beside the shared ones.
 
     Returns:
       `ForwardFlops`.

@@ -305,7 +305,7 @@ def generate(
     options = {"block": block, "loops": loops, "exit_threshold": threshold}
     run, seconds = _compiled(decode_block, model, cache, state, request, **options)
     compiling += seconds
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.shared, cache.base)))
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.shared, cache.per_loop)))
     begin = clock()
     first_block = (tokens[None], exits[None], jnp.all(state.done))
     one_block = lambda carry: run(model, *carry, request)

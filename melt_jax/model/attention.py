@@ -54,7 +54,7 @@ def attend(query, earlier, own, alpha, seen, block):
 
     Args:
       query: [B, C, K, G, E].
-      earlier: `ChunkKV` of [B, S, K, E], the cache's of one layer: shared, base, or both, which are blended by α.
+      earlier: `ChunkKV` of [B, S, K, E], the cache's of one layer: shared, per_loop, or both, which are blended by α.
       own: `KV` of [B, C, K, E].
       alpha: of the transition, or None; not differentiated.
       seen: `Seen`.
@@ -142,8 +142,8 @@ def _fold_blocks(add_block, state, earlier, alpha, seen, block):
 
 
 def _unblend(kv_bar, earlier, alpha):
-    """The cotangent of `blend`: that of the blended rows → that of the shared and of the base rows."""
-    if earlier.shared is None or earlier.base is None:
+    """The cotangent of `blend`: that of the blended rows → that of the shared and of the per-loop entries."""
+    if earlier.shared is None or earlier.per_loop is None:
         return ChunkKV(*(rows and kv_bar for rows in earlier))
     scale = lambda factor: jax.tree.map(lambda x: (factor * x.astype(jnp.float32)).astype(x.dtype), kv_bar)
     return ChunkKV(scale(alpha), scale(1 - alpha))

@@ -3,7 +3,7 @@
 A `Cache` keeps up to two kinds of rows over the same slots:
 
     shared   [L, B, S, K, E]       the shared cache of MELT: one row per token and layer, projected from the last latent
-    base     [T, L, B, S, K, E]    the loop cache of the LoopLM: a row per token, layer and loop, projected from u
+    per_loop     [T, L, B, S, K, E]    the loop cache of the LoopLM: a row per token, layer and loop, projected from u
 
 MELT has the first, the LoopLM the second, the transition both. Everything else is common to them.
 """
@@ -28,7 +28,7 @@ class ChunkKV(NamedTuple):
     """The rows that one chunk adds to a cache; None where the cache keeps none."""
 
     shared: KV | None
-    base: KV | None
+    per_loop: KV | None
 
 
 @jax.tree_util.register_dataclass
@@ -38,23 +38,23 @@ class Cache:
 
     Attributes:
       shared: `KV` of [L, B, S, K, E], or None.
-      base: `KV` of [T, L, B, S, K, E], or None.
+      per_loop: `KV` of [T, L, B, S, K, E], or None.
       segments: [B, S] int32; 0 is an empty slot or padding, which nothing sees.
     """
 
     shared: KV | None
-    base: KV | None
+    per_loop: KV | None
     segments: jax.Array
 
     @property
     def keys(self):
         """The shared keys [L, B, S, K, E] where there are some, else the loop cache's [T, L, B, S, K, E]."""
-        return (self.shared or self.base).keys
+        return (self.shared or self.per_loop).keys
 
     @property
     def values(self):
         """The values, of the shape of `keys`."""
-        return (self.shared or self.base).values
+        return (self.shared or self.per_loop).values
 
     @property
     def length(self):
@@ -64,7 +64,7 @@ class Cache:
     def read(self, start, length):
         """The `ChunkKV` of slots start … start + length − 1."""
         take = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis)
-        return ChunkKV(jax.tree.map(take(2), self.shared), jax.tree.map(take(3), self.base))
+        return ChunkKV(jax.tree.map(take(2), self.shared), jax.tree.map(take(3), self.per_loop))
 
     def write(self, rows, segments, start):
         """The cache with a chunk's `ChunkKV` and its segments [B, C] at slots start … start + C − 1.
@@ -73,8 +73,8 @@ class Cache:
         """
         put = lambda axis: lambda old, new: _write_slots(old, new.astype(old.dtype), start, axis)
         shared = jax.tree.map(put(2), self.shared, rows.shared)
-        base = jax.tree.map(put(3), self.base, rows.base)
-        return Cache(shared, base, _write_slots(self.segments, segments, start, 1))
+        per_loop = jax.tree.map(put(3), self.per_loop, rows.per_loop)
+        return Cache(shared, per_loop, _write_slots(self.segments, segments, start, 1))
 
 
 def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, loops=None, batch_axes=None):
@@ -85,7 +85,7 @@ def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, lo
       batch: B.
       length: S, in tokens.
       dtype: of the rows.
-      transition: keep base rows beside the shared ones.
+      transition: keep per-loop entries beside the shared ones.
       loops: T, where it is not the config's.
       batch_axes: the mesh axes that batch rows are split over, under a mesh; heads are split over its tensor axis.
     """
@@ -95,8 +95,8 @@ def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, lo
     melt = config.gate != "none"
     if transition and not melt:
         raise ValueError("a transition needs a model with a gate; this one has gate='none' (a LoopLM)")
-    base = empty(loops or config.loops) if transition or not melt else None
-    return Cache(empty() if melt else None, base, split_zeros((batch, length), jnp.int32, 0, batch_axes))
+    per_loop = empty(loops or config.loops) if transition or not melt else None
+    return Cache(empty() if melt else None, per_loop, split_zeros((batch, length), jnp.int32, 0, batch_axes))
 
 
 def bytes_per_token(config, itemsize=2, loops=None):
@@ -105,12 +105,12 @@ def bytes_per_token(config, itemsize=2, loops=None):
     return 2 * rows * config.layers * config.kv_heads * config.head_width * itemsize
 
 
-def blend(shared, base, alpha):
-    """KV as attention sees them: α·shared + (1 − α)·base, or whichever is kept alone."""
-    if shared is None or base is None:
-        return shared if base is None else base
+def blend(shared, per_loop, alpha):
+    """KV as attention sees them: α·shared + (1 − α)·per_loop, or whichever is kept alone."""
+    if shared is None or per_loop is None:
+        return shared if per_loop is None else per_loop
     mix = lambda s, b: (alpha * s.astype(jnp.float32) + (1 - alpha) * b.astype(jnp.float32)).astype(s.dtype)
-    return jax.tree.map(mix, shared, base)
+    return jax.tree.map(mix, shared, per_loop)
 
 
 def _write_slots(old, new, start, slot_axis):

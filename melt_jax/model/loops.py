@@ -27,7 +27,7 @@ class ChunkOutput(NamedTuple):
       hidden: [T, B, C, D], the normed stream at the end of each loop.
       attention_output: [T, L, B, C, D], after W_O and before the sandwich norm.
       openness: [T, L, B, C] float32, the gate's mean 1 − z; ones for the LoopLM.
-      rows: `ChunkKV`: the chunk's final shared rows and its base rows of every loop, as the cache keeps them.
+      rows: `ChunkKV`: the chunk's final shared rows and its per-loop entries of every loop, as the cache keeps them.
       segments: [B, C] int32, to be written beside the rows.
     """
 
@@ -65,52 +65,54 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
         positions = jnp.broadcast_to(slots, (batch, length))
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
-    if (alpha is None) != (cache.shared is None or cache.base is None):
-        raise ValueError("alpha goes with a transition cache, which keeps shared and base rows, and only with one")
+    if (alpha is None) != (cache.shared is None or cache.per_loop is None):
+        raise ValueError(
+            "alpha goes with a transition cache, which keeps shared and per-loop entries, and only with one"
+        )
     rope = rope_table(positions, config.head_width, config.rope_theta)
     seen = Seen(segments, cache.segments, jnp.asarray(start, jnp.int32))
 
     def run_layer(y, xs):
-        layer, latent, earlier_shared, earlier_base, loop = xs
+        layer, latent, earlier_shared, earlier_per_loop, loop = xs
         with jax.named_scope("gate"):
             u = layer.norm(y, "input_layernorm")
             openness = jnp.ones(u.shape[:-1], jnp.float32)
-            shared = base = None
+            shared = per_loop = None
             if cache.shared is not None:
                 latent, openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
                 shared = layer.project_kv(whole_features(latent), rope)
-            if cache.base is not None:
-                base = layer.project_kv(u, rope)
+            if cache.per_loop is not None:
+                per_loop = layer.project_kv(u, rope)
         with jax.named_scope("attention"):
-            earlier, own = ChunkKV(earlier_shared, earlier_base), blend(shared, base, alpha)
+            earlier, own = ChunkKV(earlier_shared, earlier_per_loop), blend(shared, per_loop, alpha)
             heads = attend(layer.project_query(u, rope), earlier, own, alpha, seen, config.attention_block)
             attended = layer.project_output(heads)
             y = y + layer.norm(attended, "input_layernorm_2")
         with jax.named_scope("mlp"):
             m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
             y = y + layer.norm(m, "post_attention_layernorm_2")
-        return y, (latent, shared, base, split_features(attended), openness)
+        return y, (latent, shared, per_loop, split_features(attended), openness)
 
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
     def run_loop(state, xs):
         x, latents, _ = state
-        loop, earlier_base = xs
+        loop, earlier_per_loop = xs
         layer_loop = jnp.full((config.layers,), loop)
-        y, (latents, shared, base, attended, openness) = jax.lax.scan(
-            run_layer, x, (model.layers, latents, cache.shared, earlier_base, layer_loop)
+        y, (latents, shared, per_loop, attended, openness) = jax.lax.scan(
+            run_layer, x, (model.layers, latents, cache.shared, earlier_per_loop, layer_loop)
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(y, model.norm[...], config.rms_eps)
-        return (x, latents, shared), (x, base, attended, openness)
+        return (x, latents, shared), (x, per_loop, attended, openness)
 
     x = model.embed(tokens)
     latents = shared = None
     if cache.shared is not None:
         latents = split_zeros((config.layers, *x.shape), x.dtype, 1, batch_axes(x), -1)
         shared = create_cache(config, batch, length, x.dtype, batch_axes=batch_axes(x)).shared
-    (_, _, shared), (hidden, base, attended, openness) = jax.lax.scan(
-        run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.base)
+    (_, _, shared), (hidden, per_loop, attended, openness) = jax.lax.scan(
+        run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.per_loop)
     )
-    return ChunkOutput(hidden, attended, openness, ChunkKV(shared, base), segments)
+    return ChunkOutput(hidden, attended, openness, ChunkKV(shared, per_loop), segments)

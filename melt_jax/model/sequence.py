@@ -34,7 +34,7 @@ def run_sequence(model, tokens, chunk_size, alpha=None, *, positions=None, segme
       model: `LoopedTransformer`.
       tokens: [B, S] integers.
       chunk_size: C; the last chunk may be short. S or more is one chunk.
-      alpha: in [0, 1]: the transition's blend of shared and base rows. None: the model as it is.
+      alpha: in [0, 1]: the transition's blend of shared and per-loop entries. None: the model as it is.
       positions: [B, S]; by default counted from each segment's first token.
       segments: [B, S]; documents packed side by side have different ids, padding has 0. Ones by default.
       loops: T, where it is not the model's.
@@ -52,7 +52,7 @@ def run_sequence(model, tokens, chunk_size, alpha=None, *, positions=None, segme
     outputs, cache = run_chunks(model, split_chunks((tokens, positions, segments), chunk_size), alpha, loops)
     outputs = (join_chunks(x, axis)[(slice(None),) * axis + (slice(length),)] for x, axis in zip(outputs, (2, 3, 3)))
     cut = lambda rows, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), rows)
-    return SequenceOutput(*outputs, Cache(cut(cache.shared, 2), cut(cache.base, 3), cache.segments[:, :length]))
+    return SequenceOutput(*outputs, Cache(cut(cache.shared, 2), cut(cache.per_loop, 3), cache.segments[:, :length]))
 
 
 def run_chunks(model, chunks, alpha=None, loops=None):
@@ -162,7 +162,7 @@ def _chunk_sums_forward(step, weights, sink, cache, data, chunks):
 def _chunk_sums_backward(step, residuals, sums_bar):
     weights, sink, cache, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
-    rows = (cache.shared, cache.base)
+    rows = (cache.shared, cache.per_loop)
 
     def body(carry, xs):
         kv_bar, weights_bar = carry

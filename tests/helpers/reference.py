@@ -19,21 +19,21 @@ def run_reference(tensors, config, tokens, segments=None, bounds=(0,), alpha=Non
 
     Returns:
       dict: hidden [T, S, D], attention_output [T, L, S, D]; shared_keys, shared_values [L, S, K, E] of the last loop
-      (MELT); base_keys, base_values [T, L, S, K, E] (LoopLM and transition).
+      (MELT); per_loop_keys, per_loop_values [T, L, S, K, E] (LoopLM and transition).
     """
     length = len(tokens)
     segments = np.ones(length, int) if segments is None else segments
     positions = [s - first_of_run(segments, s) for s in range(length)]
     melt = config.gate != "none"
     layers = [Layer(tensors, config, i) for i in range(config.layers)]
-    shared, base, hidden, attended = {}, {}, {}, {}
+    shared, per_loop, hidden, attended = {}, {}, {}, {}
 
     def visible_row(loop, layer, token):
         if not melt:
-            return base[loop, layer, token]
+            return per_loop[loop, layer, token]
         if alpha is None:
             return shared[layer, token]
-        return alpha * shared[layer, token] + (1 - alpha) * base[loop, layer, token]
+        return alpha * shared[layer, token] + (1 - alpha) * per_loop[loop, layer, token]
 
     for start, stop in zip(bounds, [*bounds[1:], length]):
         chunk = range(start, stop)
@@ -46,7 +46,7 @@ def run_reference(tensors, config, tokens, segments=None, bounds=(0,), alpha=Non
                     if melt:
                         latent[i, s] = layer.next_latent(u[s], latent[i, s], t)
                         shared[i, s] = layer.row(latent[i, s], positions[s])
-                    base[t, i, s] = layer.row(u[s], positions[s])
+                    per_loop[t, i, s] = layer.row(u[s], positions[s])
                 for s in chunk:
                     seen = [r for r in range(s + 1) if r == s or segments[r] == segments[s] != 0]
                     rows = np.array([visible_row(t, i, r) for r in seen])
@@ -66,8 +66,8 @@ def run_reference(tensors, config, tokens, segments=None, bounds=(0,), alpha=Non
         rows = np.array([[shared[i, s] for s in span] for i in depth])
         out |= {"shared_keys": rows[:, :, 0], "shared_values": rows[:, :, 1]}
     if not melt or alpha is not None:
-        rows = np.array([[[base[t, i, s] for s in span] for i in depth] for t in loops])
-        out |= {"base_keys": rows[:, :, :, 0], "base_values": rows[:, :, :, 1]}
+        rows = np.array([[[per_loop[t, i, s] for s in span] for i in depth] for t in loops])
+        out |= {"per_loop_keys": rows[:, :, :, 0], "per_loop_values": rows[:, :, :, 1]}
     return out
 
 

@@ -49,7 +49,7 @@ def get_config():
 
     config.transition = ConfigDict()  # phase 1: rows go from the loop cache's to the shared cache's; loss L_KD
     config.transition.steps = 1500  # optimizer updates
-    config.transition.learning_rate = 8e-6  # peak, of the base weights
+    config.transition.learning_rate = 8e-6  # peak, of the backbone weights
     config.transition.gate_learning_rate = 5e-4  # peak, of the gates
     config.transition.warmup_steps = 20  # updates of linear warm-up; then a cosine
     config.transition.final_fraction = 0.1  # the last learning rate, as a fraction of the peak

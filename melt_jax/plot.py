@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 FORMATS = (".png", ".svg", ".pdf")
 GRAY = "0.55"
-GROUP_COLORS = {"base": "0.25", "gate": "tab:red", "alpha": GRAY}
+GROUP_COLORS = {"backbone": "0.25", "gate": "tab:red", "alpha": GRAY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Run:
 
     Attributes:
       phases: {name: (first step, last step)} in the run's steps, planned ones too.
-      curves: {metric: {curve: (steps, values)}}; curve is "loop1" …, "base", "gate", or the metric's own name.
+      curves: {metric: {curve: (steps, values)}}; curve is "loop1" …, "backbone", "gate", or the metric's own name.
     """
 
     phases: dict
@@ -140,8 +140,8 @@ def draw(run):
     for axes in grid[max(len(panels) - 2, 0) : len(panels)]:
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
-    names = {"base": "base weights", "gate": "gates", "alpha": "α"}
-    shown = {name: handles[name] for name in (*loops, "base", "gate", "alpha") if name in handles}
+    names = {"backbone": "backbone weights", "gate": "gates", "alpha": "α"}
+    shown = {name: handles[name] for name in (*loops, "backbone", "gate", "alpha") if name in handles}
     figure.legend(
         shown.values(),
         [names.get(name, name.replace("loop", "loop ")) for name in shown],

@@ -17,7 +17,7 @@ def write_run(folder, lines=(4, 2), phases=("transition", "alignment")):
     for phase, count in zip(phases, lines):
         records = []
         for i in range(1, count + 1):
-            record = {"phase": phase, "step": 10 * i, "gradient_norm/base": 1.0, "gradient_norm/gate": 0.5}
+            record = {"phase": phase, "step": 10 * i, "gradient_norm/backbone": 1.0, "gradient_norm/gate": 0.5}
             for t in range(1, T + 1):
                 record[f"kd/loop{t}"] = 1.0 / i + t
                 for layer in range(1, L + 1):
@@ -47,7 +47,7 @@ def test_each_curve_is_drawn_once_in_one_colour_per_loop(tmp_path):
     lines = {axes.get_title("left"): {line.get_label(): line for line in axes.lines} for axes in figure.axes}
     drawn = [{name for name in panel if not name.startswith("_")} for panel in lines.values()]
     loops = {f"loop{t}" for t in range(1, T + 1)}
-    assert drawn == [loops, loops | {"alpha"}, loops, {"base", "gate"}]
+    assert drawn == [loops, loops | {"alpha"}, loops, {"backbone", "gate"}]
     for name in loops:
         assert len({panel[name].get_color() for panel in lines.values() if name in panel}) == 1
     kl = lines["KL(teacher ‖ student), nats a token"]["loop1"]
@@ -60,7 +60,7 @@ def test_each_curve_is_drawn_once_in_one_colour_per_loop(tmp_path):
 
 def test_pretraining_has_panels_of_its_own(tmp_path):
     write_run(tmp_path, (1,), ("pretraining",))
-    record = {"step": 5, "cross_entropy/loop1": 2.0, "exit_probability/loop1": 1.0, "gradient_norm/base": 3.0}
+    record = {"step": 5, "cross_entropy/loop1": 2.0, "exit_probability/loop1": 1.0, "gradient_norm/backbone": 3.0}
     (tmp_path / "pretraining/metrics.jsonl").write_text(json.dumps(record) + "\n")
     titles = [axes.get_title("left") for axes in plot.draw(plot.read_run(tmp_path)).axes]
     assert titles == ["cross-entropy, nats a token", "exit probability", "gradient norm before clipping"]

@@ -56,7 +56,7 @@ def test_each_group_follows_its_own_schedule():
 
 def test_every_group_of_the_optimizer_has_weights():
     """And a LoopLM, which has no gates, gets no group for them."""
-    for model, groups in ((make_model(), {"base", "gate"}), (make_model(LOOPLM), {"base"})):
+    for model, groups in ((make_model(), {"backbone", "gate"}), (make_model(LOOPLM), {"backbone"})):
         optimizer = make_optimizer(TRANSITION, OPTIMIZER, model)
         states = optimizer.init(model)[1].inner_states
         assert set(states) == groups
@@ -165,7 +165,7 @@ def test_group_norms():
     leaves = by_path(make_model())
     gate = optax.global_norm([jnp.asarray(x) for name, x in leaves.items() if "kv_gate" in name])
     assert float(norms["gate"]) == pytest.approx(float(gate), rel=1e-6)
-    assert set(group_norms(make_model(LOOPLM))) == {"base"}
+    assert set(group_norms(make_model(LOOPLM))) == {"backbone"}
 
 
 def test_interval_metrics_are_divided_last():

@@ -1,10 +1,10 @@
-"""AdamW with a schedule for the base weights and one for the gates (MELT, arXiv 2605.07721: 8e-6 and 5e-4)."""
+"""AdamW with a schedule for the backbone weights and one for the gates (MELT, arXiv 2605.07721: 8e-6 and 5e-4)."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-GROUPS = ("base", "gate")
+GROUPS = ("backbone", "gate")
 
 
 def schedule(peak, steps, warmup, final_fraction):
@@ -19,8 +19,8 @@ def schedule(peak, steps, warmup, final_fraction):
 
 
 def group_labels(params):
-    """A pytree like `params` that says "gate" for the weights of the cache recurrence and "base" for the rest."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "gate" if _has(path, "kv_gate") else "base", params)
+    """A pytree like `params` that says "gate" for the weights of the cache recurrence and "backbone" for the rest."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "gate" if _has(path, "kv_gate") else "backbone", params)
 
 
 def matrices(params):
@@ -36,7 +36,7 @@ def make_optimizer(phase, optimizer, params):
       optimizer: `OptimizerConfig`.
       params: the (possibly abstract) model; only groups that it has weights of get a transformation.
     """
-    rates = {"base": phase.learning_rate, "gate": phase.gate_learning_rate}
+    rates = {"backbone": phase.learning_rate, "gate": phase.gate_learning_rate}
     transforms = {}
     for group in sorted(set(jax.tree.leaves(group_labels(params)))):
         rate = schedule(rates[group], phase.steps, phase.warmup_steps, phase.final_fraction)

@@ -2,7 +2,7 @@
 
     python -m melt_jax.plot --workdir=runs/nano --output=curves.png
 
-A distillation (MELT, arXiv 2605.07721) gives the KL to the teacher, the attention alignment, the gate's openness with
+A distillation (MELT, arXiv 2605.07721) gives the KL to the teacher, the attention alignment, the gate's gate_openness with
 the transition's α, and the norms of the gradients; a pre-training (Ouro, arXiv 2510.25741) its cross-entropy and exit
 gate instead. A run under way is drawn as far as it has come.
 """
@@ -43,7 +43,7 @@ class Panel:
 PANELS = (
     Panel("KL(teacher ‖ student), nats a token", ("kd",), log=True),
     Panel("cross-entropy, nats a token", ("cross_entropy",), log=True),
-    Panel("gate openness, mean of 1 − z; dashed: α", ("openness", "alpha"), limits=(-0.03, 1.03)),
+    Panel("gate gate_openness, mean of 1 − z; dashed: α", ("gate_openness", "alpha"), limits=(-0.03, 1.03)),
     Panel("exit probability", ("exit_probability",), limits=(-0.03, 1.03)),
     Panel("attention alignment, ‖o student − o teacher‖²", ("alignment",), log=True),
     Panel("exit entropy, nats", ("exit_entropy",)),

@@ -111,7 +111,7 @@ def outputs(model, tokens, alpha, segments=None, chunk=CHUNK):
     out = run(model, tokens, chunk_size=chunk, alpha=alpha, segments=segments)
     found = {"hidden": np.moveaxis(out.hidden, (1, 2), (0, 1))}
     found |= {"attention_output": np.moveaxis(out.attention_output, (2, 3), (0, 1))}
-    found |= {"openness": np.moveaxis(out.openness, (2, 3), (0, 1))}
+    found |= {"gate_openness": np.moveaxis(out.gate_openness, (2, 3), (0, 1))}
     for name, rows in (("shared", out.cache.shared), ("per_loop", out.cache.per_loop)):
         if rows is not None:
             found |= {f"{name} {part}": np.moveaxis(x, (-4, -3), (0, 1)) for part, x in rows._asdict().items()}

@@ -27,11 +27,11 @@ def make_inputs(shape, seed):
 
 
 def latents(step, kind, first_loop, gate, inputs):
-    """h¹ … hᵀ as [T, B, C, D], and the openness [T, B, C]."""
+    """h¹ … hᵀ as [T, B, C, D], and the gate_openness [T, B, C]."""
     h, out = jnp.zeros_like(inputs[0]), []
     for t, u in enumerate(inputs, start=1):
-        h, openness = step(kind, first_loop, gate, u, h, jnp.int32(t))
-        out.append((np.asarray(h), np.asarray(openness)))
+        h, gate_openness = step(kind, first_loop, gate, u, h, jnp.int32(t))
+        out.append((np.asarray(h), np.asarray(gate_openness)))
     return tuple(map(np.stack, zip(*out)))
 
 
@@ -44,14 +44,14 @@ class GateTest(chex.TestCase):
     def test_latent_lies_between_the_smallest_and_largest_input(self, kind, first_loop, seed):
         shape = SHAPES[seed]
         inputs = make_inputs(shape, seed)
-        h, openness = latents(self.step(), kind, first_loop, make_gate(shape[-1], seed), inputs)
+        h, gate_openness = latents(self.step(), kind, first_loop, make_gate(shape[-1], seed), inputs)
         seen = inputs if first_loop == "copy" else np.concatenate([np.zeros_like(inputs[:1]), inputs])
         skip = len(seen) - LOOPS
         low = np.minimum.accumulate(seen)[skip:]
         high = np.maximum.accumulate(seen)[skip:]
         rounding = 1e-6 * np.abs(inputs).max()
         self.assertTrue((h >= low - rounding).all() and (h <= high + rounding).all())
-        self.assertTrue((openness >= 0).all() and (openness <= 1).all())
+        self.assertTrue((gate_openness >= 0).all() and (gate_openness <= 1).all())
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.product(kind=("elementwise", "scalar"), seed=(0, 1, 2))
@@ -79,9 +79,9 @@ class GateTest(chex.TestCase):
             z = np.zeros_like(z) if t == 1 and first_loop == "copy" else z
             want = z * h + (1 - z) * u
             args = (kind, first_loop, gate, jnp.float32(u), jnp.float32(h), jnp.int32(t))
-            got, openness = self.step()(*args)
+            got, gate_openness = self.step()(*args)
             np.testing.assert_allclose(got, want, atol=2e-5)
-            np.testing.assert_allclose(openness, (1 - z).mean(-1), atol=2e-5)
+            np.testing.assert_allclose(gate_openness, (1 - z).mean(-1), atol=2e-5)
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(0, 1, 2)
@@ -93,9 +93,9 @@ class GateTest(chex.TestCase):
         ema[:, 0] *= 5
         weights = {"mean": np.tri(LOOPS) / steps[:, None], "ema": ema, "last": np.eye(LOOPS)}
         for kind, weight in weights.items():
-            h, openness = latents(self.step(), kind, "copy", None, inputs)
+            h, gate_openness = latents(self.step(), kind, "copy", None, inputs)
             np.testing.assert_allclose(h, np.einsum("ts,sbcd->tbcd", weight, inputs), atol=1e-6, err_msg=kind)
-            np.testing.assert_allclose(openness[:, 0, 0], np.diag(weight), atol=1e-6, err_msg=kind)
+            np.testing.assert_allclose(gate_openness[:, 0, 0], np.diag(weight), atol=1e-6, err_msg=kind)
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(*VARIANTS)
@@ -104,8 +104,8 @@ class GateTest(chex.TestCase):
         gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
         copied, _ = self.step()(kind, "copy", gate, u, h, jnp.int32(1))
         np.testing.assert_array_equal(copied, u)
-        gated, openness = self.step()(kind, "gated", gate, u, np.zeros_like(u), jnp.int32(1))
-        np.testing.assert_allclose((np.asarray(gated) / u).mean(-1), openness, rtol=1e-4)
+        gated, gate_openness = self.step()(kind, "gated", gate, u, np.zeros_like(u), jnp.int32(1))
+        np.testing.assert_allclose((np.asarray(gated) / u).mean(-1), gate_openness, rtol=1e-4)
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters("elementwise", "scalar")
@@ -122,7 +122,7 @@ class GateTest(chex.TestCase):
     def test_bfloat16_keeps_its_dtype_and_float32_inside(self):
         gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
         low = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
-        got, openness = update_latent("elementwise", "copy", low(gate), low(u), low(h), jnp.int32(2))
+        got, gate_openness = update_latent("elementwise", "copy", low(gate), low(u), low(h), jnp.int32(2))
         want, _ = update_latent("elementwise", "copy", gate, u, h, jnp.int32(2))
-        self.assertEqual((got.dtype, openness.dtype), (jnp.bfloat16, jnp.float32))
+        self.assertEqual((got.dtype, gate_openness.dtype), (jnp.bfloat16, jnp.float32))
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05)

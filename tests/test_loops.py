@@ -137,7 +137,7 @@ def test_forward_pass_keeps_bfloat16():
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_model(TINY))
     out = jax.eval_shape(lambda m: jit_run(m, random_tokens(1, 5), chunk_size=2), model)
     assert {out.hidden.dtype, out.attention_output.dtype, out.cache.keys.dtype} == {jnp.dtype("bfloat16")}
-    assert out.openness.dtype == jnp.float32
+    assert out.gate_openness.dtype == jnp.float32
 
 
 def test_exit_pdf():

@@ -46,7 +46,7 @@ def log_softmax(x):
 
 @by_phase
 def test_distillation_sums_are_their_formulas(alpha, align):
-    """KL(teacher ‖ student) per loop, ‖o_student − o_teacher‖² and openness per loop and layer, over scored tokens."""
+    """KL(teacher ‖ student) per loop, ‖o_student − o_teacher‖² and gate_openness per loop and layer, over scored tokens."""
     student, teacher = models()
     batch = random_batch(B, S)
     got = distill(student, teacher, batch, chunk_size=CHUNK, alpha=alpha, align=align)
@@ -55,7 +55,7 @@ def test_distillation_sums_are_their_formulas(alpha, align):
     log_p, log_q = log_softmax(teacher.logits(theirs.hidden)), log_softmax(student.logits(ours.hidden))
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     np.testing.assert_allclose(got["kd"], (kl * batch.loss_mask).sum((1, 2)), rtol=1e-4)
-    np.testing.assert_allclose(got["openness"], (ours.openness * batch.loss_mask).sum((2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(got["gate_openness"], (ours.gate_openness * batch.loss_mask).sum((2, 3)), rtol=1e-4)
     assert ("alignment" in got) == align
     if align:
         square = ((ours.attention_output - theirs.attention_output) ** 2).sum(-1)
@@ -189,4 +189,4 @@ def test_openness_of_fixed_gates():
     for kind, want in (("last", np.ones(3)), ("mean", 1 / np.arange(1, 4))):
         student, teacher = models(change(TINY, gate=kind))
         metrics = normalize(distill(student, teacher, batch, chunk_size=CHUNK), scored_tokens(batch))
-        np.testing.assert_allclose(metrics["openness"], np.broadcast_to(want[:, None], (3, 2)), rtol=1e-5)
+        np.testing.assert_allclose(metrics["gate_openness"], np.broadcast_to(want[:, None], (3, 2)), rtol=1e-5)

@@ -21,7 +21,7 @@ def write_run(folder, lines=(4, 2), phases=("transition", "alignment")):
             for t in range(1, T + 1):
                 record[f"kd/loop{t}"] = 1.0 / i + t
                 for layer in range(1, L + 1):
-                    record[f"openness/loop{t}/layer{layer}"] = 0.1 * t + 0.2 * layer
+                    record[f"gate_openness/loop{t}/layer{layer}"] = 0.1 * t + 0.2 * layer
                     if phase == "alignment":
                         record[f"alignment/loop{t}/layer{layer}"] = 10.0 * t
             if phase == "transition":
@@ -37,7 +37,7 @@ def test_phases_follow_each_other_on_one_axis_and_layers_are_averaged(tmp_path):
     assert run.phases == {"transition": (0, 40), "alignment": (40, 80)}
     assert run.curves["kd"]["loop2"][0] == [10, 20, 30, 40, 50, 60]
     assert run.curves["alignment"]["loop3"] == ([50, 60], [30.0, 30.0])
-    assert run.curves["openness"]["loop1"][1] == pytest.approx([0.4] * 6)
+    assert run.curves["gate_openness"]["loop1"][1] == pytest.approx([0.4] * 6)
     assert run.curves["alpha"]["alpha"] == ([10, 20, 30, 40], [0.25, 0.5, 0.75, 1.0])
 
 

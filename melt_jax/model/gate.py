@@ -70,15 +70,15 @@ def update_latent(kind, first_loop, gate, u, latent, loop):
       loop: t, an int32 scalar counted from 1.
 
     Returns:
-      (hᵗ [B, C, D] in u's dtype, openness [B, C] float32: the mean of 1 − z over the components).
+      (hᵗ [B, C, D] in u's dtype, gate_openness [B, C] float32: the mean of 1 − z over the components).
     """
     z = VARIANTS[kind](gate, u, latent, loop)
     if first_loop == "copy":
         z = jnp.where(loop == 1, 0.0, z)
     u_float, latent_float = u.astype(jnp.float32), latent.astype(jnp.float32)
     new_latent = z * latent_float + (1 - z) * u_float
-    openness = jnp.mean(jnp.broadcast_to(1 - z, (*u.shape[:-1], z.shape[-1] if z.ndim else 1)), axis=-1)
-    return new_latent.astype(u.dtype), openness
+    gate_openness = jnp.mean(jnp.broadcast_to(1 - z, (*u.shape[:-1], z.shape[-1] if z.ndim else 1)), axis=-1)
+    return new_latent.astype(u.dtype), gate_openness
 
 
 def _sigmoid_gate(w_z, u_z, b_z, u, latent):

@@ -26,14 +26,14 @@ class ChunkOutput(NamedTuple):
     Attributes:
       hidden: [T, B, C, D], the normed stream at the end of each loop.
       attention_output: [T, L, B, C, D], after W_O and before the sandwich norm.
-      openness: [T, L, B, C] float32, the gate's mean 1 − z; ones for the LoopLM.
+      gate_openness: [T, L, B, C] float32, the gate's mean 1 − z; ones for the LoopLM.
       rows: `ChunkKV`: the chunk's final shared rows and its per-loop entries of every loop, as the cache keeps them.
       segments: [B, C] int32, to be written beside the rows.
     """
 
     hidden: jax.Array
     attention_output: jax.Array
-    openness: jax.Array
+    gate_openness: jax.Array
     rows: ChunkKV
     segments: jax.Array
 
@@ -76,10 +76,10 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
         layer, latent, earlier_shared, earlier_per_loop, loop = xs
         with jax.named_scope("gate"):
             u = layer.norm(y, "input_layernorm")
-            openness = jnp.ones(u.shape[:-1], jnp.float32)
+            gate_openness = jnp.ones(u.shape[:-1], jnp.float32)
             shared = per_loop = None
             if cache.shared is not None:
-                latent, openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
+                latent, gate_openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
                 shared = layer.project_kv(whole_features(latent), rope)
             if cache.per_loop is not None:
                 per_loop = layer.project_kv(u, rope)
@@ -91,7 +91,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
         with jax.named_scope("mlp"):
             m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
             y = y + layer.norm(m, "post_attention_layernorm_2")
-        return y, (latent, shared, per_loop, split_features(attended), openness)
+        return y, (latent, shared, per_loop, split_features(attended), gate_openness)
 
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
@@ -100,19 +100,19 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
         x, latents, _ = state
         loop, earlier_per_loop = xs
         layer_loop = jnp.full((config.layers,), loop)
-        y, (latents, shared, per_loop, attended, openness) = jax.lax.scan(
+        y, (latents, shared, per_loop, attended, gate_openness) = jax.lax.scan(
             run_layer, x, (model.layers, latents, cache.shared, earlier_per_loop, layer_loop)
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(y, model.norm[...], config.rms_eps)
-        return (x, latents, shared), (x, per_loop, attended, openness)
+        return (x, latents, shared), (x, per_loop, attended, gate_openness)
 
     x = model.embed(tokens)
     latents = shared = None
     if cache.shared is not None:
         latents = split_zeros((config.layers, *x.shape), x.dtype, 1, batch_axes(x), -1)
         shared = create_cache(config, batch, length, x.dtype, batch_axes=batch_axes(x)).shared
-    (_, _, shared), (hidden, per_loop, attended, openness) = jax.lax.scan(
+    (_, _, shared), (hidden, per_loop, attended, gate_openness) = jax.lax.scan(
         run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.per_loop)
     )
-    return ChunkOutput(hidden, attended, openness, ChunkKV(shared, per_loop), segments)
+    return ChunkOutput(hidden, attended, gate_openness, ChunkKV(shared, per_loop), segments)

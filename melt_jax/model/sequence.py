@@ -17,13 +17,13 @@ class SequenceOutput(NamedTuple):
     Attributes:
       hidden: [T, B, S, D].
       attention_output: [T, L, B, S, D], after W_O and before the sandwich norm.
-      openness: [T, L, B, S] float32, the gate's mean 1 − z.
+      gate_openness: [T, L, B, S] float32, the gate's mean 1 − z.
       cache: `Cache` of S slots.
     """
 
     hidden: jax.Array
     attention_output: jax.Array
-    openness: jax.Array
+    gate_openness: jax.Array
     cache: Cache
 
 
@@ -64,7 +64,7 @@ def run_chunks(model, chunks, alpha=None, loops=None):
       alpha, loops: see `run_sequence`.
 
     Returns:
-      ((hidden [N, T, B, C, D], attention_output [N, T, L, B, C, D], openness [N, T, L, B, C]), `Cache` of N·C slots).
+      ((hidden [N, T, B, C, D], attention_output [N, T, L, B, C, D], gate_openness [N, T, L, B, C]), `Cache` of N·C slots).
     """
     count, batch, chunk_size = chunks[0].shape
 

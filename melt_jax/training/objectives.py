@@ -54,7 +54,7 @@ def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=Fal
       chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
 
     Returns:
-      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; openness [T, L]; with alpha
+      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; gate_openness [T, L]; with alpha
       also alpha []; with align also alignment [T, L], ‖o_student − o_teacher‖². Differentiable in the student alone.
     """
     teacher = jax.lax.stop_gradient(teacher)
@@ -147,7 +147,7 @@ def _distillation_step(student, cache, start, data, chunk):
     with jax.named_scope("distillation"):
         sums = {
             "kd": kl_per_loop(teacher, student, targets.hidden, out.hidden, mask),
-            "openness": jnp.sum(out.openness * mask, axis=(2, 3)),
+            "gate_openness": jnp.sum(out.gate_openness * mask, axis=(2, 3)),
         }
     if alpha is not None:
         sums["alpha"] = alpha * jnp.sum(mask)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from melt_jax.model.attention import Seen, attend
+from melt_jax.model.attention import AttentionMask, attend
 from melt_jax.model.cache import KV, ChunkKV, blend
 
 B, C, K, G, E = 2, 5, 2, 3, 4
@@ -16,7 +16,7 @@ def plain_attend(query, earlier, own, alpha, seen):
     slots = seen.cached.shape[1]
     earlier = blend(*earlier, alpha)
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
-    mask = jnp.concatenate([seen.earlier(0, 0, slots), seen.own()], axis=-1)[:, None, None]
+    mask = jnp.concatenate([mask.over_cache(0, 0, slots), mask.within_chunk()], axis=-1)[:, None, None]
     scores = jnp.einsum("bckge,bske->bkgcs", query, keys, precision="highest") / E**0.5
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bkgcs,bske->bckge", weights, values, precision="highest")
@@ -32,7 +32,7 @@ def inputs(slots, start, which="shared", dtype=np.float32, seed=0):
     alpha = jnp.float32(0.3) if which == "both" else None
     cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
-    seen = Seen(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
+    seen = AttentionMask(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
     return normal(B, C, K, G, E), ChunkKV(shared, per_loop), rows(C), alpha, seen
 
 

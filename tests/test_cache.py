@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from melt_jax import ModelConfig, run_chunk
-from melt_jax.model.attention import Seen
+from melt_jax.model.attention import AttentionMask
 from melt_jax.model.cache import KV, ChunkKV, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
 from tests.helpers.tiny import TINY, jit_run, make_model, random_tokens, run
@@ -130,8 +130,8 @@ def test_who_sees_whom():
     rng = np.random.default_rng(0)
     segments, cached = rng.integers(3, size=(B, CHUNK)), rng.integers(3, size=(B, S))
     for start in (0, 5, np.array([2, 7])):
-        mask = Seen(segments, cached, start)
-        earlier, own = jax.device_get((mask.earlier(0, 0, S), mask.own()))
+        mask = AttentionMask(segments, cached, start)
+        earlier, own = jax.device_get((mask.over_cache(0, 0, S), mask.within_chunk()))
         for b, q in np.ndindex(B, CHUNK):
             mine, first = segments[b, q], np.broadcast_to(start, B)[b]
             assert earlier[b, q].tolist() == [mine != 0 and mine == cached[b, s] and s < first for s in range(S)]

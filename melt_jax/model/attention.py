@@ -19,7 +19,7 @@ from melt_jax.model.layout import einsum
 SAVED = "attention"  # the name under which `jax.checkpoint` policies know what the gradient needs of the forward pass
 
 
-class Seen(NamedTuple):
+class AttentionMask(NamedTuple):
     """Who sees whom: a query sees the tokens before it of its own segment; segment 0, padding, is seen by nothing.
 
     Attributes:
@@ -32,13 +32,13 @@ class Seen(NamedTuple):
     cached: jax.Array
     start: jax.Array
 
-    def own(self):
+    def within_chunk(self):
         """[B, C, C] bool, within the chunk. Every query sees itself, so that no softmax is empty."""
         length = self.segments.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))
         return self._same(self.segments) & causal | jnp.eye(length, dtype=bool)
 
-    def earlier(self, first, begin, size):
+    def over_cache(self, first, begin, size):
         """[B, C, size] bool, over the slots from `begin`; those before `first` belong to another block."""
         slots = begin + jnp.arange(size)
         live = (slots >= first) & (slots < jnp.reshape(self.start, (-1, 1)))
@@ -57,7 +57,7 @@ def attend(query, earlier, own, alpha, seen, block):
       earlier: `ChunkKV` of [B, S, K, E], the cache's of one layer: shared, per_loop, or both, which are blended by α.
       own: `KV` of [B, C, K, E].
       alpha: of the transition, or None; not differentiated.
-      seen: `Seen`.
+      seen: `AttentionMask`.
       block: slots whose scores exist at a time; a shorter cache is one block.
 
     Returns:
@@ -68,7 +68,7 @@ def attend(query, earlier, own, alpha, seen, block):
 
 def _attend_forward(query, earlier, own, alpha, seen, block):
     with jax.named_scope("within_chunk"):
-        scores = _scores(query, own.keys, seen.own())
+        scores = _scores(query, own.keys, mask.within_chunk())
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         state = peak, jnp.sum(weights, axis=-1, keepdims=True), _mix(weights, own.values)
@@ -102,7 +102,7 @@ def _attend_backward(block, residuals, out_bar):
         return query_bar, KV(keys_bar, einsum("bkgcs,bckge->bske", weights.astype(query.dtype), out_bar))
 
     with jax.named_scope("within_chunk"):
-        query_bar, own_bar = pull_back(own, seen.own())
+        query_bar, own_bar = pull_back(own, mask.within_chunk())
 
     def add_block(state, rows, mask, begin):
         query_bar, earlier_bar = state
@@ -133,7 +133,7 @@ def _fold_blocks(add_block, state, earlier, alpha, seen, block):
         begin = jnp.minimum(index * size, slots - size)  # the last block may overlap the one before it
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, 1)
         rows = blend(*jax.tree.map(cut, earlier), alpha)
-        return add_block(state, rows, seen.earlier(index * size, begin, size), begin)
+        return add_block(state, rows, mask.over_cache(index * size, begin, size), begin)
 
     if size == slots:
         return body(0, state)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from melt_jax.model.attention import SAVED, Seen, attend
+from melt_jax.model.attention import SAVED, AttentionMask, attend
 from melt_jax.model.cache import ChunkKV, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import rms_norm, rope_table
@@ -70,7 +70,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
             "alpha goes with a transition cache, which keeps shared and per-loop entries, and only with one"
         )
     rope = rope_table(positions, config.head_width, config.rope_theta)
-    seen = Seen(segments, cache.segments, jnp.asarray(start, jnp.int32))
+    seen = AttentionMask(segments, cache.segments, jnp.asarray(start, jnp.int32))
 
     def run_layer(y, xs):
         layer, latent, earlier_shared, earlier_per_loop, loop = xs

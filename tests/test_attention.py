@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from melt_jax.model.attention import AttentionMask, attend
+from melt_jax.model.attention import AttentionMask, blockwise_attention
 from melt_jax.model.cache import KV, ChunkKV, blend
 
 B, C, K, G, E = 2, 5, 2, 3, 4
@@ -23,7 +23,7 @@ def plain_attend(query, earlier, own, alpha, seen):
 
 
 def inputs(slots, start, which="shared", dtype=np.float32, seed=0):
-    """Random arguments of `attend`; rows beyond `start` are large, so that seeing one would show."""
+    """Random arguments of `blockwise_attention`; rows beyond `start` are large, so that seeing one would show."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     rows = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
@@ -58,14 +58,14 @@ def test_blocks_are_plain_attention(name):
         loss = lambda *args: jnp.sum(run(*args) * weight)
         return jax.jit(lambda *args: (run(*args), jax.grad(loss, (0, 1, 2))(*args)))(query, earlier, own)
 
-    got, want = outcome(attend, block), outcome(plain_attend)
+    got, want = outcome(blockwise_attention, block), outcome(plain_attend)
     assert max(np.abs(x).max() for x in jax.tree.leaves(want) if x.size) > 0.1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
 
 
 def test_bfloat16_differs_by_its_rounding_alone():
     arguments = inputs(13, 11, dtype=jnp.bfloat16)
-    got = attend(*arguments, 4)
+    got = blockwise_attention(*arguments, 4)
     want = plain_attend(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-7 * np.abs(want).max())
@@ -75,7 +75,7 @@ def test_blocks_that_hold_no_rows_are_not_visited():
     """Not a number in a slot of an unvisited block cannot come through, as it would through a mask."""
     query, earlier, own, alpha, seen = inputs(16, 4)
     poisoned = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
-    outcome = lambda earlier: attend(query, earlier, own, alpha, seen, 4)
+    outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, seen, 4)
     np.testing.assert_array_equal(outcome(poisoned), outcome(earlier))
 
 
@@ -84,7 +84,9 @@ def test_scores_of_one_block_exist_at_a_time():
 
     def temporary(slots):
         query, earlier, own, alpha, seen = inputs(slots, slots)
-        compiled = jax.jit(lambda *args: attend(*args, alpha, seen, 64)).lower(query, earlier, own).compile()
+        compiled = (
+            jax.jit(lambda *args: blockwise_attention(*args, alpha, seen, 64)).lower(query, earlier, own).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(4096) <= 1.1 * temporary(512)

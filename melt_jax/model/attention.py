@@ -49,7 +49,7 @@ class AttentionMask(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(query, earlier, own, alpha, seen, block):
+def blockwise_attention(query, earlier, own, alpha, seen, block):
     """Softmax attention over the rows of earlier tokens ++ the chunk's own rows of this loop.
 
     Args:
@@ -63,10 +63,10 @@ def attend(query, earlier, own, alpha, seen, block):
     Returns:
       [B, C, K, G, E] in the query's dtype; scores, softmax and sums are float32.
     """
-    return _attend_forward(query, earlier, own, alpha, seen, block)[0]
+    return _blockwise_attention_forward(query, earlier, own, alpha, seen, block)[0]
 
 
-def _attend_forward(query, earlier, own, alpha, seen, block):
+def _blockwise_attention_forward(query, earlier, own, alpha, seen, block):
     with jax.named_scope("within_chunk"):
         scores = _scores(query, own.keys, mask.within_chunk())
         peak = jnp.max(scores, axis=-1, keepdims=True)
@@ -87,7 +87,7 @@ def _attend_forward(query, earlier, own, alpha, seen, block):
     return out, (query, earlier, own, alpha, seen, out, log_total)
 
 
-def _attend_backward(block, residuals, out_bar):
+def _blockwise_attention_backward(block, residuals, out_bar):
     query, earlier, own, alpha, seen, out, log_total = residuals
     scale = 1 / math.sqrt(query.shape[-1])
     product = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -119,7 +119,7 @@ def _attend_backward(block, residuals, out_bar):
     return query_bar.astype(query.dtype), earlier_bar, own_bar, jax.tree.map(jnp.zeros_like, alpha), None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_backward)
 
 
 def _fold_blocks(add_block, state, earlier, alpha, seen, block):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from melt_jax.model.attention import SAVED, AttentionMask, attend
+from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
 from melt_jax.model.cache import ChunkKV, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import rms_norm, rope_table
@@ -85,7 +85,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
                 per_loop = layer.project_kv(u, rope)
         with jax.named_scope("attention"):
             earlier, own = ChunkKV(earlier_shared, earlier_per_loop), blend(shared, per_loop, alpha)
-            heads = attend(layer.project_query(u, rope), earlier, own, alpha, seen, config.attention_block)
+            heads = blockwise_attention(layer.project_query(u, rope), earlier, own, alpha, seen, config.attention_block)
             attended = layer.project_output(heads)
             y = y + layer.norm(attended, "input_layernorm_2")
         with jax.named_scope("mlp"):

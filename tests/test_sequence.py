@@ -74,12 +74,12 @@ def test_chunks_are_split_and_joined():
 
 
 def make_loss(phase, mechanism, chunk, alpha=0.4):
-    def loss(student, teacher, batch, sink=None):
+    def loss(student, teacher, batch, perturbation=None):
         if phase == "pretraining":
-            sums = pretraining_sums(student, batch, chunk, sink, mechanism)
+            sums = pretraining_sums(student, batch, chunk, perturbation, mechanism)
             return pretraining_loss(sums, 0.3)
         how = {"alpha": alpha} if phase == "transition" else {"align": True}
-        sums = distillation_sums(student, teacher, batch, chunk, sink=sink, chunk_sums=mechanism, **how)
+        sums = distillation_sums(student, teacher, batch, chunk, perturbation=perturbation, chunk_sums=mechanism, **how)
         return distillation_loss(sums, beta=0.1)
 
     return loss
@@ -124,9 +124,9 @@ def test_gradients_of_bfloat16_weights_fall_on_a_float32_sink(chunk):
     batch = random_batch(2, 10, packed=True)
     low = lambda model: jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
     student, teacher = make_model(SHORT, 1), make_model(change(SHORT, gate="none"), 2)
-    sink = jax.tree.map(jnp.zeros_like, student)
+    perturbation = jax.tree.map(jnp.zeros_like, student)
     gradient, plain = (
-        jax.jit(jax.grad(make_loss("alignment", mechanism, chunk), 3))(low(student), low(teacher), batch, sink)
+        jax.jit(jax.grad(make_loss("alignment", mechanism, chunk), 3))(low(student), low(teacher), batch, perturbation)
         for mechanism in (chunk_sums, plain_chunk_sums)
     )
     [(_, exact)] = gradients(SHORT, "alignment", batch, chunk, mechanisms=(chunk_sums,))

@@ -133,9 +133,9 @@ def test_bfloat16_computes_on_float32_masters():
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count(where):
     """Its neighbours are as if it had never been; the metrics of an interval are those of the other steps."""
 
-    def sums(weights, teacher, batch, step, sink):
+    def sums(weights, teacher, batch, step, perturbation):
         # The root's gradient at 0 is infinite where its value is not.
-        root = jnp.sum(jnp.sqrt(jnp.abs(weights["w"] + sink["w"]) * batch.tokens[0, 0]))
+        root = jnp.sum(jnp.sqrt(jnp.abs(weights["w"] + perturbation["w"]) * batch.tokens[0, 0]))
         return {"kd": root if where == "gradient" else root + jnp.log(batch.tokens[0, 1] * 1.0)}
 
     params = {"w": jnp.arange(1.0, 4.0)}

@@ -105,14 +105,14 @@ def join_chunks(x, axis):
     return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
 
-def plain_chunk_sums(step, weights, sink, cache, data, chunks):
+def plain_chunk_sums(step, weights, perturbation, cache, data, chunks):
     """Sums `step` over the chunks of a sequence; differentiated plainly, it keeps a copy of the cache per chunk.
 
     Args:
       step: `(weights, cache, start, data, chunk) → (sums, rows, segments)`: the objective's sums over one chunk, and
         what the chunk adds to the cache. Static: it must not close over arrays.
       weights: a model, in the dtype of the computation.
-      sink: zeros like the weights, in the dtype in which gradients are added up: differentiate with respect to it,
+      perturbation: zeros like the weights, in the dtype in which gradients are added up: differentiate with respect to it,
         and the gradient has that dtype. None: differentiate with respect to the weights.
       cache: an empty `Cache` of N·C slots.
       data: a pytree that every chunk sees, not differentiated.
@@ -121,16 +121,16 @@ def plain_chunk_sums(step, weights, sink, cache, data, chunks):
     Returns:
       The sums, added up over the chunks.
     """
-    return _forward(step, add_sink(weights, sink), cache, data, chunks)[0]
+    return _forward(step, perturb_weights(weights, perturbation), cache, data, chunks)[0]
 
 
-def add_sink(weights, sink):
-    """The weights as they are, with a gradient that falls on the sink too."""
-    return weights if sink is None else jax.tree.map(lambda w, s: w + s.astype(w.dtype), weights, sink)
+def perturb_weights(weights, perturbation):
+    """The weights as they are, with a gradient that falls on the perturbation too."""
+    return weights if perturbation is None else jax.tree.map(lambda w, s: w + s.astype(w.dtype), weights, perturbation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunk_sums(step, weights, sink, cache, data, chunks):
+def chunk_sums(step, weights, perturbation, cache, data, chunks):
     """`plain_chunk_sums` with the same gradient in memory linear in the sequence.
 
     Final rows never change, so the cache after the last chunk, masked to the slots before a chunk, is the cache that
@@ -154,13 +154,13 @@ def _forward(step, weights, cache, data, chunks):
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), cache
 
 
-def _chunk_sums_forward(step, weights, sink, cache, data, chunks):
+def _chunk_sums_forward(step, weights, perturbation, cache, data, chunks):
     sums, cache = _forward(step, weights, cache, data, chunks)
-    return sums, (weights, sink, cache, data, chunks)
+    return sums, (weights, perturbation, cache, data, chunks)
 
 
 def _chunk_sums_backward(step, residuals, sums_bar):
-    weights, sink, cache, data, chunks = residuals
+    weights, perturbation, cache, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
     rows = (cache.shared, cache.per_loop)
 
@@ -181,9 +181,12 @@ def _chunk_sums_backward(step, residuals, sums_bar):
         return (jax.tree.map(add, kv_bar, earlier_bar), jax.tree.map(add, weights_bar, chunk_weights_bar)), None
 
     float32 = lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-    totals = jax.tree.map(float32, rows), jax.tree.map(float32 if sink is None else jnp.zeros_like, sink or weights)
+    totals = (
+        jax.tree.map(float32, rows),
+        jax.tree.map(float32 if perturbation is None else jnp.zeros_like, perturbation or weights),
+    )
     (_, weights_bar), _ = jax.lax.scan(body, totals, (jnp.arange(count), chunks), reverse=True)
-    if sink is not None:
+    if perturbation is not None:
         return None, weights_bar, None, None, None
     return jax.tree.map(lambda bar, w: bar.astype(w.dtype), weights_bar, weights), None, None, None, None
 

@@ -15,7 +15,7 @@ from melt_jax.data.batch import Batch
 from melt_jax.model.cache import create_cache
 from melt_jax.model.layout import batch_axes
 from melt_jax.model.loops import run_chunk
-from melt_jax.model.sequence import add_sink, chunk_sums, run_chunks, segment_positions, split_chunks
+from melt_jax.model.sequence import chunk_sums, perturb_weights, run_chunks, segment_positions, split_chunks
 
 
 class Targets(NamedTuple):
@@ -25,14 +25,14 @@ class Targets(NamedTuple):
     attention_output: jax.Array | None
 
 
-def pretraining_sums(model, batch, chunk_size, sink=None, chunk_sums=chunk_sums):
+def pretraining_sums(model, batch, chunk_size, perturbation=None, chunk_sums=chunk_sums):
     """Sums of Ouro's objective over a batch (arXiv 2510.25741).
 
     Returns:
       dict, nats summed over scored tokens: cross_entropy [T] of each loop, expected_cross_entropy [] under the exit
       distribution, exit_probability [T], that distribution, and exit_entropy [], its entropy.
     """
-    return _sum_over_chunks(_pretraining_step, model, batch, None, None, chunk_size, False, sink, chunk_sums)
+    return _sum_over_chunks(_pretraining_step, model, batch, None, None, chunk_size, False, perturbation, chunk_sums)
 
 
 def pretraining_loss(metrics, entropy_bonus):
@@ -40,7 +40,9 @@ def pretraining_loss(metrics, entropy_bonus):
     return metrics["expected_cross_entropy"] - entropy_bonus * metrics["exit_entropy"]
 
 
-def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=False, sink=None, chunk_sums=chunk_sums):
+def distillation_sums(
+    student, teacher, batch, chunk_size, alpha=None, align=False, perturbation=None, chunk_sums=chunk_sums
+):
     """Sums over a batch of what a student differs in from its teacher.
 
     Args:
@@ -50,7 +52,7 @@ def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=Fal
       chunk_size: C of the student.
       alpha: the transition's blend; None in the alignment phase.
       align: also compare attention outputs.
-      sink: what the gradient falls on in place of the student; see `plain_chunk_sums`.
+      perturbation: what the gradient falls on in place of the student; see `plain_chunk_sums`.
       chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
 
     Returns:
@@ -61,7 +63,7 @@ def distillation_sums(student, teacher, batch, chunk_size, alpha=None, align=Fal
     targets = functools.partial(teacher_targets, teacher, align=align)
     data = (teacher, None if alpha is None else jnp.asarray(alpha, jnp.float32))
     return _sum_over_chunks(
-        _distillation_step, student, batch, targets, data, chunk_size, alpha is not None, sink, chunk_sums
+        _distillation_step, student, batch, targets, data, chunk_size, alpha is not None, perturbation, chunk_sums
     )
 
 
@@ -175,7 +177,7 @@ def _pretraining_step(model, cache, start, data, chunk):
     return sums, out.kv, out.segments
 
 
-def _sum_over_chunks(step, model, batch, make_targets, data, chunk_size, transition, sink, chunk_sums):
+def _sum_over_chunks(step, model, batch, make_targets, data, chunk_size, transition, perturbation, chunk_sums):
     chunk_size = min(chunk_size, batch.tokens.shape[1])
     batch, positions = split_chunks((batch, segment_positions(batch.segments)), chunk_size)
     targets = make_targets((batch.tokens, positions, batch.segments)) if make_targets else None
@@ -185,5 +187,5 @@ def _sum_over_chunks(step, model, batch, make_targets, data, chunk_size, transit
     cache = create_cache(model.config, rows, slots, model.dtype, transition, batch_axes=batch_axes(batch.tokens[0]))
     if count == 1:
         only = jax.tree.map(lambda x: x[0], chunks)
-        return step(add_sink(model, sink), cache, 0, data, only)[0]
-    return chunk_sums(step, model, sink, cache, data, chunks)
+        return step(perturb_weights(model, perturbation), cache, 0, data, only)[0]
+    return chunk_sums(step, model, perturbation, cache, data, chunks)

@@ -60,19 +60,21 @@ def transition_alpha(step, steps, ramp):
 
 
 def phase_objective(name, phase, chunk_size):
-    """An objective: `sums(weights, teacher, batch, step, sink) → dict` and `loss(metrics) → scalar`."""
+    """An objective: `sums(weights, teacher, batch, step, perturbation) → dict` and `loss(metrics) → scalar`."""
     if name == "pretraining":
-        sums = lambda weights, teacher, batch, step, sink: pretraining_sums(weights, batch, chunk_size, sink)
+        sums = lambda weights, teacher, batch, step, perturbation: pretraining_sums(
+            weights, batch, chunk_size, perturbation
+        )
         return sums, lambda metrics: pretraining_loss(metrics, phase.entropy_bonus)
     if name == "transition":
         alpha = lambda step: transition_alpha(step, phase.steps, phase.ramp)
-        sums = lambda weights, teacher, batch, step, sink: distillation_sums(
-            weights, teacher, batch, chunk_size, alpha(step), sink=sink
+        sums = lambda weights, teacher, batch, step, perturbation: distillation_sums(
+            weights, teacher, batch, chunk_size, alpha(step), perturbation=perturbation
         )
         return sums, distillation_loss
     if name == "alignment":
-        sums = lambda weights, teacher, batch, step, sink: distillation_sums(
-            weights, teacher, batch, chunk_size, align=True, sink=sink
+        sums = lambda weights, teacher, batch, step, perturbation: distillation_sums(
+            weights, teacher, batch, chunk_size, align=True, perturbation=perturbation
         )
         return sums, lambda metrics: distillation_loss(metrics, phase.beta)
     raise ValueError(f"unknown phase {name!r}; phases are pretraining, transition and alignment")
@@ -105,19 +107,19 @@ def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gath
     objective_sums, objective_loss = objective
 
     def gradients_of_parts(weights, teacher, parts, step, count):
-        sink = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
+        perturbation = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
 
         @functools.partial(jax.grad, has_aux=True)
-        def part_gradients(sink, batch):
-            sums = objective_sums(weights, teacher, batch, step, sink)
+        def part_gradients(perturbation, batch):
+            sums = objective_sums(weights, teacher, batch, step, perturbation)
             return objective_loss(normalize(sums, count)), sums
 
         part = jax.tree.map(lambda x: x[0], parts)
         if micro_batches == 1:
-            return part_gradients(sink, part)
+            return part_gradients(perturbation, part)
         zeros = lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=in_mesh(jax.P()))
-        totals = sink, jax.tree.map(zeros, jax.eval_shape(part_gradients, sink, part)[1])
-        add_part = lambda totals, part: (jax.tree.map(jnp.add, totals, part_gradients(sink, part)), None)
+        totals = perturbation, jax.tree.map(zeros, jax.eval_shape(part_gradients, perturbation, part)[1])
+        add_part = lambda totals, part: (jax.tree.map(jnp.add, totals, part_gradients(perturbation, part)), None)
         return jax.lax.scan(add_part, totals, parts)[0]
 
     def gather_once(params, weights, teacher, parts, step, count):

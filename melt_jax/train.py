@@ -40,7 +40,7 @@ from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.preemption import PREEMPTED, leave_if_asked, leave_on_sigterm
 from melt_jax.training.processes import join_processes, of_first
 from melt_jax.training.step import init_state, make_train_step, phase_objective
-from melt_jax.training.step_monitor import Watch
+from melt_jax.training.step_monitor import StepMonitor
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
@@ -152,17 +152,19 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
     rows = local_rows(sharding, size)
     batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, rows)
     skipped = int(state.skipped)
-    with Watch(name, config, state.params.config, workdir, start, skipped, first_step, checkpoints, console) as watch:
-        for step, batch in watch.steps(batches):
-            with watch.step(step, state):
+    with StepMonitor(
+        name, config, state.params.config, workdir, start, skipped, first_step, checkpoints, console
+    ) as monitor:
+        for step, batch in monitor.enumerate(batches):
+            with monitor.annotate(step, state):
                 state, metrics = train_step(state, teacher, place_batch(batch, sharding, rows, size))
-            last = watch.dispatched(step, metrics)
+            last = monitor.after_dispatch(step, metrics)
             checkpoints.save(step, state, force=last)
             if last:
                 break
-        watch.finish()
+        monitor.finish()
     checkpoints.close()
-    if watch.preempted:
+    if monitor.preempted:
         console.print(f"{name}: SIGTERM; step {int(state.step)} is saved, and the same command goes on from there")
         sys.exit(PREEMPTED)
     if not of_first((workdir / "model").exists()):

@@ -21,7 +21,7 @@ from melt_jax.training.performance import Performance, StepProfiler
 from melt_jax.training.preemption import PREEMPTED, STALLED, PreemptionNotice
 from melt_jax.training.processes import join_processes
 from melt_jax.training.skipped import NonFiniteError, SkippedSteps
-from melt_jax.training.step_monitor import Watch
+from melt_jax.training.step_monitor import StepMonitor
 from melt_jax.training.watchdog import Watchdog
 from tests.helpers.tiny import TINY
 
@@ -97,19 +97,23 @@ def start_processes(count, program):
 def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
     config = nano.get_config()
     checkpoints = SimpleNamespace(settled=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None) as watch:
-        assert list(watch.steps([])) == [] and not watch.preempted
-        watch.finish()
-    assert watch.preempted
+    with StepMonitor(
+        "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
+    ) as monitor:
+        assert list(monitor.enumerate([])) == [] and not monitor.preempted
+        monitor.finish()
+    assert monitor.preempted
 
 
 def test_sigterm_after_the_last_save_is_not_lost(tmp_path):
     config = nano.get_config()
     checkpoints = SimpleNamespace(settled=lambda: None)
-    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None) as watch:
-        watch.finish()
+    with StepMonitor(
+        "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
+    ) as monitor:
+        monitor.finish()
         os.kill(os.getpid(), signal.SIGTERM)
-    assert watch.preempted
+    assert monitor.preempted
 
 
 def test_a_last_checkpoint_that_is_not_written_is_a_stall(tmp_path):
@@ -117,8 +121,10 @@ def test_a_last_checkpoint_that_is_not_written_is_a_stall(tmp_path):
     config.run.stall_seconds = config.run.stall_first_seconds = 0.2
     config.run.stall_exits = False
     checkpoints = SimpleNamespace(settled=lambda: time.sleep(1.5))
-    with Watch("transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None) as watch:
-        watch.finish()
+    with StepMonitor(
+        "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
+    ) as monitor:
+        monitor.finish()
     assert "no step has finished" in (tmp_path / "stall-process0.txt").read_text()
 
 
@@ -129,9 +135,9 @@ class TestWatchdog:
         monkeypatch.setattr(os, "_exit", statuses.append)
         done = False
         with Watchdog("transition", tmp_path, run_config(**changes)) as watchdog:
-            watchdog.dispatched(7, ready)
+            watchdog.after_dispatch(7, ready)
             time.sleep(0.2)
-            watchdog.dispatched(8, pending)
+            watchdog.after_dispatch(8, pending)
             time.sleep(hold)
             done = True
             time.sleep(0.2)
@@ -225,7 +231,7 @@ class TestPerformance:
         traced = []
         with StepProfiler(tmp_path, run_config(profile_start=3, profile_steps=2)) as profiler:
             for step in range(1, 7):
-                with profiler.step(step, jnp.zeros(())):
+                with profiler.annotate(step, jnp.zeros(())):
                     traced += [step] if profiler._tracing else []
         assert traced == [3, 4]
         assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))

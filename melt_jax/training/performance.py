@@ -105,7 +105,7 @@ class StepProfiler:
         self._stop()
 
     @contextlib.contextmanager
-    def step(self, step, state):
+    def annotate(self, step, state):
         """Around the dispatch of a step; `state` is what the step before it computed."""
         if step in self._steps and not self._tracing:
             jax.block_until_ready(state)

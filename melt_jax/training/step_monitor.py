@@ -12,7 +12,7 @@ from melt_jax.training.skipped import SkippedSteps
 from melt_jax.training.watchdog import Watchdog
 
 
-class Watch:
+class StepMonitor:
     """Attends the steps of one phase, as a context manager. The metrics of a step are read while a later one runs.
 
     Args:
@@ -55,21 +55,21 @@ class Watch:
         """Whether SIGTERM ended the steps, or came while they were ending; on every process the same."""
         return self._preemption.came
 
-    def steps(self, batches):
+    def enumerate(self, batches):
         """(step, batch), counted on from the phase's start."""
         return enumerate(self._performance.timed(batches), self._start + 1)
 
-    def step(self, step, state):
+    def annotate(self, step, state):
         """The context in which a step is dispatched; `state` is what the step before it computed."""
-        return self._profiler.step(step, state)
+        return self._profiler.annotate(step, state)
 
-    def dispatched(self, step, metrics):
+    def after_dispatch(self, step, metrics):
         """Takes the metrics of a step under way, {name: (sum, count)}. Returns whether the loop ends with that step.
 
         Raises:
           NonFiniteError: too many steps in a row were skipped.
         """
-        self._watchdog.dispatched(step, metrics["loss"][0])
+        self._watchdog.after_dispatch(step, metrics["loss"][0])
         self._log.advance()
         self._read()  # the device has this step to do meanwhile
         self._interval.append(metrics)

@@ -44,7 +44,7 @@ class Watchdog:
         if self._run.stall_seconds:
             self._thread.join()
 
-    def dispatched(self, step, scalar):
+    def after_dispatch(self, step, scalar):
         """A step was handed to the device; `scalar` is an array that it computes."""
         if self._run.stall_seconds:
             self._steps.append((step, scalar))

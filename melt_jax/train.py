@@ -37,8 +37,8 @@ from melt_jax.sharding import (
 )
 from melt_jax.training.checkpoints import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
-from melt_jax.training.preemption import PREEMPTED, leave_if_asked, leave_on_sigterm
-from melt_jax.training.processes import join_processes, of_first
+from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
+from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 from melt_jax.training.step_monitor import StepMonitor
 
@@ -53,8 +53,8 @@ def main(argv):
     """Reads the flags."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    join_processes()
-    leave_on_sigterm()
+    initialize_distributed()
+    exit_on_sigterm()
     run(CONFIG.value, pathlib.Path(WORKDIR.value))
 
 
@@ -133,7 +133,7 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
       SystemExit: with status 75, when SIGTERM came and a checkpoint was saved.
       NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
     """
-    leave_if_asked()
+    exit_if_preempted()
     phase = config.phase(name)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
     params = reconfigure(params, remat=config.remat, attention_block=config.attention_block)
@@ -167,7 +167,7 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
     if monitor.preempted:
         console.print(f"{name}: SIGTERM; step {int(state.step)} is saved, and the same command goes on from there")
         sys.exit(PREEMPTED)
-    if not of_first((workdir / "model").exists()):
+    if not broadcast_from_process_0((workdir / "model").exists()):
         save_model(workdir / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     return state.params
 
@@ -188,9 +188,9 @@ class Results:
     def measure(self, name, make_model, teacher, config):
         """Scores a model under a name, unless that was done."""
         evaluation = config.evaluation
-        if not (evaluation.problems or evaluation.sequences) or of_first(name in self._rows):
+        if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(name in self._rows):
             return
-        leave_if_asked()
+        exit_if_preempted()
         model, teacher = (for_inference(model, config.dtype) for model in (make_model(), teacher))
         self._rows[name] = scoring.score(model, teacher, config)
         if jax.process_index() == 0:
@@ -211,7 +211,7 @@ def _keep_config(config_dict, fingerprints, workdir):
     old = json.loads(path.read_text()) if path.exists() else new
     keys = sorted({*old, *new} - FREE)
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-    if of_first(bool(changed)):  # one that went on alone would wait for the others
+    if broadcast_from_process_0(bool(changed)):  # one that went on alone would wait for the others
         raise ConfigError(
             f"{workdir} holds a run with another config or other data; take another workdir. Changed:\n"
             + "\n".join(changed)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from melt_jax.checkpoints.orbax import open_model, save_model
-from melt_jax.training.processes import of_first
+from melt_jax.training.processes import broadcast_from_process_0
 from tests.helpers.mesh_steps import gap
 from tests.helpers.process_run import OTHERS, STEPS
 from tests.helpers.tiny import TINY, make_model
@@ -105,4 +105,4 @@ def test_what_is_not_finite_is_no_rounding(monkeypatch, tmp_path):
 
 
 def test_a_process_alone_is_the_first():
-    assert of_first(True) is True and of_first(False) is False
+    assert broadcast_from_process_0(True) is True and broadcast_from_process_0(False) is False

@@ -19,7 +19,7 @@ from melt_jax.config import RunConfig, freeze
 from melt_jax.training import performance
 from melt_jax.training.performance import Performance, StepProfiler
 from melt_jax.training.preemption import PREEMPTED, STALLED, PreemptionNotice
-from melt_jax.training.processes import join_processes
+from melt_jax.training.processes import initialize_distributed
 from melt_jax.training.skipped import NonFiniteError, SkippedSteps
 from melt_jax.training.step_monitor import StepMonitor
 from melt_jax.training.watchdog import Watchdog
@@ -45,10 +45,10 @@ class TestPreemption:
     def test_processes_stop_at_one_step_when_one_of_them_gets_sigterm(self):
         program = """
 import os, signal, time, jax
-from melt_jax.training.preemption import PreemptionNotice, leave_on_sigterm
-from melt_jax.training.processes import join_processes
-join_processes()
-leave_on_sigterm()
+from melt_jax.training.preemption import PreemptionNotice, exit_on_sigterm
+from melt_jax.training.processes import initialize_distributed
+initialize_distributed()
+exit_on_sigterm()
 with PreemptionNotice() as notice:
     for step in range(1, 1000):
         time.sleep(0.02 * (1 + jax.process_index()))
@@ -64,14 +64,14 @@ with PreemptionNotice() as notice:
     def test_processes_leave_before_the_same_measurement_when_one_of_them_gets_sigterm(self):
         program = """
 import os, signal, time, jax
-from melt_jax.training.preemption import PreemptionNotice, leave_if_asked
-from melt_jax.training.processes import join_processes
-join_processes()
+from melt_jax.training.preemption import PreemptionNotice, exit_if_preempted
+from melt_jax.training.processes import initialize_distributed
+initialize_distributed()
 with PreemptionNotice() as notice:
     assert not any(notice.reached() for step in range(20))
 for measured in range(100):
     print("measures", measured, flush=True)
-    leave_if_asked()
+    exit_if_preempted()
     if measured == 2 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2 * (1 + jax.process_index()))
@@ -247,18 +247,18 @@ class TestProcesses:
         return calls
 
     def test_a_process_of_its_own(self, joined, monkeypatch):
-        join_processes()
+        initialize_distributed()
         monkeypatch.setenv("MELT_PROCESSES", "1")
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-        join_processes()
+        initialize_distributed()
         assert joined == []
 
     def test_as_told_or_as_slurm_has_it(self, joined, monkeypatch):
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-        join_processes()
+        initialize_distributed()
         for name, value in (("COORDINATOR", "host:1234"), ("PROCESSES", "3"), ("PROCESS", "2")):
             monkeypatch.setenv(f"MELT_{name}", value)
-        join_processes()
+        initialize_distributed()
         assert joined == [(), ("host:1234", 3, 2)]
 
     @pytest.mark.parametrize(
@@ -273,4 +273,4 @@ class TestProcesses:
         for name, value in values.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=message):
-            join_processes()
+            initialize_distributed()

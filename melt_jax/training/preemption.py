@@ -22,21 +22,21 @@ STALLED = 76
 _questions = itertools.count(1)  # put to JAX's preemption service by this process; every process puts them alike
 
 
-def leave_on_sigterm():
+def exit_on_sigterm():
     """SIGTERM ends the process with status PREEMPTED, wherever it is, except while a `PreemptionNotice` listens.
 
     Under `jax.distributed` SIGTERM belongs to JAX's preemption service, and nothing changes here: the processes leave
-    together, where they ask (`PreemptionNotice.reached`, `leave_if_asked`).
+    together, where they ask (`PreemptionNotice.reached`, `exit_if_preempted`).
     """
     if not jax.distributed.is_initialized():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
 
 
-def leave_if_asked():
+def exit_if_preempted():
     """Before a piece of work, such as a measurement: ends all of several processes with status PREEMPTED if SIGTERM
     came to one of them. Every process calls it, at the same place; what was done before is saved.
 
-    A process of its own has left already (`leave_on_sigterm`).
+    A process of its own has left already (`exit_on_sigterm`).
     """
     if jax.distributed.is_initialized() and _agreed():
         sys.exit(PREEMPTED)

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
 
 
-def join_processes():
+def initialize_distributed():
     """Joins the run's other processes by `jax.distributed`, if there are any; the first thing a command does with JAX.
 
     Where `MELT_COORDINATOR` (address:port of process 0), `MELT_PROCESSES` (their number) and `MELT_PROCESS` (this one's
@@ -35,7 +35,7 @@ def join_processes():
             ) from error
 
 
-def of_first(flag):
+def broadcast_from_process_0(flag):
     """The flag of process 0, in every process: what a process reads off a shared disk may be older than what it wrote.
 
     Every process calls it, at the same place.

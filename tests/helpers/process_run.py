@@ -21,7 +21,7 @@ from melt_jax.data import stream
 from melt_jax.sharding import make_mesh, place_weights
 from melt_jax.training.checkpoints import Checkpoints, flatten
 from melt_jax.training.optimizer import make_optimizer
-from melt_jax.training.processes import join_processes
+from melt_jax.training.processes import initialize_distributed
 from melt_jax.training.step import init_state
 from tests.helpers.tiny import TINY, make_model
 from tests.long.kill_and_resume import differing, read_checkpoint
@@ -91,7 +91,7 @@ def go_on_elsewhere(teacher, source):
 def main():
     """Does what the arguments say."""
     teacher, workdir, output, *other = sys.argv[1:]
-    join_processes()
+    initialize_distributed()
     found = {"tokens": train_watched(tiny_run(teacher, MESH), pathlib.Path(workdir))}
     for source in map(pathlib.Path, other):
         found["restored"] = restore_elsewhere(teacher, source, pathlib.Path(workdir) / "restored")

@@ -96,7 +96,7 @@ def start_processes(count, program):
 
 def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
     config = nano.get_config()
-    checkpoints = SimpleNamespace(settled=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    checkpoints = SimpleNamespace(wait_until_finished=lambda: os.kill(os.getpid(), signal.SIGTERM))
     with StepMonitor(
         "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
     ) as monitor:
@@ -107,7 +107,7 @@ def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
 
 def test_sigterm_after_the_last_save_is_not_lost(tmp_path):
     config = nano.get_config()
-    checkpoints = SimpleNamespace(settled=lambda: None)
+    checkpoints = SimpleNamespace(wait_until_finished=lambda: None)
     with StepMonitor(
         "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
     ) as monitor:
@@ -120,7 +120,7 @@ def test_a_last_checkpoint_that_is_not_written_is_a_stall(tmp_path):
     config = nano.get_config()
     config.run.stall_seconds = config.run.stall_first_seconds = 0.2
     config.run.stall_exits = False
-    checkpoints = SimpleNamespace(settled=lambda: time.sleep(1.5))
+    checkpoints = SimpleNamespace(wait_until_finished=lambda: time.sleep(1.5))
     with StepMonitor(
         "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
     ) as monitor:

@@ -34,7 +34,7 @@ class Checkpoints:
         self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self):
-        """The step of the newest checkpoint, or None. Just after `save` it is still being written: see `settled`."""
+        """The step of the newest checkpoint, or None. Just after `save` it is still being written: see `wait_until_finished`."""
         return self._manager.latest_step()
 
     def save(self, step, state, force=False):
@@ -66,7 +66,7 @@ class Checkpoints:
         names = list(wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in names])
 
-    def settled(self):
+    def wait_until_finished(self):
         """Waits for saves under way; then `latest`, which is whole."""
         self._manager.wait_until_finished()
         return self.latest()

@@ -81,7 +81,7 @@ class StepMonitor:
     def finish(self):
         """When the loop has ended: reads what is left and waits for the saves, which no SIGTERM must disturb."""
         self._read()
-        self._checkpoints.settled()
+        self._checkpoints.wait_until_finished()
 
     def _read(self):
         if self._ready is None:
@@ -89,4 +89,4 @@ class StepMonitor:
         step, interval = self._ready
         self._ready, interval = None, jax.device_get(interval)
         self._log.write(step, interval, **self._performance.read(len(interval)))
-        self._skipped.read(step, interval, latest=self._checkpoints.settled)
+        self._skipped.read(step, interval, latest=self._checkpoints.wait_until_finished)

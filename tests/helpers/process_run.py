@@ -72,7 +72,7 @@ def restore_elsewhere(teacher, source, folder):
             state = checkpoints.restore(STEPS, jax.tree.map(lie, state))
             checkpoints = Checkpoints(folder / "x".join(map(str, shape)), 1, 1)
             checkpoints.save(STEPS, state, force=True)
-            checkpoints.settled()
+            checkpoints.wait_until_finished()
         out[str(shape)] = differing({name: np.asarray(x) for name, x in flatten(state).items()}, stored)
     return out
 

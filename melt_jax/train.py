@@ -46,7 +46,12 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is resumed.")
-FREE = {"run", "mesh", "gather", "micro_batches"}  # may change in a run: how it is watched, and where its steps run
+RESUMABLE_KEYS = {
+    "run",
+    "mesh",
+    "gather",
+    "micro_batches",
+}  # may change in a run: how it is watched, and where its steps run
 
 
 def main(argv):
@@ -204,12 +209,12 @@ class Results:
 def _keep_config(config_dict, fingerprints, workdir):
     """Writes the config, and what its prepared data is known by, beside the run.
 
-    A run is resumed only under the config it began with, but for `FREE`, and with the same data.
+    A run is resumed only under the config it began with, but for `RESUMABLE_KEYS`, and with the same data.
     """
     path, new = workdir / "config.json", json.loads(config_dict.to_json())
     new |= {f"manifest of {key}": f"sha256 {digest}" for key, digest in fingerprints.items()}
     old = json.loads(path.read_text()) if path.exists() else new
-    keys = sorted({*old, *new} - FREE)
+    keys = sorted({*old, *new} - RESUMABLE_KEYS)
     changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     if broadcast_from_process_0(bool(changed)):  # one that went on alone would wait for the others
         raise ConfigError(

@@ -163,7 +163,7 @@ class PublishedFolder:
 
     def load(self, paths, dtype, shardings):
         """{path: jax.Array} of those weights, each placed by its sharding where {path: sharding} has one."""
-        return {path: place(self.read(path, dtype), shardings.get(path)) for path in paths}
+        return {path: device_put_weight(self.read(path, dtype), shardings.get(path)) for path in paths}
 
 
 def scan_tensors(folder):
@@ -269,7 +269,7 @@ def chosen_dtype(source, dtype):
     return jnp.dtype(source.dtype if dtype is None else dtype).name
 
 
-def place(weight, sharding=None):
+def device_put_weight(weight, sharding=None):
     """A host array on the default device, or spread by a sharding; each process copies only what its devices hold."""
     if sharding is None:
         return jnp.asarray(weight)

@@ -23,7 +23,7 @@ from melt_jax.checkpoints.published import chosen_dtype, override, write_weights
 from melt_jax.checkpoints.published_config import fail, published_config, write_config
 from melt_jax.config import CHOICES, GATES, first_loop_problems
 from melt_jax.files import atomic_folder, copy_companions, folder_bytes
-from melt_jax.model.model import abstract_model, draw_weights, module_leaves, parameter_count
+from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
 
 GATE_STD = 0.02
 
@@ -75,7 +75,7 @@ def convert():
     # Fresh gates, if the input has none, drawn before anything is read, for that takes several times their size. Then
     # the input's weights, one at a time.
     new = {path for path, _ in module_leaves(abstract) if path not in source.shapes}
-    gates = jax.device_get(draw_weights(config, jax.random.key(FLAGS.seed), new, GATE_STD, jnp.dtype(dtype)))
+    gates = jax.device_get(init_weights(config, jax.random.key(FLAGS.seed), new, GATE_STD, jnp.dtype(dtype)))
     weights = stream_weights(source, gates, abstract, dtype)
 
     # Written whole or not at all.

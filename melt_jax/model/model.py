@@ -140,7 +140,7 @@ def module_leaves(model):
     return [(".".join(key.name for key in path[:-1]), leaf) for path, leaf in leaves]
 
 
-def draw_weights(config, key, paths, std=0.02, dtype=jnp.float32):
+def init_weights(config, key, paths, std=0.02, dtype=jnp.float32):
     """{path: array} of some of the weights that `init_model` draws from that key; the others are not drawn."""
     draw = jax.jit(
         lambda key: dict(entry for entry in module_leaves(init_model(config, key, std, dtype)) if entry[0] in paths)
@@ -173,7 +173,7 @@ def reconfigure(model, key=None, gate_std=0.02, **changes):
         raise ValueError(f"a model cannot be reconfigured with {changes}: " + "; ".join(wrong))
     if missing and key is None:
         raise ValueError(f"reconfiguring with {changes} adds gate weights: a key is needed to draw them")
-    weights = old | draw_weights(config, key, missing, gate_std, model.dtype)
+    weights = old | init_weights(config, key, missing, gate_std, model.dtype)
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in wanted])
 
 

@@ -38,7 +38,7 @@ from melt_jax.analysis.hlo import analyse, innermost
 from melt_jax.checkpoints.orbax import open_folder
 from melt_jax.config import ConfigError, freeze
 from melt_jax.data.batch import Batch
-from melt_jax.inference.generation import GREEDY, Request, State, decode_block, prefill_chunk
+from melt_jax.inference.generation import GREEDY, DecodeState, SamplingRequest, decode_block, prefill_chunk
 from melt_jax.model.cache import create_cache
 from melt_jax.model.model import abstract_model, parameter_count
 from melt_jax.sharding import batch_sharding, check_batch, for_inference, make_mesh, weight_shardings
@@ -266,10 +266,10 @@ def _serving_program(config, student, mesh, phase):
         tokens, rows = count * config.chunk_size, (data.length + 1) / 2
         necessary = _groups(mesh) * tokens * forward_flops(student, rows, logits=0).total
         return prefill_chunk, arguments, necessary, {"cached_blocks": _mean_blocks(starts, config)}, (student,)
-    state = State(whole((count,)), whole((count,)), whole((count,)), whole((count,), jnp.bool_))
+    state = DecodeState(whole((count,)), whole((count,)), whole((count,)), whole((count,), jnp.bool_))
     sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, GREEDY))
     sampling = jax.tree.map(lambda x: whole(x.shape, x.dtype), sampling)
-    request = Request(sampling, whole((count,)), whole((8,)), whole(()))
+    request = SamplingRequest(sampling, whole((count,)), whole((8,)), whole(()))
     necessary = _groups(mesh) * count * forward_flops(student, (data.length + 1) / 2, logits=1).total
     blocks = _mean_blocks(range(data.length), config)
     # One token: what loops remain beside that over blocks runs once.

@@ -11,16 +11,16 @@ import pytest
 
 from melt_jax import load_model
 from melt_jax.inference.generation import (
-    Request,
     Sampling,
+    SamplingRequest,
     check_request,
-    choose,
     decode_block,
+    filter_logits,
     first_tokens,
     generate,
     next_logits,
     prefill,
-    restrict,
+    sample_tokens,
 )
 from tests.helpers.tiny import TINY, make_model, random_tokens, run, with_config
 
@@ -110,7 +110,7 @@ def test_top_k_and_top_p_are_numpys():
     rng = np.random.default_rng(0)
     logits = (3 * rng.standard_normal((5, 17))).astype(np.float32)
     choices = [(0.7, 0, 1.0), (1.0, 4, 1.0), (1.3, 0, 0.6), (1.0, 6, 0.5), (1.0, 1, 1.0), (1.0, 0, 1e-6)]
-    filtered = jax.jit(restrict)
+    filtered = jax.jit(filter_logits)
     for temperature, top_k, top_p in choices:
         got = jax.nn.softmax(filtered(logits, Sampling(temperature, top_k, top_p)), axis=-1)
         for row, found in zip(logits.astype(np.float64) / temperature, got):
@@ -127,7 +127,7 @@ def test_draws_follow_the_distribution_and_the_seed():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     count = 4000
     repeated = jnp.tile(logits, (count, 1))
-    draw = jax.jit(lambda sampling: choose(repeated, sampling, jnp.zeros(count, int), jnp.arange(count)))
+    draw = jax.jit(lambda sampling: sample_tokens(repeated, sampling, jnp.zeros(count, int), jnp.arange(count)))
     tokens = draw(Sampling(1.0, seed=3))
     np.testing.assert_allclose(np.bincount(tokens, minlength=4) / count, np.exp(logits), atol=0.03)
     assert np.array_equal(tokens, draw(Sampling(1.0, seed=3)))
@@ -166,7 +166,7 @@ def test_the_cache_is_given_away():
     model = make_model()
     cache, hidden, lengths, _ = prefill(model, PROMPTS, NEW, CHUNK)
     given = jax.tree.leaves(cache.shared)
-    request = Request(Sampling(), jnp.arange(len(PROMPTS)), jnp.zeros(8, jnp.int32), jnp.int32(NEW))
+    request = SamplingRequest(Sampling(), jnp.arange(len(PROMPTS)), jnp.zeros(8, jnp.int32), jnp.int32(NEW))
     state, _, _ = first_tokens(model, hidden, lengths, request)
     decode_block(model, cache, state, request, block=32)
     assert all(leaf.is_deleted() for leaf in given)

@@ -96,7 +96,7 @@ class Generation:
 GREEDY = Sampling()
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """Where each sequence stands, [B] each.
 
     Attributes:
@@ -112,7 +112,7 @@ class State(NamedTuple):
     done: jax.Array
 
 
-class Request(NamedTuple):
+class SamplingRequest(NamedTuple):
     """What the choice of tokens follows: `Sampling`, prompt indices [B], stop tokens [n], the most new tokens []."""
 
     sampling: Sampling
@@ -121,7 +121,7 @@ class Request(NamedTuple):
     limit: jax.Array
 
 
-def restrict(logits, sampling):
+def filter_logits(logits, sampling):
     """Logits over temperature, −inf outside top-k and then outside the nucleus of what is left: [B, V] → [B, V].
 
     Of equally likely tokens the lower id counts as the likelier.
@@ -139,13 +139,13 @@ def restrict(logits, sampling):
     return jnp.take_along_axis(ordered, rank, axis=-1)
 
 
-def choose(logits, sampling, indices, steps):
+def sample_tokens(logits, sampling, indices, steps):
     """A token for each prompt: logits [B, V], prompt indices [B], token numbers [B] → [B] int32."""
 
     def draw(logits):
         root = jax.random.key(sampling.seed)
         keys = jax.vmap(lambda i, n: jax.random.fold_in(jax.random.fold_in(root, i), n))(indices, steps)
-        return jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling)).astype(jnp.int32)
 
     def greedy(logits):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -191,9 +191,9 @@ def prefill_chunk(model, cache, last_hidden, tokens, start, lengths, loops=None)
 
 @functools.partial(jax.jit, static_argnames=("exit_threshold",))
 def first_tokens(model, hidden, lengths, request, exit_threshold=None):
-    """Each prompt's first new token from its last hidden states [T, B, D]: (`State`, tokens [B], exit loops [B])."""
+    """Each prompt's first new token from its last hidden states [T, B, D]: (`DecodeState`, tokens [B], exit loops [B])."""
     none = jnp.zeros_like(lengths)
-    state = State(none, lengths, none, none.astype(bool))
+    state = DecodeState(none, lengths, none, none.astype(bool))
     return _advance(model, state, hidden, request, exit_threshold)
 
 
@@ -204,7 +204,7 @@ def decode_block(model, cache, state, request, block=1, loops=None, exit_thresho
     Finished sequences are frozen: no token, and no row that anything sees. The loop ends when all are.
 
     Returns:
-      (cache, `State`, tokens [block, B] with −1 where there is none, exit loops [block, B] from 0, whether all are
+      (cache, `DecodeState`, tokens [block, B] with −1 where there is none, exit loops [block, B] from 0, whether all are
       done).
     """
     nothing = jnp.full((block, *state.tokens.shape), -1, jnp.int32)
@@ -293,7 +293,7 @@ def generate(
     # Filled up with what is no token, so that a few stop tokens more or less need no other compilation.
     stop_tokens = np.asarray((*stop, *[-1] * (8 - len(stop))), np.int32)
     sampling = jax.tree.map(jnp.asarray, sampling)
-    request = replicated(Request(sampling, indices, stop_tokens, np.int32(max_new_tokens)))
+    request = replicated(SamplingRequest(sampling, indices, stop_tokens, np.int32(max_new_tokens)))
     threshold = None if exit_threshold is None else float(exit_threshold)
     begin = clock()
     cache, hidden, lengths, compiling = prefill(model, prompts, max_new_tokens, prefill_chunk, loops)
@@ -378,13 +378,13 @@ def _collect(run, carry, first_block, blocks, on_tokens):
 
 
 def _advance(model, state, hidden, request, exit_threshold):
-    """Chooses tokens from hidden [T, B, D]: (`State`, tokens [B], exit loops [B]), −1 for finished sequences."""
+    """Chooses tokens from hidden [T, B, D]: (`DecodeState`, tokens [B], exit loops [B]), −1 for finished sequences."""
     logits, left = next_logits(model, hidden, exit_threshold)
-    chosen = choose(whole_features(logits), request.sampling, request.indices, state.emitted)
+    chosen = sample_tokens(whole_features(logits), request.sampling, request.indices, state.emitted)
     live = ~state.done
     emitted = state.emitted + live
     over = (chosen[:, None] == request.stop).any(axis=-1) | (emitted >= request.limit)
-    new_state = State(jnp.where(live, chosen, state.tokens), state.lengths, emitted, state.done | over)
+    new_state = DecodeState(jnp.where(live, chosen, state.tokens), state.lengths, emitted, state.done | over)
     return new_state, jnp.where(live, chosen, -1), jnp.where(live, left, -1)
 
 

@@ -16,11 +16,11 @@ EMA_KEEP = 0.8  # z of the `ema` variant
 class Gate(nnx.Module):
     """The learned gate of one layer, shared by all loops; W_z and U_z are (in, out)."""
 
-    def __init__(self, config, weight):
+    def __init__(self, config, init):
         D = config.width
-        self.w_z = weight.normal((D, D), ("embed", "latent"))
-        self.u_z = weight.normal((D, D), ("embed", "latent"))
-        self.b_z = weight.zeros((D,), ("latent",))
+        self.w_z = init.normal((D, D), ("embed", "latent"))
+        self.u_z = init.normal((D, D), ("embed", "latent"))
+        self.b_z = init.zeros((D,), ("latent",))
 
 
 def elementwise_gate(gate, u, latent, loop):

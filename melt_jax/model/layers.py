@@ -38,22 +38,22 @@ def apply_rope(x, table):
 class DecoderLayer(nnx.Module):
     """One layer's weights, or L layers' stacked on a leading axis, to be sliced by `jax.lax.scan`."""
 
-    def __init__(self, config, weight):
+    def __init__(self, config, init):
         """Declares every weight: shape, logical axes, initial value (see `model.Initializer`)."""
         D, K, G, E, F = config.width, config.kv_heads, config.group, config.head_width, config.feed_forward
         self.config = config
-        self.input_layernorm = weight.ones((D,), ("norm",))
-        self.input_layernorm_2 = weight.ones((D,), ("norm",))
-        self.post_attention_layernorm = weight.ones((D,), ("norm",))
-        self.post_attention_layernorm_2 = weight.ones((D,), ("norm",))
-        self.q_proj = weight.normal((D, K, G, E), ("embed", "heads", None, None))
-        self.k_proj = weight.normal((D, K, E), ("embed", "heads", None))
-        self.v_proj = weight.normal((D, K, E), ("embed", "heads", None))
-        self.o_proj = weight.normal((K, G, E, D), ("heads", None, None, "embed"))
-        self.gate_proj = weight.normal((D, F), ("embed", "mlp"))
-        self.up_proj = weight.normal((D, F), ("embed", "mlp"))
-        self.down_proj = weight.normal((F, D), ("mlp", "embed"))
-        self.kv_gate = Gate(config, weight) if config.gate in ("elementwise", "scalar") else None
+        self.input_layernorm = init.ones((D,), ("norm",))
+        self.input_layernorm_2 = init.ones((D,), ("norm",))
+        self.post_attention_layernorm = init.ones((D,), ("norm",))
+        self.post_attention_layernorm_2 = init.ones((D,), ("norm",))
+        self.q_proj = init.normal((D, K, G, E), ("embed", "heads", None, None))
+        self.k_proj = init.normal((D, K, E), ("embed", "heads", None))
+        self.v_proj = init.normal((D, K, E), ("embed", "heads", None))
+        self.o_proj = init.normal((K, G, E, D), ("heads", None, None, "embed"))
+        self.gate_proj = init.normal((D, F), ("embed", "mlp"))
+        self.up_proj = init.normal((D, F), ("embed", "mlp"))
+        self.down_proj = init.normal((F, D), ("mlp", "embed"))
+        self.kv_gate = Gate(config, init) if config.gate in ("elementwise", "scalar") else None
 
     def project_kv(self, stream, rope):
         """KV of a [B, C, D] key/value stream: k = rope(stream W_K), v = stream W_V."""

@@ -55,9 +55,9 @@ class Initializer:
 class ExitGate(nnx.Module):
     """λ = σ(w·x + b), the probability of leaving after a loop."""
 
-    def __init__(self, config, weight):
-        self.weight = weight.normal((config.width,), ("norm",))
-        self.bias = weight.zeros((1,), (None,))
+    def __init__(self, config, init):
+        self.weight = init.normal((config.width,), ("norm",))
+        self.bias = init.zeros((1,), (None,))
 
 
 class LoopedTransformer(nnx.Module):
@@ -71,13 +71,13 @@ class LoopedTransformer(nnx.Module):
       lm_head: [D, V], or None when tied to the embedding.
     """
 
-    def __init__(self, config, weight):
+    def __init__(self, config, init):
         self.config = config
-        self.embed_tokens = weight.normal((config.vocab, config.width), ("vocab", "embed"), weight.embedding_std)
-        self.layers = DecoderLayer(config, weight.stacked(config.layers, "layers"))
-        self.norm = weight.ones((config.width,), ("norm",))
-        self.early_exit_gate = ExitGate(config, weight)
-        self.lm_head = None if config.tied else weight.normal((config.width, config.vocab), ("embed", "vocab"))
+        self.embed_tokens = init.normal((config.vocab, config.width), ("vocab", "embed"), init.embedding_std)
+        self.layers = DecoderLayer(config, init.stacked(config.layers, "layers"))
+        self.norm = init.ones((config.width,), ("norm",))
+        self.early_exit_gate = ExitGate(config, init)
+        self.lm_head = None if config.tied else init.normal((config.width, config.vocab), ("embed", "vocab"))
 
     @property
     def dtype(self):

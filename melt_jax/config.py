@@ -237,7 +237,7 @@ def problems(config):
     need(order == sorted(set(order)), "phases", "each once, in the order transition, alignment", config.phases)
     if "pretraining" in config.phases:
         need(len(config.phases) == 1, "phases", "pretraining alone: it makes a teacher from scratch", config.phases)
-        found += model_problems(config.model, "model.")
+        found += model_errors(config.model, "model.")
         need(config.model.gate == "none", "model.gate", "'none': pre-training makes a LoopLM", config.model.gate)
     else:
         need(config.teacher, "teacher", "the folder of a LoopLM checkpoint", config.teacher)
@@ -247,7 +247,7 @@ def problems(config):
     for key in ("gate", "first_loop"):
         value = getattr(config.student, key)
         need(value in CHOICES[key], f"student.{key}", f"one of {CHOICES[key]}", value)
-    found += first_loop_problems(config.student.gate, config.student.first_loop, "student.")
+    found += first_loop_errors(config.student.gate, config.student.first_loop, "student.")
     for key in ("dtype", "remat", "gather"):
         need(getattr(config, key) in CHOICES[key], key, f"one of {CHOICES[key]}", getattr(config, key))
     for key in ("chunk_size", "attention_block", "micro_batches", "log_every", "checkpoint_every", "checkpoints_kept"):
@@ -263,7 +263,7 @@ def problems(config):
          f"a divisor of data.batch, {config.data.batch}", config.micro_batches)  # fmt: skip
     for name in config.phases:
         if name in PHASES:
-            _phase_problems(name, config.phase(name), need)
+            _phase_errors(name, config.phase(name), need)
     optimizer = config.optimizer
     for key in ("b1", "b2"):
         need(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", "in [0, 1)", getattr(optimizer, key))
@@ -279,14 +279,14 @@ def problems(config):
     return found
 
 
-def first_loop_problems(gate, first_loop, prefix=""):
+def first_loop_errors(gate, first_loop, prefix=""):
     """Why a MELT of that gate is not made with that first loop: a list of messages."""
     if first_loop == "copy" or gate == "elementwise":
         return []
     return [f"{prefix}first_loop: expected 'copy', unless the gate is elementwise, found {first_loop!r}"]
 
 
-def model_problems(model, prefix=""):
+def model_errors(model, prefix=""):
     """Every impossible value of a `ModelConfig`: a list of messages."""
     found = []
     for key in (
@@ -316,7 +316,7 @@ def model_problems(model, prefix=""):
     return found
 
 
-def _phase_problems(name, phase, need):
+def _phase_errors(name, phase, need):
     need(phase.steps >= 1, f"{name}.steps", "at least 1", phase.steps)
     need(
         0 <= phase.warmup_steps <= phase.steps,

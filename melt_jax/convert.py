@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import chosen_dtype, override, write_weights
 from melt_jax.checkpoints.published_config import fail, published_config, write_config
-from melt_jax.config import CHOICES, GATES, first_loop_problems
+from melt_jax.config import CHOICES, GATES, first_loop_errors
 from melt_jax.files import atomic_folder, copy_companions, folder_bytes
 from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
 
@@ -65,7 +65,7 @@ def convert():
     dtype = chosen_dtype(source, FLAGS.dtype)
     abstract = abstract_model(config, dtype)
     if config.gate != "none":
-        fail(FLAGS.output, first_loop_problems(config.gate, config.first_loop))
+        fail(FLAGS.output, first_loop_errors(config.gate, config.first_loop))
     elif FLAGS.first_loop is not None:
         fail(
             "--first_loop", ["the output is a LoopLM, which has no cache recurrence: give --gate too, or leave it out"]

@@ -18,8 +18,8 @@ from melt_jax.checkpoints.orbax import default_chunk, open_model
 from melt_jax.config import CHOICES, GATES
 from melt_jax.data.arithmetic import NAMES, VOCABULARY
 from melt_jax.data.batch import Batch
-from melt_jax.data.records import open_records, read_manifest, record_problems
-from melt_jax.data.token_files import open_tokens, token_problems
+from melt_jax.data.records import open_records, read_manifest, record_errors
+from melt_jax.data.token_files import open_tokens, token_errors
 from melt_jax.inference import scoring
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.")
@@ -51,7 +51,7 @@ def main(argv):
     """Opens, scores, prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if wrong := flag_problems():
+    if wrong := flag_errors():
         raise app.UsageError("\n".join(wrong))
     try:
         model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
@@ -74,7 +74,7 @@ def main(argv):
     print(loop_table(chunked, decoding))
 
 
-def flag_problems():
+def flag_errors():
     """What is wrong with the flags, a line each."""
     sizes = (LENGTH, SEQUENCES, ROWS, PROBLEMS, CHUNK_SIZE, LOOPS)
     small = [flag for flag in sizes if flag.value is not None and flag.value < 1]
@@ -108,10 +108,10 @@ def open_data(vocab):
     """(sequences, their length, what keeps them from a model of that vocabulary); ValueError: data of another form."""
     if pathlib.Path(DATA.value).is_dir():
         length = read_manifest(DATA.value)["length"]
-        return open_records(DATA.value), length, record_problems(DATA.value, length, vocab, CHECKPOINT.value)
+        return open_records(DATA.value), length, record_errors(DATA.value, length, vocab, CHECKPOINT.value)
     sequences = open_tokens(DATA.value, LENGTH.value)
     length = sequences.tokens.shape[1]
-    return sequences, length, token_problems(DATA.value, length, vocab)
+    return sequences, length, token_errors(DATA.value, length, vocab)
 
 
 def answer_table(model, problems, chunk_size):

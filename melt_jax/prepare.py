@@ -81,7 +81,7 @@ def main(argv):
     """Checks, writes, tells."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}; quote patterns")
-    if wrong := flag_problems():
+    if wrong := flag_errors():
         raise app.UsageError("\n".join(wrong))
     jax.config.update("jax_platforms", "cpu")  # nothing here computes: an accelerator is left to others
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -241,7 +241,7 @@ def input_files(patterns):
     return list(dict.fromkeys(path for paths in found.values() for path in paths))
 
 
-def flag_problems():
+def flag_errors():
     """What is wrong with the flags, a line each."""
     if VERIFY.value:
         return []

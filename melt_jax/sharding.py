@@ -145,7 +145,7 @@ def check_batch(mesh, batch, micro_batches):
         raise ShardingError(f"data.batch: expected a multiple of {groups * micro_batches} ({found}), found {batch}")
 
 
-def mesh_problems(config, model):
+def mesh_errors(config, model):
     """Why devices, a `TrainConfig`'s mesh and batch, and a `ModelConfig`'s weights do not fit: a list of messages."""
     try:
         mesh = make_mesh(config.mesh)

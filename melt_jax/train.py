@@ -30,7 +30,7 @@ from melt_jax.sharding import (
     for_inference,
     local_rows,
     make_mesh,
-    mesh_problems,
+    mesh_errors,
     place_batch,
     place_weights,
     weight_shardings,
@@ -71,8 +71,8 @@ def run(config_dict, workdir):
     config = freeze(config_dict)
     pretraining = config.phases == ("pretraining",)
     shape = config.model if pretraining else open_folder(config.teacher).config
-    wrong = stream.run_problems(config, shape, config.tokenizer or config.teacher)
-    wrong += mesh_problems(config, shape if pretraining else dataclasses.replace(shape, gate=config.student.gate))
+    wrong = stream.run_errors(config, shape, config.tokenizer or config.teacher)
+    wrong += mesh_errors(config, shape if pretraining else dataclasses.replace(shape, gate=config.student.gate))
     if wrong:
         fit = "teacher, data and devices do not fit the run:\n"
         raise ConfigError(fit + "\n".join(f"  - {line}" for line in wrong))

@@ -9,8 +9,8 @@ import pytest
 from configs import base, nano
 from melt_jax.config import DataConfig, ModelConfig, freeze
 from melt_jax.data import arithmetic
-from melt_jax.data.stream import batch_maker, batches, evaluation_data, problems, run_problems
-from melt_jax.data.token_files import open_tokens, token_problems
+from melt_jax.data.stream import batch_maker, batches, evaluation_data, problems, run_errors
+from melt_jax.data.token_files import open_tokens, token_errors
 
 NANO = ModelConfig(
     vocab=64, width=96, layers=2, heads=6, kv_heads=6, head_width=16, feed_forward=256, max_positions=512
@@ -209,7 +209,7 @@ def test_segments_bound_targets_and_mask(tmp_path):
     np.testing.assert_array_equal(row.loss_mask, [1, 0, 1, 1, 0, 0])
     masked = write(tmp_path / "y.npz", tokens=[[3, 4, 5, 6]], loss_mask=np.array([[False, True, True, False]]))
     np.testing.assert_array_equal(open_tokens(masked)[0].loss_mask, [0, 1, 1, 0])
-    assert token_problems(path, 6, 64) == token_problems(masked, 4, 64) == []
+    assert token_errors(path, 6, 64) == token_errors(masked, 4, 64) == []
 
 
 GOOD = np.arange(12).reshape(3, 4)
@@ -241,7 +241,7 @@ def test_files_of_another_form(tmp_path, message):
     with pytest.raises(ValueError) as error:
         open_tokens(path, 4)
     assert message in str(error.value) and str(path) in str(error.value)
-    assert token_problems(path, 4, 64) == str(error.value).split("\n")
+    assert token_errors(path, 4, 64) == str(error.value).split("\n")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -252,7 +252,7 @@ def test_a_damaged_archive_is_told_as_such(tmp_path, save):
     overwritten = whole[:200] + bytes(60) + whole[260:]
     for content in (whole[: len(whole) // 2], whole[:-1], whole[:3], b"", overwritten):
         path.write_bytes(content)
-        (message,) = token_problems(path, 100, 97)
+        (message,) = token_errors(path, 100, 97)
         assert message.startswith(f"{path}: cannot be read as .npz: ")
 
 
@@ -263,7 +263,7 @@ def test_stream_without_a_length(tmp_path):
 
 def test_all_problems_of_a_form_come_at_once(tmp_path):
     path = write(tmp_path / "x.npz", tokens=GOOD * 1.0, segments=GOOD[:2], loss_mask=GOOD * 1.0, more=GOOD)
-    found = "\n".join(token_problems(path, 5, 64))
+    found = "\n".join(token_errors(path, 5, 64))
     for part in (
         "unknown arrays more",
         "tokens: expected int",
@@ -289,7 +289,7 @@ VALUES = {
 @pytest.mark.parametrize("message", VALUES)
 def test_values_that_cannot_be(tmp_path, message):
     path = write(tmp_path / "x.npz", **{"tokens": GOOD, **VALUES[message]})
-    found = token_problems(path, 4, 11)
+    found = token_errors(path, 4, 11)
     matching = [text for text in found if message in text]
     assert len(matching) == 1 and path in matching[0]
     if message.startswith(("segments", "loss_mask", "a document")):
@@ -301,7 +301,7 @@ def test_good_values_are_not_complained_about(tmp_path):
     path = write(
         tmp_path / "x.npz", tokens=GOOD, segments=segments, loss_mask=[[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
     )
-    assert token_problems(path, 4, 12) == []
+    assert token_errors(path, 4, 12) == []
 
 
 # Configurations
@@ -352,7 +352,7 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
     np.save(train, np.arange(24).reshape(6, 4))
     np.save(other, np.arange(24, 36).reshape(3, 4))
     config = run_config(train, sequences=3, path=other)
-    assert run_problems(config, NANO) == []
+    assert run_errors(config, NANO) == []
     (batch,) = batches(evaluation_data(config), config.evaluation.seed, 0, 1)
     assert sorted(batch.tokens.ravel()) == list(range(24, 36))
 
@@ -365,7 +365,7 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
         ({"sequences": 3, "path": f"{tmp_path}/longer.npy"}, "expected sequences of 4 tokens, found 5"),
         ({"path": other}, "goes unused, evaluation.sequences is 0"),
     ):
-        (found,) = run_problems(run_config(train, **evaluation), NANO)
+        (found,) = run_errors(run_config(train, **evaluation), NANO)
         assert message in found and found.startswith("evaluation.")
 
 
@@ -374,7 +374,7 @@ def test_a_melt_is_no_teacher_and_is_told_with_everything_else(gate):
     config = nano.get_config()
     config.data.length = 20
     melt = dataclasses.replace(NANO, gate=gate)
-    teacher, data = run_problems(freeze(config), melt)
+    teacher, data = run_errors(freeze(config), melt)
     assert teacher == (
         f"teacher: melt_jax/assets/ouro_nano is a MELT (gate {gate}); expected a LoopLM, such as melt_jax.convert"
         " --gate=none writes"
@@ -384,7 +384,7 @@ def test_a_melt_is_no_teacher_and_is_told_with_everything_else(gate):
 
 def test_made_problems_need_no_file_to_evaluate_on():
     config = nano.get_config()
-    assert run_problems(freeze(config), NANO) == []
+    assert run_errors(freeze(config), NANO) == []
     config.evaluation.path = "x.npy"
-    (found,) = run_problems(freeze(config), NANO)
+    (found,) = run_errors(freeze(config), NANO)
     assert found == 'evaluation.path: "x.npy" goes unused, source "arithmetic" reads no file; drop it'

@@ -17,7 +17,7 @@ import tokenizers
 from melt_jax import prepare as command
 from melt_jax.data.documents import Document, Form, InputRows, Malformed, documents
 from melt_jax.data.packing import Packer, split
-from melt_jax.data.records import open_records, read_manifest, record_problems
+from melt_jax.data.records import open_records, read_manifest, record_errors
 from melt_jax.data.text import Tokenizer
 from melt_jax.prepare import PrepareError, Settings, input_files, prepare, summary
 
@@ -422,15 +422,15 @@ def test_data_of_another_chat_template_does_not_fit(tmp_path, folder):
     for name, row in (("turns", {"messages": chat("a", "b")}), ("text", {"text": "the sum"})):
         (tmp_path / f"{name}.jsonl").write_bytes(line(row))
         prepare(folder, [tmp_path / f"{name}.jsonl"], tmp_path / name, Form(), Settings(32))
-        assert record_problems(tmp_path / name, 32, 300, folder) == []
-    assert record_problems(tmp_path / "text", 32, 300, other) == []  # no template wrote it
-    (message,) = record_problems(tmp_path / "turns", 32, 300, str(other))
+        assert record_errors(tmp_path / name, 32, 300, folder) == []
+    assert record_errors(tmp_path / "text", 32, 300, other) == []  # no template wrote it
+    (message,) = record_errors(tmp_path / "turns", 32, 300, str(other))
     assert "written with another chat template than that of" in message and f"--tokenizer={other}" in message
     save_config(other, None)
-    (message,) = record_problems(tmp_path / "turns", 32, 300, other)
+    (message,) = record_errors(tmp_path / "turns", 32, 300, other)
     assert "there, none here" in message
     (other / "tokenizer_config.json").unlink()
-    (message,) = record_problems(tmp_path / "turns", 32, 300, other)
+    (message,) = record_errors(tmp_path / "turns", 32, 300, other)
     assert "cannot be read" in message and "no tokenizer_config.json" in message
 
 

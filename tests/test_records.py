@@ -12,7 +12,7 @@ from melt_jax.data.records import (
     ShardWriter,
     open_records,
     read_manifest,
-    record_problems,
+    record_errors,
     sha256,
     verify_shards,
     write_manifest,
@@ -130,7 +130,7 @@ def test_a_manifest_of_another_kind(folder):
         with pytest.raises(ValueError, match=message):
             read_manifest(folder)
     path.write_text("{")
-    assert "cannot be read" in record_problems(folder, LENGTH, VOCAB)[0]
+    assert "cannot be read" in record_errors(folder, LENGTH, VOCAB)[0]
 
 
 # The stream

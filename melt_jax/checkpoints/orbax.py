@@ -49,7 +49,7 @@ class OrbaxFolder:
         self.config = parse_config(self.raw, self.folder / "config.json")
         stored = self._metadata()
         self.shapes = {path: leaf.shape for path, leaf in module_leaves(abstract_model(self.config))}
-        fail(self.folder / PARAMS, _weight_problems(self.shapes, stored))
+        fail(self.folder / PARAMS, _weight_errors(self.shapes, stored))
         dtypes = {np.dtype(leaf.dtype).name for leaf in stored.values()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
 
@@ -189,7 +189,7 @@ def _get(tree, path):
     return tree
 
 
-def _weight_problems(expected, stored):
+def _weight_errors(expected, stored):
     problems = [f"{path} {shape} is missing" for path, shape in expected.items() if path not in stored]
     for path, leaf in stored.items():
         shape, dtype = tuple(getattr(leaf, "shape", ()) or ()), getattr(leaf, "dtype", None)

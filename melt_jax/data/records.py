@@ -170,7 +170,7 @@ class RecordSequences:
         return self._layout.decode(self._records[index])
 
 
-def record_problems(folder, length, vocab, tokenizer=None):
+def record_errors(folder, length, vocab, tokenizer=None):
     """Everything that keeps prepared data from feeding a model: a list of messages.
 
     Args:

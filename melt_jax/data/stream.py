@@ -15,9 +15,9 @@ import numpy as np
 
 from melt_jax.data import arithmetic
 from melt_jax.data.batch import Batch
-from melt_jax.data.records import MANIFEST, open_records, record_problems, sha256
+from melt_jax.data.records import MANIFEST, open_records, record_errors, sha256
 from melt_jax.data.text import TOKENIZER_FILES
-from melt_jax.data.token_files import open_tokens, token_problems
+from melt_jax.data.token_files import open_tokens, token_errors
 
 SOURCES = ("arithmetic", "tokens", "records")
 SCORES = ("completion", "all")
@@ -44,32 +44,32 @@ def problems(data, model, tokenizer=None):
     if data.source not in SOURCES:
         found.append(f"data.source: {_unknown(data.source, SOURCES)}")
     elif data.source == "arithmetic":
-        found += _arithmetic_problems(data, model)
+        found += _arithmetic_errors(data, model)
     elif not data.path:
         needed = "a .npy or .npz file" if data.source == "tokens" else "a folder that melt_jax.prepare wrote"
         found.append(f'data.path: source "{data.source}" needs {needed}; none is given')
     elif data.source == "records":
-        wrong = record_problems(data.path, data.length, model.vocab, tokenizer)
+        wrong = record_errors(data.path, data.length, model.vocab, tokenizer)
         found += [f"data.path: {message}" for message in wrong]
     elif data.length >= 2:
-        found += [f"data.path: {message}" for message in token_problems(data.path, data.length, model.vocab)]
+        found += [f"data.path: {message}" for message in token_errors(data.path, data.length, model.vocab)]
     return found
 
 
-def run_problems(config, model, tokenizer=None):
+def run_errors(config, model, tokenizer=None):
     """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as `problems` gives them.
 
     A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own. `model` is
     the `ModelConfig` of its teacher; in pre-training, of what it makes.
     """
     evaluation, source = config.evaluation, config.data.source
-    found, given = _teacher_problems(config, model), f'evaluation.path: "{evaluation.path}"'
+    found, given = _teacher_errors(config, model), f'evaluation.path: "{evaluation.path}"'
     found += problems(config.data, model, tokenizer)
     if config.tokenizer:
         missing = [name for name in TOKENIZER_FILES if not (pathlib.Path(config.tokenizer) / name).is_file()]
         found += [f"tokenizer: {config.tokenizer} has no {name}" for name in missing]
     if source != "arithmetic" and (evaluation.problems or evaluation.sample):
-        found += [f"evaluation.problems or sample: {line}" for line in _definition_problems(config.data, model)]
+        found += [f"evaluation.problems or sample: {line}" for line in _definition_errors(config.data, model)]
     if not evaluation.sequences or source == "arithmetic":
         why = "evaluation.sequences is 0" if not evaluation.sequences else f'source "{source}" reads no file'
         return found + [f"{given} goes unused, {why}; drop it"] * bool(evaluation.path)
@@ -84,7 +84,7 @@ def run_problems(config, model, tokenizer=None):
     return found + [line for line in wrong if line not in found]
 
 
-def _teacher_problems(config, model):
+def _teacher_errors(config, model):
     # A student with the gates of a MELT would begin as that MELT, and have nothing to learn from it.
     if model.gate == "none":
         return []
@@ -159,14 +159,14 @@ def _file_step(ordered, batch, rows, step):
     return Batch(*(np.stack(field) for field in zip(*[ordered[i] for i in indices])))
 
 
-def _arithmetic_problems(data, model):
+def _arithmetic_errors(data, model):
     found = []
     if data.path:
         path = pathlib.Path(data.path).name
         found.append(f'data.path: source "arithmetic" reads no file; drop {path}, or set data.source to "tokens"')
     if data.score not in SCORES:
         found.append(f"data.score: {_unknown(data.score, SCORES)}")
-    wrong = _definition_problems(data, model)
+    wrong = _definition_errors(data, model)
     if not wrong and (longest := arithmetic.problem_tokens(data.high)) > data.length:
         found.append(
             f"data.high: a problem of {data.high} definitions takes {longest} tokens, but data.length is {data.length};"
@@ -175,7 +175,7 @@ def _arithmetic_problems(data, model):
     return found + wrong
 
 
-def _definition_problems(data, model):
+def _definition_errors(data, model):
     """Why no problems are made, or the model cannot read them."""
     found, names = [], len(arithmetic.NAMES)
     if not 1 <= data.low <= data.high <= names:

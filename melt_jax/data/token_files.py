@@ -66,7 +66,7 @@ def open_tokens(path, length=None):
       `TokenSequences`. What a stream's end leaves over is told in the log.
 
     Raises:
-      ValueError: everything that is wrong with the file's form, one line each. Values are checked by `token_problems`.
+      ValueError: everything that is wrong with the file's form, one line each. Values are checked by `token_errors`.
     """
     sequences, found = _open(path, length)
     if found:
@@ -77,7 +77,7 @@ def open_tokens(path, length=None):
     return sequences
 
 
-def token_problems(path, length, vocab):
+def token_errors(path, length, vocab):
     """Everything wrong with a token file for sequences of that length and ids below vocab; reads it through once."""
     sequences, found = _open(path, length)
     if found:

@@ -168,7 +168,7 @@ def batch_sharding(mesh):
     return jax.NamedSharding(mesh, jax.P(BATCH))
 
 
-def local_rows(sharding, batch):
+def local_batch_indices(sharding, batch):
     """The slice of a global batch's rows that this process's devices need; ShardingError where they lie apart."""
     indices = sharding.addressable_devices_indices_map((batch,)).values()
     spans = sorted({(index[0].start or 0, index[0].stop or batch) for index in indices})

@@ -28,7 +28,7 @@ from melt_jax.model.model import abstract_model, init_model, parameter_count, re
 from melt_jax.sharding import (
     batch_sharding,
     for_inference,
-    local_rows,
+    local_batch_indices,
     make_mesh,
     mesh_errors,
     place_batch,
@@ -154,7 +154,7 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
     objective = phase_objective(name, phase, config.chunk_size)
     train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
     sharding, size = batch_sharding(mesh), config.data.batch
-    rows = local_rows(sharding, size)
+    rows = local_batch_indices(sharding, size)
     batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, rows)
     skipped = int(state.skipped)
     with StepMonitor(

@@ -114,7 +114,7 @@ def batches(data, seed, start, stop, rows=None):
       data: `melt_jax.config.DataConfig`, free of `problems`.
       seed: in [0, 2³²); another seed gives other problems, or another order of the file's sequences.
       start, stop: step numbers.
-      rows: a slice, the rows of the global batch to make, such as `sharding.local_rows`; None: all.
+      rows: a slice, the rows of the global batch to make, such as `sharding.local_batch_indices`; None: all.
 
     Returns:
       An iterator of `Batch`, [batch, length] int32 numpy arrays, of the asked rows.

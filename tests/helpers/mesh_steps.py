@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from melt_jax.config import MeshConfig
-from melt_jax.sharding import batch_sharding, local_rows, make_mesh, place_batch, place_weights
+from melt_jax.sharding import batch_sharding, local_batch_indices, make_mesh, place_batch, place_weights
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 from tests.helpers.tiny import TINY, make_model, random_batch
@@ -40,7 +40,7 @@ def one_step(phase, mesh, gather, parts, config=CONFIG):
     student, batch = jax.tree.map(jnp.copy, student), random_batch(BATCH, LENGTH)  # the state takes the weights
     with jax.set_mesh(mesh):
         sharding = batch_sharding(mesh)
-        rows = local_rows(sharding, BATCH)
+        rows = local_batch_indices(sharding, BATCH)
         batch = place_batch(jax.tree.map(lambda x: x[rows], batch), sharding, rows, BATCH)
         state = init_state(place_weights(student, mesh), optimizer)
         state = state._replace(step=state.step + PHASES[phase].steps // 2)

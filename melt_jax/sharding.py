@@ -100,22 +100,22 @@ def weight_shardings(model, mesh):
     Raises:
       ShardingError: lists every dimension that its mesh axis does not divide.
     """
-    problems = []
+    errors = []
 
     def place(path, weight):
         spec = partition(weight.axes)
         name = ".".join(key.name for key in path)
         for size, logical, axis in zip(weight.get_value().shape, weight.axes, spec):
             if axis and size % mesh.shape[axis]:
-                problems.append(f"{name}: {logical}, {size}, is not divisible by {axis}, {mesh.shape[axis]}")
+                errors.append(f"{name}: {logical}, {size}, is not divisible by {axis}, {mesh.shape[axis]}")
         return weight.copy(jax.NamedSharding(mesh, spec))
 
     is_weight = lambda node: isinstance(node, nnx.Variable)
     shardings = jax.tree_util.tree_map_with_path(place, model, is_leaf=is_weight)
     if model.config.width % mesh.shape["tensor"]:  # latents and attention outputs are split, too
-        problems.append(f"width, {model.config.width}, is not divisible by tensor, {mesh.shape['tensor']}")
-    if problems:
-        raise ShardingError("weights cannot be split over the mesh:\n" + "\n".join(problems))
+        errors.append(f"width, {model.config.width}, is not divisible by tensor, {mesh.shape['tensor']}")
+    if errors:
+        raise ShardingError("weights cannot be split over the mesh:\n" + "\n".join(errors))
     return shardings
 
 

@@ -190,13 +190,13 @@ def _get(tree, path):
 
 
 def _weight_errors(expected, stored):
-    problems = [f"{path} {shape} is missing" for path, shape in expected.items() if path not in stored]
+    errors = [f"{path} {shape} is missing" for path, shape in expected.items() if path not in stored]
     for path, leaf in stored.items():
         shape, dtype = tuple(getattr(leaf, "shape", ()) or ()), getattr(leaf, "dtype", None)
         if path not in expected:
-            problems.append(f"{path} {shape} is unknown: config.json describes no such weight")
+            errors.append(f"{path} {shape} is unknown: config.json describes no such weight")
         elif shape != without_ones(expected[path]):
-            problems.append(f"{path} has shape {shape}: expected {without_ones(expected[path])}")
+            errors.append(f"{path} has shape {shape}: expected {without_ones(expected[path])}")
         if dtype is None or np.dtype(dtype).name not in DTYPES:
-            problems.append(f"{path} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    return problems
+            errors.append(f"{path} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    return errors

@@ -144,9 +144,9 @@ class PublishedFolder:
         self._names = collections.defaultdict(list)
         for name, (path, *_) in published_tensors(abstract).items():
             self._names[path].append(name)
-        found, problems = scan_tensors(self.folder)
-        problems += _tensor_problems(published_tensors(abstract), found)
-        fail(self.folder, problems)
+        found, errors = scan_tensors(self.folder)
+        errors += _tensor_problems(published_tensors(abstract), found)
+        fail(self.folder, errors)
         self._files = {name: places[0][0] for name, places in found.items()}
         dtypes = {places[0][2] for places in found.values()}
         self.dtype = STORED_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None
@@ -170,12 +170,12 @@ def scan_tensors(folder):
     """What a folder's safetensors files hold, read from their headers.
 
     Returns:
-      ({name: [(file, shape, stored dtype), …]}, problems): unreadable files, and where the index contradicts them.
+      ({name: [(file, shape, stored dtype), …]}, errors): unreadable files, and where the index contradicts them.
     """
-    found, problems = collections.defaultdict(list), []
+    found, errors = collections.defaultdict(list), []
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        problems.append("no *.safetensors file: expected one or several")
+        errors.append("no *.safetensors file: expected one or several")
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
@@ -183,10 +183,10 @@ def scan_tensors(folder):
                     piece = tensors.get_slice(name)
                     found[name].append((file, tuple(piece.get_shape()), piece.get_dtype()))
         except SafetensorError as error:
-            problems.append(f"{file.name} is no readable safetensors file: {error}")
+            errors.append(f"{file.name} is no readable safetensors file: {error}")
     if (folder / INDEX).is_file():
-        problems += _index_problems(folder, found)
-    return found, problems
+        errors += _index_problems(folder, found)
+    return found, errors
 
 
 def _index_problems(folder, found):
@@ -194,32 +194,32 @@ def _index_problems(folder, found):
         index = json.loads((folder / INDEX).read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         return [f"{INDEX} has no readable weight_map: {error!r}"]
-    problems = []
+    errors = []
     for name in sorted({*index, *found}):
         holders = [file.name for file, *_ in found.get(name, [])]
         if name not in index:
-            problems.append(f"{name} is in {' and '.join(holders)}, but not in {INDEX}")
+            errors.append(f"{name} is in {' and '.join(holders)}, but not in {INDEX}")
         elif index[name] not in holders:
-            problems.append(
+            errors.append(
                 f"{name} should be in {index[name]} by {INDEX}: it is in {' and '.join(holders) or 'no file'}"
             )
-    return problems
+    return errors
 
 
 def _tensor_problems(expected, found):
     """Every tensor that is missing, unknown, doubled, of another shape or of a dtype that is no weight's."""
-    problems = [f"{name} {expected[name][2]} is missing" for name in expected if name not in found]
+    errors = [f"{name} {expected[name][2]} is missing" for name in expected if name not in found]
     for name, places in found.items():
         if len(places) > 1:
-            problems.append(f"{name} is doubled: in " + " and in ".join(file.name for file, *_ in places))
+            errors.append(f"{name} is doubled: in " + " and in ".join(file.name for file, *_ in places))
         for file, shape, dtype in places:
             if name not in expected:
-                problems.append(f"{name} {shape} in {file.name} is unknown: config.json describes no such weight")
+                errors.append(f"{name} {shape} in {file.name} is unknown: config.json describes no such weight")
             elif shape != expected[name][2]:
-                problems.append(f"{name} in {file.name} has shape {shape}: expected {expected[name][2]}")
+                errors.append(f"{name} in {file.name} has shape {shape}: expected {expected[name][2]}")
             if dtype not in STORED_DTYPES:
-                problems.append(f"{name} in {file.name} has dtype {dtype}: expected one of {', '.join(STORED_DTYPES)}")
-    return problems
+                errors.append(f"{name} in {file.name} has dtype {dtype}: expected one of {', '.join(STORED_DTYPES)}")
+    return errors
 
 
 def load_model(folder, dtype="float32", gate=None, first_loop=None, shardings=None):

@@ -56,11 +56,11 @@ HARMLESS = frozenset(
 )
 
 
-def fail(subject, problems):
+def fail(subject, errors):
     """Raises one ValueError that lists every problem of `subject`; does nothing when there is none."""
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ValueError(f"{subject}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+    if errors:
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise ValueError(f"{subject}: {count}\n" + "\n".join(f"  - {error}" for error in errors))
 
 
 def read_raw_config(folder):
@@ -95,14 +95,14 @@ def parse_config(raw, subject="config.json"):
     raw = _with_rope_theta(raw)
     fields = {ours: raw[theirs] for theirs, ours in CONFIG_KEYS.items() if raw.get(theirs) is not None}
     missing = [key for key in CONFIG_KEYS if key not in OPTIONAL and raw.get(key) is None]
-    problems = [f"{key} is missing" for key in missing]
+    errors = [f"{key} is missing" for key in missing]
     for find in (_type_problems, _only_value_problems, _rope_problems, _melt_key_problems, _unknown_key_problems):
-        problems += find(raw)
-    if not problems:
+        errors += find(raw)
+    if not errors:
         fields.setdefault("kv_heads", fields["heads"])
         fields.setdefault("head_width", fields["width"] // fields["heads"])
-        problems += _size_problems(fields)
-    fail(subject, problems)
+        errors += _size_problems(fields)
+    fail(subject, errors)
     if raw["model_type"] == "melt":
         fields |= {"gate": raw.get("gate", "elementwise"), "first_loop": raw.get("first_loop", "copy")}
     else:
@@ -169,7 +169,7 @@ def _rope_problems(raw):
 
 
 def _type_problems(raw):
-    problems = []
+    errors = []
     for key, field in CONFIG_KEYS.items():
         value = raw.get(key)
         if value is None:
@@ -185,42 +185,42 @@ def _type_problems(raw):
             low = 0 if field in ("bos", "eos", "pad") else 1
             good, expected = number and isinstance(value, int) and value >= low, f"an integer, {low} or more"
         if not good:
-            problems.append(f"{key} is {value!r}: expected {expected}")
-    return problems
+            errors.append(f"{key} is {value!r}: expected {expected}")
+    return errors
 
 
 def _only_value_problems(raw):
-    problems = []
+    errors = []
     for key, values in ONLY_VALUES.items():
         if raw.get(key, values[0]) not in values:
-            problems.append(f"{key} is {raw[key]!r}: this model computes {values[0]!r} only")
+            errors.append(f"{key} is {raw[key]!r}: this model computes {values[0]!r} only")
     if raw.get("sliding_window") is not None and "use_sliding_window" not in raw:
-        problems.append(f"sliding_window is {raw['sliding_window']!r}: this model attends to all tokens (null)")
+        errors.append(f"sliding_window is {raw['sliding_window']!r}: this model attends to all tokens (null)")
     types, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
     full = isinstance(types, list) and all(kind == "full_attention" for kind in types)
     if types is not None and not (full and (len(types) == layers or not isinstance(layers, int))):
-        problems.append(f"layer_types is {types!r}: expected full_attention for each of the num_hidden_layers")
+        errors.append(f"layer_types is {types!r}: expected full_attention for each of the num_hidden_layers")
     dtypes = {key: raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
-    problems += [f"{key} is {d!r}: expected one of {', '.join(DTYPES)}" for key, d in dtypes.items() if d not in DTYPES]
+    errors += [f"{key} is {d!r}: expected one of {', '.join(DTYPES)}" for key, d in dtypes.items() if d not in DTYPES]
     if len(set(map(str, dtypes.values()))) > 1:
-        problems.append(f"torch_dtype is {dtypes['torch_dtype']!r}, but dtype is {dtypes['dtype']!r}")
+        errors.append(f"torch_dtype is {dtypes['torch_dtype']!r}, but dtype is {dtypes['dtype']!r}")
     kind = raw.get("model_type")
     if kind not in tuple(ARCHITECTURES):  # a list, say, has no hash
-        problems.append(f"model_type is {kind!r}: expected 'ouro' or 'melt'")
-    return problems
+        errors.append(f"model_type is {kind!r}: expected 'ouro' or 'melt'")
+    return errors
 
 
 def _melt_key_problems(raw):
     own = [key for key in MELT_KEYS if key in raw]
     if raw.get("model_type") == "ouro":
         return [f"{key} is {raw[key]!r}, but model_type 'ouro' has no gates: expected no such key" for key in own]
-    problems = []
+    errors = []
     for key, values in (("gate", GATES[1:]), ("first_loop", CHOICES["first_loop"])):
         if key in own and raw[key] not in values:
-            problems.append(f"{key} is {raw[key]!r}: expected one of {', '.join(values)}")
+            errors.append(f"{key} is {raw[key]!r}: expected one of {', '.join(values)}")
     if "chunk_size" in own and (type(raw["chunk_size"]) is not int or raw["chunk_size"] < 1):
-        problems.append(f"chunk_size is {raw['chunk_size']!r}: expected an integer, 1 or more")
-    return problems
+        errors.append(f"chunk_size is {raw['chunk_size']!r}: expected an integer, 1 or more")
+    return errors
 
 
 def _unknown_key_problems(raw):
@@ -229,13 +229,13 @@ def _unknown_key_problems(raw):
 
 
 def _size_problems(fields):
-    problems = []
+    errors = []
     heads, kv_heads = fields["heads"], fields["kv_heads"]
     if heads % kv_heads:
-        problems.append(f"num_key_value_heads is {kv_heads}: expected a divisor of num_attention_heads, {heads}")
+        errors.append(f"num_key_value_heads is {kv_heads}: expected a divisor of num_attention_heads, {heads}")
     if fields["head_width"] % 2 or fields["head_width"] == 0:
-        problems.append(f"head_dim is {fields['head_width']}: rotary embedding needs an even width")
+        errors.append(f"head_dim is {fields['head_width']}: rotary embedding needs an even width")
     for name in ("bos", "eos", "pad"):
         if fields.get(name, 0) >= fields["vocab"]:
-            problems.append(f"{name}_token_id is {fields[name]}: outside the vocabulary of {fields['vocab']}")
-    return problems
+            errors.append(f"{name}_token_id is {fields[name]}: outside the vocabulary of {fields['vocab']}")
+    return errors

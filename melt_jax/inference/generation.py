@@ -39,7 +39,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def problems(self):
+    def errors(self):
         """What is wrong with the values, a line each."""
         checks = (
             (self.temperature >= 0, f"temperature must be 0 (greedy) or more, got {self.temperature}"),
@@ -331,28 +331,28 @@ def generate_tokens(model, prompts, max_new_tokens, prefill_chunk):
 
 def check_request(config, prompts, max_new_tokens, prefill_chunk, sampling, loops, exit_threshold, block):
     """Raises a ValueError with a line for every impossible value and every prompt that cannot be run."""
-    problems = sampling.problems()
+    errors = sampling.errors()
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk), ("block", block)):
         if value < 1:
-            problems.append(f"{name} must be 1 or more, got {value}")
+            errors.append(f"{name} must be 1 or more, got {value}")
     if loops is not None and loops < 1:
-        problems.append(f"loops must be 1 or more, got {loops}")
+        errors.append(f"loops must be 1 or more, got {loops}")
     if exit_threshold is not None and not exit_threshold >= 0:
-        problems.append(f"exit_threshold must be 0 or more (1: the last loop), got {exit_threshold}")
+        errors.append(f"exit_threshold must be 0 or more (1: the last loop), got {exit_threshold}")
     if not prompts:
-        problems.append("there is no prompt: give one or more")
+        errors.append("there is no prompt: give one or more")
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            problems.append(f"prompt {index} is empty: a prompt needs at least one token")
+            errors.append(f"prompt {index} is empty: a prompt needs at least one token")
         if unknown := sorted({int(token) for token in prompt if not 0 <= token < config.vocab}):
-            problems.append(f"prompt {index} has token ids outside the vocabulary of {config.vocab}: {unknown}")
+            errors.append(f"prompt {index} has token ids outside the vocabulary of {config.vocab}: {unknown}")
         if len(prompt) + max_new_tokens > config.max_positions:
-            problems.append(
+            errors.append(
                 f"prompt {index} has {len(prompt)} tokens; with {max_new_tokens} new ones that passes the model's"
                 f" {config.max_positions} positions: shorten the prompt or lower max_new_tokens"
             )
-    if problems:
-        raise ValueError("cannot generate:\n  " + "\n  ".join(problems))
+    if errors:
+        raise ValueError("cannot generate:\n  " + "\n  ".join(errors))
 
 
 def _collect(run, carry, first_block, blocks, on_tokens):

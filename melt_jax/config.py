@@ -217,13 +217,13 @@ def freeze(config):
     found = []
     frozen = _convert(TrainConfig, config.to_dict(), "", found)
     if frozen is not None:  # every key has a value of its type
-        found += problems(frozen)
+        found += config_errors(frozen)
     if found:
         raise ConfigError("the configuration has problems:\n" + "\n".join(f"  - {line}" for line in found))
     return frozen
 
 
-def problems(config):
+def config_errors(config):
     """Every impossible value and contradiction of a `TrainConfig`: a list of messages."""
     found = []
 

@@ -333,7 +333,7 @@ def test_config_problems_come_at_once():
 
 
 def test_good_configs_have_no_problems(data):
-    assert problems(data, NANO) == []
+    assert data_errors(data, NANO) == []
 
 
 # A run's two sources

@@ -25,7 +25,7 @@ SEED_LIMIT = 2**32
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-def problems(data, model, tokenizer=None):
+def data_errors(data, model, tokenizer=None):
     """Everything that keeps a `DataConfig` from feeding a model of that `ModelConfig`: a list of messages.
 
     Empty if nothing does. A token file is read through once to check its ids. Records must be written with the
@@ -57,14 +57,14 @@ def problems(data, model, tokenizer=None):
 
 
 def run_errors(config, model, tokenizer=None):
-    """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as `problems` gives them.
+    """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as `data_errors` gives them.
 
     A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own. `model` is
     the `ModelConfig` of its teacher; in pre-training, of what it makes.
     """
     evaluation, source = config.evaluation, config.data.source
     found, given = _teacher_errors(config, model), f'evaluation.path: "{evaluation.path}"'
-    found += problems(config.data, model, tokenizer)
+    found += data_errors(config.data, model, tokenizer)
     if config.tokenizer:
         missing = [name for name in TOKENIZER_FILES if not (pathlib.Path(config.tokenizer) / name).is_file()]
         found += [f"tokenizer: {config.tokenizer} has no {name}" for name in missing]
@@ -78,7 +78,7 @@ def run_errors(config, model, tokenizer=None):
     if pathlib.Path(evaluation.path).resolve() == pathlib.Path(config.data.path).resolve():
         return [*found, f"{given} is data.path: expected sequences kept from training"]
     data = evaluation_data(config)
-    wrong = [line.replace("data.path: ", "evaluation.path: ", 1) for line in problems(data, model, tokenizer)]
+    wrong = [line.replace("data.path: ", "evaluation.path: ", 1) for line in data_errors(data, model, tokenizer)]
     if not wrong and (count := len(_open_source(data))) < evaluation.sequences:
         wrong = [f"evaluation.sequences: expected at most {count}, as {evaluation.path} has, found {data.batch}"]
     return found + [line for line in wrong if line not in found]
@@ -111,7 +111,7 @@ def batches(data, seed, start, stop, rows=None):
     """The batches of steps start … stop − 1, in order, made ahead of their use.
 
     Args:
-      data: `melt_jax.config.DataConfig`, free of `problems`.
+      data: `melt_jax.config.DataConfig`, free of `data_errors`.
       seed: in [0, 2³²); another seed gives other problems, or another order of the file's sequences.
       start, stop: step numbers.
       rows: a slice, the rows of the global batch to make, such as `sharding.local_batch_indices`; None: all.

@@ -203,7 +203,11 @@ CHOICES = {
 }
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """Input that cannot be used: the message names it, what was expected, what was found and what to do."""
+
+
+class ConfigError(InputError):
     """A configuration that cannot be run; the message lists every problem found."""
 
 

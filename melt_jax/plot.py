@@ -2,7 +2,7 @@
 
     python -m melt_jax.plot --workdir=runs/nano --output=curves.png
 
-A distillation (MELT, arXiv 2605.07721) gives the KL to the teacher, the attention alignment, the gate's gate_openness with
+A distillation (MELT, arXiv 2605.07721) gives the KL to the teacher, the attention alignment, the gate openness with
 the transition's α, and the norms of the gradients; a pre-training (Ouro, arXiv 2510.25741) its cross-entropy and exit
 gate instead. A run under way is drawn as far as it has come.
 """

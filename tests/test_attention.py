@@ -11,14 +11,14 @@ from melt_jax.model.cache import KV, ChunkKV, blend
 B, C, K, G, E = 2, 5, 2, 3, 4
 
 
-def plain_attend(query, earlier, own, alpha, seen):
+def plain_attend(query, earlier, own, alpha, mask):
     """All scores at once."""
-    slots = seen.cached.shape[1]
+    slots = mask.cached.shape[1]
     earlier = blend(*earlier, alpha)
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
-    mask = jnp.concatenate([mask.over_cache(0, 0, slots), mask.within_chunk()], axis=-1)[:, None, None]
+    visible = jnp.concatenate([mask.over_cache(0, 0, slots), mask.within_chunk()], axis=-1)[:, None, None]
     scores = jnp.einsum("bckge,bske->bkgcs", query, keys, precision="highest") / E**0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bkgcs,bske->bckge", weights, values, precision="highest")
 
 
@@ -32,8 +32,8 @@ def inputs(slots, start, which="shared", dtype=np.float32, seed=0):
     alpha = jnp.float32(0.3) if which == "both" else None
     cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
-    seen = AttentionMask(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
-    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), rows(C), alpha, seen
+    mask = AttentionMask(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
+    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), rows(C), alpha, mask
 
 
 CASES = {
@@ -50,11 +50,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_are_plain_attention(name):
     slots, start, which, block = CASES[name]
-    query, earlier, own, alpha, seen = inputs(slots, start, which)
+    query, earlier, own, alpha, mask = inputs(slots, start, which)
     weight = np.random.default_rng(1).standard_normal((B, C, K, G, E)).astype(np.float32)
 
     def outcome(function, *more):
-        run = lambda query, earlier, own: function(query, earlier, own, alpha, seen, *more)
+        run = lambda query, earlier, own: function(query, earlier, own, alpha, mask, *more)
         loss = lambda *args: jnp.sum(run(*args) * weight)
         return jax.jit(lambda *args: (run(*args), jax.grad(loss, (0, 1, 2))(*args)))(query, earlier, own)
 
@@ -73,9 +73,9 @@ def test_bfloat16_differs_by_its_rounding_alone():
 
 def test_blocks_that_hold_no_rows_are_not_visited():
     """Not a number in a slot of an unvisited block cannot come through, as it would through a mask."""
-    query, earlier, own, alpha, seen = inputs(16, 4)
+    query, earlier, own, alpha, mask = inputs(16, 4)
     poisoned = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
-    outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, seen, 4)
+    outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, mask, 4)
     np.testing.assert_array_equal(outcome(poisoned), outcome(earlier))
 
 
@@ -83,9 +83,9 @@ def test_scores_of_one_block_exist_at_a_time():
     """Temporary memory beyond one block does not grow with the cache, forward; the program neither."""
 
     def temporary(slots):
-        query, earlier, own, alpha, seen = inputs(slots, slots)
+        query, earlier, own, alpha, mask = inputs(slots, slots)
         compiled = (
-            jax.jit(lambda *args: blockwise_attention(*args, alpha, seen, 64)).lower(query, earlier, own).compile()
+            jax.jit(lambda *args: blockwise_attention(*args, alpha, mask, 64)).lower(query, earlier, own).compile()
         )
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -9,7 +9,7 @@ import pytest
 from configs import base, nano
 from melt_jax.config import DataConfig, ModelConfig, freeze
 from melt_jax.data import arithmetic
-from melt_jax.data.stream import batch_maker, batches, evaluation_data, problems, run_errors
+from melt_jax.data.stream import batch_maker, batches, data_errors, evaluation_data, run_errors
 from melt_jax.data.token_files import open_tokens, token_errors
 
 NANO = ModelConfig(
@@ -324,11 +324,11 @@ CONFIGS = {
 
 @pytest.mark.parametrize("message", CONFIGS)
 def test_config_problems(message):
-    assert any(message in text for text in problems(CONFIGS[message], NANO))
+    assert any(message in text for text in data_errors(CONFIGS[message], NANO))
 
 
 def test_config_problems_come_at_once():
-    found = problems(DataConfig(length=1, batch=0, low=0, score="x", path="y.npy"), ModelConfig(vocab=40))
+    found = data_errors(DataConfig(length=1, batch=0, low=0, score="x", path="y.npy"), ModelConfig(vocab=40))
     assert len(found) == 6 and any("arithmetic uses 52 token ids, but the model has 40" in text for text in found)
 
 

@@ -41,7 +41,7 @@ def test_prefill_of_a_looplm_does_not_depend_on_the_chunk(chunk):
     chex.assert_trees_all_close(other, hidden, atol=2e-5)
     slots = whole.length
     seen = np.arange(slots) < np.array([len(p) for p in PROMPTS])[:, None]
-    for one, two in zip(jax.tree.leaves(whole.base), jax.tree.leaves(cache.base)):
+    for one, two in zip(jax.tree.leaves(whole.per_loop), jax.tree.leaves(cache.per_loop)):
         np.testing.assert_allclose(one[:, :, seen], two[:, :, :, :slots][:, :, seen], atol=2e-5)
 
 

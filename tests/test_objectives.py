@@ -46,7 +46,7 @@ def log_softmax(x):
 
 @by_phase
 def test_distillation_sums_are_their_formulas(alpha, align):
-    """KL(teacher ‖ student) per loop, ‖o_student − o_teacher‖² and gate_openness per loop and layer, over scored tokens."""
+    """KL(teacher ‖ student) per loop, squared attention gap and gate openness per layer, over scored tokens."""
     student, teacher = models()
     batch = random_batch(B, S)
     got = distill(student, teacher, batch, chunk_size=CHUNK, alpha=alpha, align=align)

@@ -135,7 +135,7 @@ def test_all_wrong_tensors_are_listed_at_once(tmp_path):
     assert says(moved["integer"], "dtype I8")
     assert says("model.layers.3.extra.weight", "unknown")
     assert says("model.layers.3.extra.weight", "not in model.safetensors.index.json")
-    assert "7 problems" in lines[0] and len(lines) == 8
+    assert "7 errors" in lines[0] and len(lines) == 8
 
 
 def test_index_that_points_elsewhere_is_refused(tmp_path):

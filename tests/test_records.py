@@ -17,7 +17,7 @@ from melt_jax.data.records import (
     verify_shards,
     write_manifest,
 )
-from melt_jax.data.stream import batch_maker, batches, problems
+from melt_jax.data.stream import batch_maker, batches, data_errors
 
 MODEL = ModelConfig(vocab=64, max_positions=512)
 LENGTH, VOCAB = 12, 50
@@ -186,11 +186,11 @@ def test_a_process_reads_its_own_rows_alone(folder, monkeypatch):
 def test_data_that_does_not_fit_the_model_is_refused(folder, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
-    assert problems(data_config(folder), MODEL, teacher) == problems(data_config(folder), MODEL) == []
+    assert data_errors(data_config(folder), MODEL, teacher) == data_errors(data_config(folder), MODEL) == []
     (teacher / "tokenizer.json").write_bytes(b"{}")
-    assert problems(data_config(folder), MODEL, teacher) == []
+    assert data_errors(data_config(folder), MODEL, teacher) == []
     (teacher / "tokenizer.json").write_bytes(b"{ }")
-    found = problems(
+    found = data_errors(
         DataConfig("records", str(folder), length=16), ModelConfig(vocab=49, max_positions=512), str(teacher)
     )
     assert len(found) == 3
@@ -200,4 +200,4 @@ def test_data_that_does_not_fit_the_model_is_refused(folder, tmp_path):
         "another tokenizer than",
     ):
         assert sum(part in message for message in found) == 1
-    assert "needs a folder that melt_jax.prepare wrote" in problems(DataConfig("records"), MODEL)[0]
+    assert "needs a folder that melt_jax.prepare wrote" in data_errors(DataConfig("records"), MODEL)[0]

@@ -39,7 +39,7 @@ def assert_reference(config, tokens, segments, chunk, alpha, atol):
         if out.cache.shared is not None:
             got |= {f"shared_{name}": x[:, b] for name, x in out.cache.shared._asdict().items()}
         if out.cache.per_loop is not None:
-            got |= {f"base_{name}": x[:, :, b] for name, x in out.cache.per_loop._asdict().items()}
+            got |= {f"per_loop_{name}": x[:, :, b] for name, x in out.cache.per_loop._asdict().items()}
         assert got.keys() == want.keys()
         for name, x in got.items():
             axis = {"hidden": 1, "shared_keys": 1, "shared_values": 1}.get(name, 2)

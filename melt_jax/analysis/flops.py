@@ -75,7 +75,8 @@ def forward_flops(config, rows, logits=None, transition=False):
 
     Args:
       config: `ModelConfig`; gate "none" is the LoopLM.
-      rows: mean number of rows a query sees, its own included: `causal_entries` of a sequence; while decoding, the tokens
+      rows: mean number of rows a query sees, its own included: `causal_entries` of a sequence; while decoding, the
+        tokens
         so far.
       logits: loops whose logits are computed; all by default, as in training. Decoding computes 1, and a prefill that
         many for its last token alone.

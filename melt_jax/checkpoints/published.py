@@ -145,7 +145,7 @@ class PublishedFolder:
         for name, (path, *_) in published_tensors(abstract).items():
             self._names[path].append(name)
         found, errors = scan_tensors(self.folder)
-        errors += _tensor_problems(published_tensors(abstract), found)
+        errors += _tensor_errors(published_tensors(abstract), found)
         fail(self.folder, errors)
         self._files = {name: places[0][0] for name, places in found.items()}
         dtypes = {places[0][2] for places in found.values()}
@@ -185,11 +185,11 @@ def scan_tensors(folder):
         except SafetensorError as error:
             errors.append(f"{file.name} is no readable safetensors file: {error}")
     if (folder / INDEX).is_file():
-        errors += _index_problems(folder, found)
+        errors += _index_errors(folder, found)
     return found, errors
 
 
-def _index_problems(folder, found):
+def _index_errors(folder, found):
     try:
         index = json.loads((folder / INDEX).read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -206,7 +206,7 @@ def _index_problems(folder, found):
     return errors
 
 
-def _tensor_problems(expected, found):
+def _tensor_errors(expected, found):
     """Every tensor that is missing, unknown, doubled, of another shape or of a dtype that is no weight's."""
     errors = [f"{name} {expected[name][2]} is missing" for name in expected if name not in found]
     for name, places in found.items():

@@ -96,12 +96,12 @@ def parse_config(raw, subject="config.json"):
     fields = {ours: raw[theirs] for theirs, ours in CONFIG_KEYS.items() if raw.get(theirs) is not None}
     missing = [key for key in CONFIG_KEYS if key not in OPTIONAL and raw.get(key) is None]
     errors = [f"{key} is missing" for key in missing]
-    for find in (_type_problems, _only_value_problems, _rope_problems, _melt_key_problems, _unknown_key_problems):
+    for find in (_type_errors, _only_value_errors, _rope_errors, _melt_key_errors, _unknown_key_errors):
         errors += find(raw)
     if not errors:
         fields.setdefault("kv_heads", fields["heads"])
         fields.setdefault("head_width", fields["width"] // fields["heads"])
-        errors += _size_problems(fields)
+        errors += _size_errors(fields)
     fail(subject, errors)
     if raw["model_type"] == "melt":
         fields |= {"gate": raw.get("gate", "elementwise"), "first_loop": raw.get("first_loop", "copy")}
@@ -155,7 +155,7 @@ def _with_rope_theta(raw):
     return {**raw, "rope_theta": rope["rope_theta"]} if raw.get("rope_theta") is None else raw
 
 
-def _rope_problems(raw):
+def _rope_errors(raw):
     """What `rope_parameters` says that this model does not compute, or otherwise than `rope_theta`."""
     rope = raw.get("rope_parameters")
     if rope is None:
@@ -168,7 +168,7 @@ def _rope_problems(raw):
     return []
 
 
-def _type_problems(raw):
+def _type_errors(raw):
     errors = []
     for key, field in CONFIG_KEYS.items():
         value = raw.get(key)
@@ -189,7 +189,7 @@ def _type_problems(raw):
     return errors
 
 
-def _only_value_problems(raw):
+def _only_value_errors(raw):
     errors = []
     for key, values in ONLY_VALUES.items():
         if raw.get(key, values[0]) not in values:
@@ -210,7 +210,7 @@ def _only_value_problems(raw):
     return errors
 
 
-def _melt_key_problems(raw):
+def _melt_key_errors(raw):
     own = [key for key in MELT_KEYS if key in raw]
     if raw.get("model_type") == "ouro":
         return [f"{key} is {raw[key]!r}, but model_type 'ouro' has no gates: expected no such key" for key in own]
@@ -223,12 +223,12 @@ def _melt_key_problems(raw):
     return errors
 
 
-def _unknown_key_problems(raw):
+def _unknown_key_errors(raw):
     known = {*CONFIG_KEYS, *ONLY_VALUES, *HARMLESS, *MELT_KEYS, "rope_parameters"}
     return [f"{key} is {raw[key]!r}: a key that melt_jax does not know" for key in raw if key not in known]
 
 
-def _size_problems(fields):
+def _size_errors(fields):
     errors = []
     heads, kv_heads = fields["heads"], fields["kv_heads"]
     if heads % kv_heads:

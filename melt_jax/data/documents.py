@@ -1,6 +1,6 @@
 """Documents for training: the rows of jsonl and parquet files → chat template → tokens, and which of them are scored.
 
-A row is a conversation (a list of messages), a question with its answer, or plain text. InputRows are read in blocks, and a
+A row is a conversation (a list of messages), a question with its answer, or plain text. Rows are read in blocks, and a
 few blocks are under way at a time, so that memory does not grow with the files. The tokenizer works on a block with all
 cores; documents come in the order of their rows, whatever the number of cores.
 """

@@ -144,7 +144,7 @@ def read_manifest(folder):
         wrong = [f'expected format "{FORMAT}", found "{manifest["format"]}"']
     if wrong:
         raise ValueError(f"{path}: {'; '.join(wrong)}; prepare the data again")
-    if found := _shard_problems(pathlib.Path(folder), manifest["shards"]):
+    if found := _shard_errors(pathlib.Path(folder), manifest["shards"]):
         raise ValueError("\n".join(found))
     return manifest
 
@@ -196,11 +196,11 @@ def record_errors(folder, length, vocab, tokenizer=None):
             " prepare the data with the model's tokenizer"
         )
     if tokenizer:
-        found += _tokenizer_problems(folder, manifest, pathlib.Path(tokenizer))
+        found += _tokenizer_errors(folder, manifest, pathlib.Path(tokenizer))
     return found
 
 
-def _tokenizer_problems(folder, manifest, tokenizer):
+def _tokenizer_errors(folder, manifest, tokenizer):
     """At most one message: another tokenizer or, with the same one, another chat template."""
     if not (tokenizer / "tokenizer.json").is_file():
         return []
@@ -238,7 +238,7 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shard_problems(folder, shards):
+def _shard_errors(folder, shards):
     found = []
     for shard in shards:
         path = folder / shard["file"]

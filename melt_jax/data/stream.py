@@ -57,7 +57,7 @@ def data_errors(data, model, tokenizer=None):
 
 
 def run_errors(config, model, tokenizer=None):
-    """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as `data_errors` gives them.
+    """Everything that keeps a `TrainConfig` from training and evaluating: a list of messages, as of `data_errors`.
 
     A run evaluates on other sequences than it trains on: arithmetic of another seed, or files of their own. `model` is
     the `ModelConfig` of its teacher; in pre-training, of what it makes.

@@ -113,7 +113,7 @@ def _open(path, length):
                 arrays = dict(archive)
     except UNREADABLE as error:
         return None, [f"{path}: cannot be read as {path.suffix}: {error}"]
-    found = [f"{path}: {message}" for message in _form_problems(arrays, path.suffix == ".npz", length)]
+    found = [f"{path}: {message}" for message in _form_errors(arrays, path.suffix == ".npz", length)]
     if found:
         return None, found
     tokens = arrays["tokens"]
@@ -123,7 +123,7 @@ def _open(path, length):
     return TokenSequences(tokens[: count * length].reshape(count, length), dropped=dropped), []
 
 
-def _form_problems(arrays, archive, length):
+def _form_errors(arrays, archive, length):
     if "tokens" not in arrays:
         return [f'expected an array "tokens", found {", ".join(sorted(arrays)) or "none"}']
     found = []

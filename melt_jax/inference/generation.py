@@ -204,7 +204,8 @@ def decode_block(model, cache, state, request, block=1, loops=None, exit_thresho
     Finished sequences are frozen: no token, and no row that anything sees. The loop ends when all are.
 
     Returns:
-      (cache, `DecodeState`, tokens [block, B] with −1 where there is none, exit loops [block, B] from 0, whether all are
+      (cache, `DecodeState`, tokens [block, B] with −1 where there is none, exit loops [block, B] from 0, whether all
+      are
       done).
     """
     nothing = jnp.full((block, *state.tokens.shape), -1, jnp.int32)

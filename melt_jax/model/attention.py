@@ -49,7 +49,7 @@ class AttentionMask(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def blockwise_attention(query, earlier, own, alpha, seen, block):
+def blockwise_attention(query, earlier, own, alpha, mask, block):
     """Softmax attention over the rows of earlier tokens ++ the chunk's own rows of this loop.
 
     Args:
@@ -57,44 +57,44 @@ def blockwise_attention(query, earlier, own, alpha, seen, block):
       earlier: `ChunkKV` of [B, S, K, E], the cache's of one layer: shared, per_loop, or both, which are blended by α.
       own: `KV` of [B, C, K, E].
       alpha: of the transition, or None; not differentiated.
-      seen: `AttentionMask`.
+      mask: `AttentionMask`.
       block: slots whose scores exist at a time; a shorter cache is one block.
 
     Returns:
       [B, C, K, G, E] in the query's dtype; scores, softmax and sums are float32.
     """
-    return _blockwise_attention_forward(query, earlier, own, alpha, seen, block)[0]
+    return _blockwise_attention_forward(query, earlier, own, alpha, mask, block)[0]
 
 
-def _blockwise_attention_forward(query, earlier, own, alpha, seen, block):
+def _blockwise_attention_forward(query, earlier, own, alpha, mask, block):
     with jax.named_scope("within_chunk"):
         scores = _scores(query, own.keys, mask.within_chunk())
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         state = peak, jnp.sum(weights, axis=-1, keepdims=True), _mix(weights, own.values)
 
-    def add_block(state, rows, mask, _):
+    def add_block(state, rows, visible, _):
         peak, total, mixed = state
-        scores = _scores(query, rows.keys, mask)
+        scores = _scores(query, rows.keys, visible)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
         weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         return new_peak, total, mixed * _token_first(shrink) + _mix(weights, rows.values)
 
-    peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, seen, block)
+    peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
     out = checkpoint_name((mixed / _token_first(total)).astype(query.dtype), SAVED)
     log_total = checkpoint_name(peak + jnp.log(total), SAVED)
-    return out, (query, earlier, own, alpha, seen, out, log_total)
+    return out, (query, earlier, own, alpha, mask, out, log_total)
 
 
 def _blockwise_attention_backward(block, residuals, out_bar):
-    query, earlier, own, alpha, seen, out, log_total = residuals
+    query, earlier, own, alpha, mask, out, log_total = residuals
     scale = 1 / math.sqrt(query.shape[-1])
     product = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     product = jnp.moveaxis(product, 1, -1)[..., None]
 
-    def pull_back(rows, mask):
-        weights = jnp.exp(_scores(query, rows.keys, mask) - log_total)
+    def pull_back(rows, visible):
+        weights = jnp.exp(_scores(query, rows.keys, visible) - log_total)
         weights_bar = einsum("bckge,bske->bkgcs", out_bar, rows.values, preferred_element_type=jnp.float32)
         scores_bar = (weights * (weights_bar - product) * scale).astype(query.dtype)
         query_bar = einsum("bkgcs,bske->bckge", scores_bar, rows.keys, preferred_element_type=jnp.float32)
@@ -104,9 +104,9 @@ def _blockwise_attention_backward(block, residuals, out_bar):
     with jax.named_scope("within_chunk"):
         query_bar, own_bar = pull_back(own, mask.within_chunk())
 
-    def add_block(state, rows, mask, begin):
+    def add_block(state, rows, visible, begin):
         query_bar, earlier_bar = state
-        more, kv_bar = pull_back(rows, mask)
+        more, kv_bar = pull_back(rows, visible)
         # Read, add, write: where the last block overlaps the one before it, both have their say.
         put = lambda total, x: jax.lax.dynamic_update_slice_in_dim(
             total, jax.lax.dynamic_slice_in_dim(total, begin, x.shape[1], 1) + x.astype(total.dtype), begin, 1
@@ -115,16 +115,16 @@ def _blockwise_attention_backward(block, residuals, out_bar):
         return query_bar + more, jax.tree.map(put, earlier_bar, parts)
 
     state = query_bar, jax.tree.map(jnp.zeros_like, earlier)
-    query_bar, earlier_bar = _fold_blocks(add_block, state, earlier, alpha, seen, block)
+    query_bar, earlier_bar = _fold_blocks(add_block, state, earlier, alpha, mask, block)
     return query_bar.astype(query.dtype), earlier_bar, own_bar, jax.tree.map(jnp.zeros_like, alpha), None
 
 
 blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_backward)
 
 
-def _fold_blocks(add_block, state, earlier, alpha, seen, block):
-    """Folds `add_block(state, rows, mask, begin)` over the blocks of slots before the chunk's first."""
-    slots = seen.cached.shape[1]
+def _fold_blocks(add_block, state, earlier, alpha, mask, block):
+    """Folds `add_block(state, rows, visible, begin)` over the blocks of slots before the chunk's first."""
+    slots = mask.cached.shape[1]
     if slots == 0:
         return state
     size = min(block, slots)
@@ -138,7 +138,7 @@ def _fold_blocks(add_block, state, earlier, alpha, seen, block):
     if size == slots:
         return body(0, state)
     with jax.named_scope("cached_blocks"):
-        return jax.lax.fori_loop(0, (jnp.max(seen.start) + size - 1) // size, body, state)
+        return jax.lax.fori_loop(0, (jnp.max(mask.start) + size - 1) // size, body, state)
 
 
 def _unblend(kv_bar, earlier, alpha):
@@ -149,10 +149,10 @@ def _unblend(kv_bar, earlier, alpha):
     return ChunkKV(scale(alpha), scale(1 - alpha))
 
 
-def _scores(query, keys, mask):
+def _scores(query, keys, visible):
     """[B, K, G, C, slots] float32; −∞ where a query does not see."""
     scores = einsum("bckge,bske->bkgcs", query, keys, preferred_element_type=jnp.float32)
-    return jnp.where(mask[:, None, None], scores / math.sqrt(query.shape[-1]), -jnp.inf)
+    return jnp.where(visible[:, None, None], scores / math.sqrt(query.shape[-1]), -jnp.inf)
 
 
 def _mix(weights, values):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from melt_jax.model.cache import KV
 from melt_jax.model.gate import Gate
 from melt_jax.model.layout import einsum, token_sharding
 

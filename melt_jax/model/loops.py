@@ -27,14 +27,14 @@ class ChunkOutput(NamedTuple):
       hidden: [T, B, C, D], the normed stream at the end of each loop.
       attention_output: [T, L, B, C, D], after W_O and before the sandwich norm.
       gate_openness: [T, L, B, C] float32, the gate's mean 1 − z; ones for the LoopLM.
-      rows: `ChunkKV`: the chunk's final shared rows and its per-loop entries of every loop, as the cache keeps them.
+      kv: `ChunkKV`: the chunk's final shared rows and its per-loop entries of every loop, as the cache keeps them.
       segments: [B, C] int32, to be written beside the rows.
     """
 
     hidden: jax.Array
     attention_output: jax.Array
     gate_openness: jax.Array
-    rows: ChunkKV
+    kv: ChunkKV
     segments: jax.Array
 
 
@@ -70,7 +70,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
             "alpha goes with a transition cache, which keeps shared and per-loop entries, and only with one"
         )
     rope = rope_table(positions, config.head_width, config.rope_theta)
-    seen = AttentionMask(segments, cache.segments, jnp.asarray(start, jnp.int32))
+    mask = AttentionMask(segments, cache.segments, jnp.asarray(start, jnp.int32))
 
     def run_layer(y, xs):
         layer, latent, earlier_shared, earlier_per_loop, loop = xs
@@ -85,7 +85,7 @@ def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alp
                 per_loop = layer.project_kv(u, rope)
         with jax.named_scope("attention"):
             earlier, own = ChunkKV(earlier_shared, earlier_per_loop), blend(shared, per_loop, alpha)
-            heads = blockwise_attention(layer.project_query(u, rope), earlier, own, alpha, seen, config.attention_block)
+            heads = blockwise_attention(layer.project_query(u, rope), earlier, own, alpha, mask, config.attention_block)
             attended = layer.project_output(heads)
             y = y + layer.norm(attended, "input_layernorm_2")
         with jax.named_scope("mlp"):

@@ -64,7 +64,8 @@ def run_chunks(model, chunks, alpha=None, loops=None):
       alpha, loops: see `run_sequence`.
 
     Returns:
-      ((hidden [N, T, B, C, D], attention_output [N, T, L, B, C, D], gate_openness [N, T, L, B, C]), `Cache` of N·C slots).
+      ((hidden [N, T, B, C, D], attention_output [N, T, L, B, C, D], gate_openness [N, T, L, B, C]), `Cache` of N·C
+      slots).
     """
     count, batch, chunk_size = chunks[0].shape
 
@@ -112,7 +113,8 @@ def plain_chunk_sums(step, weights, perturbation, cache, data, chunks):
       step: `(weights, cache, start, data, chunk) → (sums, rows, segments)`: the objective's sums over one chunk, and
         what the chunk adds to the cache. Static: it must not close over arrays.
       weights: a model, in the dtype of the computation.
-      perturbation: zeros like the weights, in the dtype in which gradients are added up: differentiate with respect to it,
+      perturbation: zeros like the weights, in the dtype in which gradients are added up: differentiate with respect to
+        it,
         and the gradient has that dtype. None: differentiate with respect to the weights.
       cache: an empty `Cache` of N·C slots.
       data: a pytree that every chunk sees, not differentiated.

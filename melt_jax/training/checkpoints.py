@@ -34,7 +34,7 @@ class Checkpoints:
         self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self):
-        """The step of the newest checkpoint, or None. Just after `save` it is still being written: see `wait_until_finished`."""
+        """The step of the newest checkpoint, or None; it may still be being written, see `wait_until_finished`."""
         return self._manager.latest_step()
 
     def save(self, step, state, force=False):

@@ -56,7 +56,8 @@ def distillation_sums(
       chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
 
     Returns:
-      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; gate_openness [T, L]; with alpha
+      dict, summed over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; gate_openness [T, L]; with
+      alpha
       also alpha []; with align also alignment [T, L], ‖o_student − o_teacher‖². Differentiable in the student alone.
     """
     teacher = jax.lax.stop_gradient(teacher)

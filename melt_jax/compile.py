@@ -28,10 +28,10 @@ if __name__ == "__main__":  # before JAX starts: describe TPUs, use none
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
+from melt_jax import command_line
 from melt_jax.analysis.chips import find_chip
 from melt_jax.analysis.flops import forward_flops, step_flops
 from melt_jax.analysis.hlo import analyse, innermost
@@ -308,27 +308,29 @@ def looplm_config(config):
     return open_folder(config.teacher).config if pathlib.Path(config.teacher).is_dir() else config.model
 
 
-def main(argv):
-    """Reads the flags, compiles, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config = freeze(CONFIG.value)
-    mesh = make_mesh(config.mesh, describe_devices(TOPOLOGY.value))
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    command_line.define_config_flag()
+    flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …", required=True)
+    flags.DEFINE_enum("phase", "alignment", PHASES, "The program to compile.")
+    flags.DEFINE_bool("json", False, "Print a table's numbers as JSON instead of the report.")
+
+
+def main(argv: list[str]) -> None:
+    """Compiles as the flags say and prints the report; the status is 1 if the program does not fit."""
+    config, options = freeze(command_line.read_config()), flags.FLAGS
+    mesh = make_mesh(config.mesh, describe_devices(options.topology))
     try:
-        report = compile_phase(config, looplm_config(config), mesh, PHASE.value)
+        report = compile_phase(config, looplm_config(config), mesh, options.phase)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"{PHASE.value} on {TOPOLOGY.value} DOES NOT FIT: {str(error).splitlines()[0]}")
+        print(f"{options.phase} on {options.topology} DOES NOT FIT: {str(error).splitlines()[0]}")
         sys.exit(1)
-    print(json.dumps(report.record()) if JSON.value else report.text())
+    print(json.dumps(report.record()) if options.json else report.text())
     sys.exit(0 if report.fits else 1)
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe; --config.key=value overrides a key.")
-    TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …")
-    PHASE = flags.DEFINE_enum("phase", "alignment", PHASES, "Which program.")
-    JSON = flags.DEFINE_bool("json", False, "Print numbers for a table in place of the report.")
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    define_flags()
+    command_line.run(main)

@@ -15,10 +15,10 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 from rich.console import Console
 
+from melt_jax import command_line
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
@@ -42,10 +42,6 @@ from melt_jax.training.processes import broadcast_from_process_0, initialize_dis
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 from melt_jax.training.step_monitor import StepMonitor
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is resumed.")
 RESUMABLE_KEYS = {
     "run",
     "mesh",
@@ -54,13 +50,19 @@ RESUMABLE_KEYS = {
 }  # may change in a run: how it is watched, and where its steps run
 
 
-def main(argv):
-    """Reads the flags."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    command_line.define_config_flag()
+    flags.DEFINE_string("workdir", None, "Folder of the run; a run that it holds is resumed.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the flags say."""
+    config = command_line.read_config()
+    freeze(config)  # errors of the config are reported before processes are joined
     initialize_distributed()
     exit_on_sigterm()
-    run(CONFIG.value, pathlib.Path(WORKDIR.value))
+    run(config, pathlib.Path(flags.FLAGS.workdir))
 
 
 def run(config_dict, workdir):
@@ -227,6 +229,5 @@ def _keep_config(config_dict, fingerprints, workdir):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    define_flags()
+    command_line.run(main)

@@ -25,8 +25,8 @@ from melt_jax.config import KEYS, InputError
 _OVERRIDE = "config.KEY"
 
 
-def run(main: Callable[[list[str]], object]) -> None:
-    """Parses the flags, runs `main(argv)` and exits.
+def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
+    """Parses the flags, runs `main(argv)` and exits. Arguments that are no flags are errors unless `positional`.
 
     A flag that cannot be parsed, `InputError` and `OSError` are bad input: the message is printed after the command's
     name, without a traceback, and the status is 1. Any other exception is a defect of this package and keeps its
@@ -36,7 +36,7 @@ def run(main: Callable[[list[str]], object]) -> None:
 
     def guarded(argv: list[str]) -> None:
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not positional:
                 raise InputError(f"arguments: expected flags only, found {' '.join(argv[1:])!r}; quote patterns")
             main(argv)
         except OSError as error:
@@ -67,9 +67,13 @@ def read_config() -> ConfigDict:
     Raises:
       InputError: the file is missing or fails.
     """
+    return load_config(flags.FLAGS.config, config_overrides())
+
+
+def config_overrides() -> list[tuple[str, str]]:
+    """The pairs of a key's dotted name and a text that `--config.KEY=VALUE` gives, in their order."""
     overrides: list[str] = flags.FLAGS.get_flag_value(_OVERRIDE, [])
-    pairs = (override.partition("=") for override in overrides)
-    return load_config(flags.FLAGS.config, [(key, text) for key, _, text in pairs])
+    return [(key, text) for key, _, text in (override.partition("=") for override in overrides)]
 
 
 def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:

@@ -171,26 +171,6 @@ def test_the_main_job_publishes_in_the_dtype_that_the_looplm_states(repository, 
                          " --overwrite")  # fmt: skip
 
 
-def sweep(*arguments):
-    command = [sys.executable, "launch/sweep.py", "--config=configs/nano.py", "--workdir=runs/w", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
-def test_a_sweep_prints_a_command_for_every_combination():
-    done = sweep("--print", "a=1,2", "b=3")
-    commands = [shlex.split(line)[1:] for line in done.stdout.splitlines()]
-    train = ["-m", "melt_jax.train", "--config=configs/nano.py"]
-    assert done.returncode == 0 and commands == [
-        [*train, f"--workdir=runs/w/a={a},b=3", f"--config.a={a}", "--config.b=3"] for a in (1, 2)
-    ]
-
-
-@pytest.mark.parametrize("override, found", [("a", "found 'a'"), ("a=1,", "found 'a=1,'"), ("b=1", "b is given twice")])
-def test_a_sweep_refuses_what_is_no_override(override, found):
-    done = sweep("--print", "b=2", override)
-    assert done.returncode == 2 and found in done.stderr and not done.stdout
-
-
 RECORD = {
     "total": 12e9, "memory": 17e9, "fits": True, "temporaries": 1e9, "chip_hours": 2.0, "batch": 4, "flops_ratio": 1.1,
     "gathered_ratio": None, "collectives": {"all-gather": [3, 5e9]}, "compute_seconds": 1, "collective_seconds": 2,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The base configuration, locked: assigning a key that it does not have is an error."""
+    """The base configuration. It is not locked: `freeze` reports unknown keys together with all other errors."""
     config = ConfigDict()
     config.seed = 0  # of new weights and data; step n's batch is a function of (seed, n)
     config.phases = ("transition", "alignment")  # run in this order, or pretraining alone
@@ -128,4 +128,4 @@ def get_config() -> ConfigDict:
     config.evaluation.seed = 1  # of the problems and the sequences
     config.evaluation.sample = False  # print one worked answer
 
-    return config.lock()
+    return config

@@ -133,8 +133,14 @@ def _place(error: Exception, file: str) -> str:
     return f"{own[-1].filename}, line {own[-1].lineno}" if own else file
 
 
-def _text(error: Exception) -> str:
-    return error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+def _text(error: BaseException) -> str:
+    """The message of an error on one line."""
+    if isinstance(error, SyntaxError):
+        return error.msg
+    while error.args and isinstance(error.args[0], BaseException):  # so ml_collections raises them
+        error = error.args[0]
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())[:300]
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -145,7 +151,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(_collect_overrides(argv) if _OVERRIDE in flags.FLAGS else argv)
     except flags.Error as error:
         message = re.sub(r"flag --(\w+)=None: .*", r"--\1: expected a value, found none", str(error))
-        sys.exit(f"{_name()}: {message}; --help lists the flags")
+        sys.exit(f"{_name()}: {'; '.join(message.splitlines())}; --help lists the flags")
 
 
 def _collect_overrides(argv: list[str]) -> list[str]:

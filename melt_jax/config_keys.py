@@ -95,7 +95,7 @@ class Key:
     def error(self, value: Any) -> str:
         """What was expected and found; empty if the value has the key's type and is within its limit."""
         if value is dataclasses.MISSING:
-            return f"missing; expected {TYPE_NAMES[self.type]}, {self}"
+            return f"missing: {TYPE_NAMES[self.type]}, {self}"
         if not self._has_type(value):
             expected = TYPE_NAMES[self.type] + (f", {self.limit}" if self.limit else "")
         else:

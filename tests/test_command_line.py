@@ -1,5 +1,6 @@
 """Recipes and overrides from the command line: what is read, and how errors in a recipe are reported."""
 
+import operator
 import pathlib
 import sys
 
@@ -27,9 +28,7 @@ NANO = "configs/nano.py"
     ],
 )
 def test_override_has_the_type_of_its_key(key, text, value):
-    config = load_config(NANO, [(key, "0"), (key, text)])
-    group, _, name = key.rpartition(".")
-    found = (config[group] if group else config)[name]
+    found = operator.attrgetter(key)(load_config(NANO, [(key, "0"), (key, text)]))
     assert found == value and type(found) is type(value)
 
 

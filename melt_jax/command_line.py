@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 
 from melt_jax.config import KEYS, InputError
 
+flags.disclaim_key_flags()  # --help lists the flags defined here with those of the command
+
 # Holds each `--config.seed=3` as "seed=3". Shown by --help.
 _OVERRIDE = "config.KEY"
 
@@ -57,7 +59,7 @@ def define_config_flag() -> None:
         required=True,
     )
     flags.DEFINE_multi_string(
-        _OVERRIDE, [], "Overrides a key of the recipe, as in --config.seed=3; configs/base.py lists the keys."
+        _OVERRIDE, [], "Overrides a key of the recipe, as in --config.seed=3; configs/base.py lists the keys"
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from melt_jax.checkpoints.orbax import OrbaxFolder, default_chunk, nest, open_model, save_model, write_params
+from melt_jax.checkpoints.orbax import (
+    OrbaxFolder,
+    default_chunk,
+    nest,
+    open_model,
+    save_model,
+    weights_digest,
+    write_params,
+)
 from melt_jax.checkpoints.published import abstract_model, load_model, module_leaves, to_hf_tensors
 from tests.helpers.synthetic import TOKENIZER_FILES, write_published
-from tests.test_published import MELT, OURO, assert_same_bits, edit_config, stored_tensors
+from tests.test_published import MELT, OURO, assert_same_bits, edit_config, edit_tensors, stored_tensors
 
 TOP = pathlib.Path(__file__).parent.parent
 
@@ -245,3 +254,21 @@ def test_an_interrupted_save_leaves_nothing_that_opens(tmp_path, monkeypatch):
 
 def test_nest_undoes_paths():
     assert nest({"a": 1, "b.c": 2, "b.d.e": 3}) == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+
+
+def test_digest_identifies_weights_in_either_form(converted, tmp_path):
+    """Form, folder, files and config do not change it; one changed bit and another dtype do."""
+    ouro = weights_digest(converted / "ouro")
+    assert len(ouro) == 64
+    assert {weights_digest(converted / name) for name in ("looplm", "ouro_again", "ouro_at_last")} == {ouro}
+    assert weights_digest(converted / "melt") == weights_digest(converted / "melt_published") != ouro
+    changed = shutil.copytree(converted / "ouro_again", tmp_path / "changed")
+    edit_config(changed, eos_token_id=3)
+    assert weights_digest(changed) == ouro
+
+    def flip(tensors):
+        tensors["lm_head.weight"].view(np.uint16)[0, 0] ^= 1
+
+    edit_tensors(changed / "model.safetensors", flip)
+    save_model(tmp_path / "wide", open_model(converted / "ouro", dtype="float32"))
+    assert len({ouro, weights_digest(changed), weights_digest(tmp_path / "wide")}) == 3

@@ -5,7 +5,11 @@ so that a model restores straight into any sharding; only dimensions of 1 are le
 write. Nothing is cast unless a dtype is asked for.
 """
 
+import contextlib
+import contextvars
+import hashlib
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +32,8 @@ PARAMS = "params"
 CHUNK = 512  # tokens, where a model does not say in which chunk to run it
 READ_BYTES = 2**30  # in flight while reading; Orbax refuses a smaller limit than the largest weight
 
+_single_process = contextvars.ContextVar("single_process", default=False)
+
 
 class OrbaxFolder:
     """A checkpoint in Orbax form: its metadata compared with config.json when opened, weights read when asked for.
@@ -37,6 +43,7 @@ class OrbaxFolder:
       raw: the dict in config.json.
       config: `ModelConfig`.
       dtype: of the stored weights, a name; None where they differ.
+      dtypes: {path: dtype name} of the stored weights.
       shapes: {path: shape} of the weights that it holds.
     """
 
@@ -50,12 +57,14 @@ class OrbaxFolder:
         stored = self._metadata()
         self.shapes = {path: leaf.shape for path, leaf in module_leaves(abstract_model(self.config))}
         fail(self.folder / PARAMS, _weight_errors(self.shapes, stored))
-        dtypes = {np.dtype(leaf.dtype).name for leaf in stored.values()}
+        self.dtypes = {path: np.dtype(leaf.dtype).name for path, leaf in stored.items()}
+        dtypes = set(self.dtypes.values())
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
 
     def _metadata(self):
         try:
-            tree = ocp.metadata(self.folder / PARAMS).metadata
+            with _context():
+                tree = ocp.metadata(self.folder / PARAMS).metadata
         except Exception as error:  # Orbax raises whatever its storage layers do
             fail(self.folder / PARAMS, [f"no complete Orbax checkpoint: {error}"])
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
@@ -79,7 +88,7 @@ class OrbaxFolder:
         return {path: _module_form(weights.pop(path), wanted[path]) for path in paths}
 
     def _restore(self, templates):
-        context = ocp.Context()
+        context = _context()
         context.pytree.loading.partial_load = True
         largest = max(int(np.prod(template.shape)) * 8 for template in templates.values())
         context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
@@ -117,6 +126,43 @@ def default_chunk(folder, config):
     return CHUNK if trained is None else trained
 
 
+def weights_digest(folder: str | pathlib.Path) -> str:
+    """The sha256 of a checkpoint's weights, in hexadecimal: of their paths, dtypes, shapes and bytes.
+
+    Equal weights have equal digests, in either form and in any folder. Any process may call it without the others. It
+    reads one weight at a time; a published weight whose layers have several dtypes is read as float32.
+
+    Raises:
+      InputError: as `open_folder`.
+    """
+    digest = hashlib.sha256()
+    with single_process():
+        source = open_folder(folder)
+        for path, shape in sorted(source.shapes.items()):
+            dtype = source.dtypes[path] or "float32"
+            digest.update(f"{path} {dtype} {tuple(shape)}\n".encode())
+            digest.update(source.read(path, dtype).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """Within it, this process reads and writes checkpoints without waiting for the run's other processes."""
+    token = _single_process.set(True)
+    try:
+        yield
+    finally:
+        _single_process.reset(token)
+
+
+def _context():
+    context = ocp.Context()
+    if _single_process.get():
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
 def save_model(folder, model, tokenizer_from=None, overwrite=False, chunk_size=None):
     """Writes a model in Orbax form, whole or not at all; called by every process.
 
@@ -145,7 +191,7 @@ def write_params(folder, weights):
     Orbax's defensive copy of host arrays, nor TensorStore's of those with a dimension of 1 (q_proj and o_proj where
     G = 1), nor a compressed or regrouped one stands beside the weights.
     """
-    context = ocp.Context()
+    context = _context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     with context:

@@ -129,6 +129,7 @@ class PublishedFolder:
       raw: the dict in config.json.
       config: `ModelConfig`.
       dtype: of the tensors, a name; None where they differ.
+      dtypes: {path: dtype name} of the module weights; None if the layers of a weight differ.
       shapes: {path: shape} of the module weights that it holds.
     """
 
@@ -148,8 +149,9 @@ class PublishedFolder:
         errors += _tensor_errors(published_tensors(abstract), found)
         fail(self.folder, errors)
         self._files = {name: places[0][0] for name, places in found.items()}
-        dtypes = {places[0][2] for places in found.values()}
-        self.dtype = STORED_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None
+        dtypes = {name: STORED_DTYPES[places[0][2]] for name, places in found.items()}
+        self.dtypes = {path: _common({dtypes[name] for name in names}) for path, names in self._names.items()}
+        self.dtype = _common(set(dtypes.values()))
 
     def read(self, path, dtype):
         """The module's weight of that path, an array of numpy's in host memory, all layers stacked."""
@@ -164,6 +166,11 @@ class PublishedFolder:
     def load(self, paths, dtype, shardings):
         """{path: jax.Array} of those weights, each placed by its sharding where {path: sharding} has one."""
         return {path: device_put_weight(self.read(path, dtype), shardings.get(path)) for path in paths}
+
+
+def _common(values):
+    """The only element of a set; None if there are several."""
+    return next(iter(values)) if len(values) == 1 else None
 
 
 def scan_tensors(folder):

@@ -110,6 +110,7 @@ def repository(tmp_path):
     """
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "requirements.txt").write_text("jax\n")
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
     made = '#!/bin/bash\necho "$*" >>calls\n[ ! -e broken ]\n'
     (tmp_path / "python").write_text(f"""#!/bin/bash
     case $1 in
@@ -134,7 +135,7 @@ def test_setup_wants_a_python_that_is_new_enough_and_is_done_only_when_whole(rep
     folder, run = repository
     status, output, _ = run("main_job.sh", version="3.10")
     assert status == 1 and not (folder / ".venv").exists()
-    assert "expected Python 3.11 or later, found Python 3.10; PYTHON=" in output
+    assert "expected Python 3.11 or later, found Python 3.10; choose another with PYTHON=" in output
     (folder / "broken").touch()
     status, _, calls = run("main_job.sh")
     assert status != 0 and "-m venv --clear .venv" in calls and "melt_jax" not in calls

@@ -13,7 +13,9 @@ a MELT's gates. The output folder appears when it is complete.
 In a run of several processes, process 0 converts, and the others wait and fail if it fails.
 """
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import pathlib
 import sys
 import time
@@ -27,7 +29,7 @@ from absl import flags
 
 from melt_jax import command_line
 from melt_jax.checkpoints.folder import chosen_dtype, override
-from melt_jax.checkpoints.orbax import PARAMS, open_folder, single_process, write_params
+from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import write_weights
 from melt_jax.checkpoints.published_config import published_config, raise_errors, write_config
 from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
@@ -104,7 +106,7 @@ def convert(
         kept output is no model folder of that form. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
-    run_on_process_0(lambda: _convert(pathlib.Path(source), pathlib.Path(output), form, changes, existing))
+    run_on_process_0(_convert, pathlib.Path(source), pathlib.Path(output), form, changes, existing)
 
 
 def _convert(source, output, form, changes, existing):
@@ -165,26 +167,39 @@ def _check_kept(output, form):
     print(f"{output}: exists and is kept, {kept.form}, gate {kept.config.gate}")
 
 
-def run_on_process_0(work: Callable[[], None]) -> None:
-    """Runs `work` in process 0, while the run's other processes wait for it.
+def run_on_process_0(work: Callable[..., None], *args: object) -> None:
+    """Runs `work(*args)` on behalf of process 0, while the run's other processes wait for it.
+
+    If there are several processes, the work has a process of its own, on the CPU and outside the distributed run: Orbax
+    cannot save from one of several processes. The function and its arguments must be picklable.
 
     Raises:
-      InputError: in the other processes, if `work` failed. Process 0 raises the exception itself.
+      InputError: in the other processes, if the work failed. Process 0 raises the work's own exception.
     """
+    if jax.process_count() == 1:
+        return work(*args)
     failure = None
     if jax.process_index() == 0:
         try:
-            with single_process():
-                work()
-        except BaseException as error:  # the others wait for this process, whatever ended the work
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, spawn, _use_cpu) as pool:
+                pool.submit(work, *args).result()
+        except Exception as error:
             failure = error
-    # A barrier of the coordination service can wait for hours; collectives of devices cannot.
-    ocp.multihost.get_barrier_sync_fn()(key="melt_jax process 0", timeout_ms=WAIT_SECONDS * 1000)
-    failed = broadcast_from_process_0(failure is not None)
-    if failure is not None:
-        raise failure
+    failed = failure is not None
+    try:
+        # A barrier of the coordination service can wait for hours; collectives of devices cannot.
+        ocp.multihost.get_barrier_sync_fn()(key="melt_jax process 0", timeout_ms=WAIT_SECONDS * 1000)
+        failed = broadcast_from_process_0(failed)
+    finally:
+        if failure is not None:
+            raise failure
     if failed:
         raise InputError("process 0: expected it to finish, found that it failed; see its output")
+
+
+def _use_cpu():
+    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":

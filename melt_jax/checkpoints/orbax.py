@@ -10,7 +10,7 @@ import contextvars
 import hashlib
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ PARAMS = "params"
 CHUNK = 512  # tokens; for models whose config.json has no chunk_size
 READ_BYTES = 2**30  # read concurrently at most; Orbax needs at least the largest weight
 
-_single_process = contextvars.ContextVar("single_process", default=False)
+_is_alone = contextvars.ContextVar("_is_alone", default=False)
 
 
 class OrbaxFolder(ModelFolder):
@@ -133,7 +133,7 @@ def weights_digest(folder: str | pathlib.Path) -> str:
       InputError: as `open_folder`.
     """
     digest = hashlib.sha256()
-    with single_process():
+    with _alone():
         source = open_folder(folder)
         for path, shape in sorted(source.shapes.items()):
             dtype = source.dtypes[path] or "float32"
@@ -143,18 +143,18 @@ def weights_digest(folder: str | pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def single_process() -> Iterator[None]:
-    """Within this context, the process reads and writes model folders without waiting for the run's other processes."""
-    token = _single_process.set(True)
+def _alone():
+    """Within this context, the process reads Orbax checkpoints without waiting for the run's other processes."""
+    token = _is_alone.set(True)
     try:
         yield
     finally:
-        _single_process.reset(token)
+        _is_alone.reset(token)
 
 
 def _context():
     context = ocp.Context()
-    if _single_process.get():
+    if _is_alone.get():
         context.multiprocessing.primary_host = jax.process_index()
         context.multiprocessing.active_processes = {jax.process_index()}
     return context
@@ -195,7 +195,7 @@ def write_params(folder: str | pathlib.Path, weights: Mapping[str, Any]) -> None
     avoids Orbax's defensive copies of host arrays, TensorStore's copies of arrays with a dimension of 1 (q_proj and
     o_proj if G = 1), and buffers for compressing or regrouping.
     """
-    context = _context()
+    context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     with context:

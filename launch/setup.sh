@@ -7,7 +7,7 @@
 # PYTHON_RUN=… is an interpreter with all packages, used as it is instead of .venv.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+pip_install() { PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 has_tpu() { compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; }
 
 if [ -n "${PYTHON_RUN:-}" ]; then

@@ -11,7 +11,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # processes that tests start i
 if count := os.environ.get("MELT_TEST_DEVICES"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
-import jaxtyping  # noqa: E402
+import jaxtyping
 
 # The hook applies to modules imported after this line.
 jaxtyping.install_import_hook(

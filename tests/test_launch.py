@@ -201,8 +201,8 @@ def on_two_processes(logs, *command):
 @pytest.mark.slow
 def test_main_job_runs_on_several_processes(tmp_path):
     """Process 0 alone converts and publishes; both train; a second start keeps and trains nothing again."""
-    overrides = {"data.batch": 2, "data.length": 64, "chunk_size": 16, "evaluation.problems": 0}
-    overrides |= {"evaluation.sequences": 0, "evaluation.sample": False}
+    overrides = {"data.batch": 2, "data.length": 32, "data.high": 2, "chunk_size": 16}
+    overrides |= {"evaluation.problems": 0, "evaluation.sequences": 0, "evaluation.sample": False}
     overrides |= {f"{phase}.{key}": 1 for phase in ("transition", "alignment") for key in ("steps", "warmup_steps")}
     command = ["launch/main_job.sh", "configs/nano.py", "melt_jax/assets/ouro_nano", tmp_path / "run"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()]

@@ -1,7 +1,4 @@
-"""Describes the devices of TPU topologies, which needs libtpu but no TPU.
-
-libtpu reads its environment when it is loaded: on a machine without a TPU, set `OFFLINE` before JAX starts.
-"""
+"""Describes the devices of TPU topologies, which needs libtpu but no TPU."""
 
 import importlib.util
 from typing import Any
@@ -10,7 +7,8 @@ from jax.experimental import topologies
 
 from melt_jax.config import InputError
 
-OFFLINE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+# Environment of a process that describes TPUs but uses none; libtpu reads it when it is loaded.
+OFFLINE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def describe_devices(topology: str) -> list[Any]:

@@ -278,6 +278,7 @@ def main(argv: list[str]) -> None:
     del argv
     os.environ.update(OFFLINE)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no memory-usage report
     config, options = freeze(command_line.read_config()), flags.FLAGS
     mesh = make_mesh(config.mesh, describe_devices(options.topology))
     report = compile_phase(config, looplm_config(config), mesh, options.phase)

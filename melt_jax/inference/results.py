@@ -52,8 +52,10 @@ class Results:
         measured = self._rows.get(name, {}).get("settings") == settings
         if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(measured):
             return
+        console = Console(quiet=jax.process_index() > 0)
+        progress = Progress(f"evaluating {name}", console)
         model = make_model()
-        scores = scoring.score(model, None if model is teacher else teacher, config, Progress(name))
+        scores = scoring.score(model, None if model is teacher else teacher, config, progress)
         self._rows[name] = dataclasses.asdict(scores) | {"settings": settings}
         if jax.process_index() == 0:
             write_text(self._path, json.dumps(self._rows, indent=1))
@@ -64,18 +66,17 @@ class Results:
 
 
 class Progress:
-    """A `before_piece` for runs: leaves if SIGTERM came, and prints a line every `PROGRESS_SECONDS` at most."""
+    """A `before_piece` that exits if SIGTERM came, and prints a line, at most one per `PROGRESS_SECONDS`."""
 
-    def __init__(self, name: str):
-        self._name, self._printed = name, -PROGRESS_SECONDS
-        self._console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
+    def __init__(self, title: str, console: Console):
+        self._title, self._console, self._printed = title, console, -PROGRESS_SECONDS
 
     def __call__(self, piece: str) -> None:
         """Called before each piece."""
         exit_if_preempted()
         if time.monotonic() >= self._printed + PROGRESS_SECONDS:
             self._printed = time.monotonic()
-            self._console.print(f"evaluating {self._name}: {piece}", markup=False)
+            self._console.print(f"{self._title}: {piece}", markup=False, highlight=False, soft_wrap=True)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

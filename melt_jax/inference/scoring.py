@@ -1,4 +1,4 @@
-"""Scoring: exact answers to arithmetic problems, perplexity and KL to a teacher per loop.
+"""Scoring: perplexity and KL to a teacher per loop, and the evaluation of a run.
 
 Perplexity and KL are measured with the training chunk over whole sequences, and in decoding (chunk 1) over the first
 tokens of each sequence. The difference between the two on the same tokens is the training-inference gap of the model
@@ -10,7 +10,6 @@ description of a piece before it runs: it can print progress, and leave by raisi
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from melt_jax.config import InputError, TrainConfig
 from melt_jax.data import arithmetic, stream
 from melt_jax.data.batch import Batch
-from melt_jax.inference.generation import GenerationOptions, generate
+from melt_jax.inference.answers import BeforePiece, exact_answers, fresh_problems, silent
 from melt_jax.model.cache import Cache, bytes_per_token, create_cache
 from melt_jax.model.layout import batch_axes
 from melt_jax.model.loops import run_chunk
@@ -37,41 +36,7 @@ from melt_jax.sharding import (
 )
 from melt_jax.training.objectives import cross_entropy_per_loop, kl_per_loop
 
-PROBLEM_STREAM = 2**63  # a random stream that no training step uses: steps count from 0
-SPARE_TOKENS = 12  # room for a completion that is one step longer than the correct one
 PIECE_TOKENS = 512  # tokens of a sequence that a LoopLM runs as one chunk, and whose logits exist at a time
-
-BeforePiece = Callable[[str], None]
-
-
-def silent(piece: str) -> None:
-    """A `before_piece` that does nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """The answers to problems, one entry per problem.
-
-    Attributes:
-      definitions: definitions in the problem.
-      answer_exact: the tokens between `</think>` and the end are the correct answer.
-      completion_exact: every token is correct, including the steps.
-      completions: the generated tokens.
-    """
-
-    definitions: Int[np.ndarray, " problems"]
-    answer_exact: np.ndarray
-    completion_exact: np.ndarray
-    completions: list[list[int]]
-
-    def by_definitions(self) -> list[tuple[int, int, float, float]]:
-        """[(definitions, problems, fraction of exact answers, fraction of exact completions)]."""
-        out = []
-        for count in np.unique(self.definitions):
-            same = self.definitions == count
-            exact, whole = float(self.answer_exact[same].mean()), float(self.completion_exact[same].mean())
-            out.append((int(count), int(same.sum()), exact, whole))
-        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,79 +71,6 @@ class Comparison:
     chunked: LoopScores
     chunked_start: LoopScores | None
     decoding: LoopScores | None
-
-
-# ---- arithmetic problems
-
-
-def fresh_problems(seed: int, count: int, low: int = 2, high: int = 5) -> list[arithmetic.Problem]:
-    """Problems that training does not see: the number of definitions cycles from low to high."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, PROBLEM_STREAM]))
-    return [arithmetic.make_problem(rng, low + i % (high - low + 1)) for i in range(count)]
-
-
-def exact_answers(
-    model: LoopedTransformer,
-    problems: Sequence[arithmetic.Problem],
-    prefill_chunk: int,
-    batch: int = 256,
-    before_piece: BeforePiece = silent,
-) -> Answers:
-    """Answers problems greedily and compares the answers with the correct ones.
-
-    Args:
-      model: with its `exit_threshold` and `loops`.
-      problems: at least one.
-      prefill_chunk: C of the prefill.
-      batch: problems answered at a time.
-      before_piece: see the module.
-    """
-    limit = max(len(problem.completion) for problem in problems) + SPARE_TOKENS
-    options = GenerationOptions(limit, prefill_chunk, stop=(arithmetic.STOP,))
-    completions = []
-    for first in range(0, len(problems), batch):
-        piece = problems[first : first + batch]
-        before_piece(f"problems {first + 1} to {first + len(piece)} of {len(problems)}")
-        completions += generate(model, [problem.prompt for problem in piece], options).tokens
-    return Answers(
-        np.array([problem.question.count(";") for problem in problems]),
-        np.array([answer_of(tokens) == answer_of(p.completion) for tokens, p in zip(completions, problems)]),
-        np.array([tokens == p.completion for tokens, p in zip(completions, problems)]),
-        completions,
-    )
-
-
-def answer_of(completion: list[int]) -> list[int] | None:
-    """The tokens between the first `</think>` and the final `<|im_end|>`; None if either is missing."""
-    if arithmetic.ANSWER not in completion or completion[-1] != arithmetic.STOP:
-        return None
-    return completion[completion.index(arithmetic.ANSWER) + 1 : -1]
-
-
-def problem_batch(problems: Sequence[arithmetic.Problem]) -> Batch:
-    """A `Batch` with one problem per sequence, padded to the longest; completions are scored."""
-    length = max(len(problem.prompt) + len(problem.completion) for problem in problems)
-    tokens, segments, mask, targets = (np.zeros((len(problems), length), np.int32) for _ in range(4))
-    for i, problem in enumerate(problems):
-        ids = problem.prompt + problem.completion
-        tokens[i, : len(ids)] = ids
-        segments[i, : len(ids)] = 1
-        targets[i, : len(ids) - 1] = ids[1:]
-        mask[i, len(problem.prompt) - 1 : len(ids) - 1] = 1
-    return Batch(tokens, segments, mask, targets)
-
-
-def sample(model: LoopedTransformer, seed: int, prefill_chunk: int = 512) -> str:
-    """One fresh problem as text: the question, the model's completion, and whether its answer is correct."""
-    problem = fresh_problems(seed, 4)[-1]
-    answers = exact_answers(model, [problem], prefill_chunk)
-    names = dict(enumerate(arithmetic.VOCABULARY))
-    text = lambda tokens: "".join(names.get(token, "\N{REPLACEMENT CHARACTER}") for token in tokens)
-    verdict = "exact" if answers.answer_exact[0] else f"wrong: the answer is {problem.answer}"
-    return f"{text(problem.prompt)}{text(answers.completions[0])}   ({verdict})"
-
-
-# ---- perplexity and KL
 
 
 def compare(
@@ -425,3 +317,13 @@ def scoring_weights(model: LoopedTransformer, config: TrainConfig) -> LoopedTran
     if config.gather == "step":
         return for_inference(model, config.dtype)
     return jax.jit(lambda model: jax.tree.map(lambda x: x.astype(config.dtype), model))(model)
+
+
+def sample(model: LoopedTransformer, seed: int, prefill_chunk: int = 512) -> str:
+    """One fresh problem as text: the question, the model's completion, and whether its answer is correct."""
+    problem = fresh_problems(seed, 4)[-1]
+    answers = exact_answers(model, [problem], prefill_chunk)
+    names = dict(enumerate(arithmetic.VOCABULARY))
+    text = lambda tokens: "".join(names.get(token, "\N{REPLACEMENT CHARACTER}") for token in tokens)
+    verdict = "exact" if answers.answer_exact[0] else f"wrong: the answer is {problem.answer}"
+    return f"{text(problem.prompt)}{text(answers.completions[0])}   ({verdict})"

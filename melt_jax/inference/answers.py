@@ -14,6 +14,7 @@ from melt_jax.model.model import LoopedTransformer
 PROBLEM_STREAM = 2**63  # a random stream that no training step uses: steps count from 0
 SPARE_TOKENS = 12  # room for a completion that is one step longer than the correct one
 
+# Called with the description of a piece of work before the piece runs: to print progress, or to leave by raising.
 BeforePiece = Callable[[str], None]
 
 
@@ -67,7 +68,7 @@ def exact_answers(
       problems: at least one.
       prefill_chunk: C of the prefill.
       batch: problems answered at a time.
-      before_piece: see the module.
+      before_piece: see `BeforePiece`.
     """
     limit = max(len(problem.completion) for problem in problems) + SPARE_TOKENS
     options = GenerationOptions(limit, prefill_chunk, stop=(arithmetic.STOP,))

@@ -3,9 +3,6 @@
 Perplexity and KL are measured with the training chunk over whole sequences, and in decoding (chunk 1) over the first
 tokens of each sequence. The difference between the two on the same tokens is the training-inference gap of the model
 (MELT, arXiv 2605.07721).
-
-Long measurements are made in pieces. Each function that runs several takes `before_piece`, which is called with a
-description of a piece before it runs: it can print progress, and leave by raising.
 """
 
 import dataclasses
@@ -120,7 +117,7 @@ def perplexity_and_kl(
       batch: [B, S] host arrays with targets, the same in every process.
       chunk_size: C of the model, and of a teacher that is a MELT.
       rows: sequences run at a time; under a mesh a multiple of its batch groups.
-      before_piece: see the module.
+      before_piece: see `answers.BeforePiece`.
 
     Raises:
       InputError: the vocabularies differ, or no token is scored.
@@ -285,7 +282,7 @@ def score(
       model: in any dtype, its weights split over the mesh in any way.
       teacher: None: no sequence is scored.
       config: of the run.
-      before_piece: see the module.
+      before_piece: see `answers.BeforePiece`.
     """
     evaluation, data = config.evaluation, config.data
     answers = comparison = None

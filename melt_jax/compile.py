@@ -3,8 +3,9 @@
     python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v5e:4x4 --phase=alignment \\
         --config.data.batch=4 --config.micro_batches=1
 
-The program is exactly the one that `melt_jax.train` runs (transition, alignment), or `melt_jax.generate` (prefill,
-decode). The model is that of the config's teacher if its folder exists, else `config.model`.
+The program is exactly the one that `melt_jax.train` runs (transition, alignment, and evaluate: scoring at the end of a
+phase), or `melt_jax.generate` (prefill, decode). The model is that of the config's teacher if its folder exists, else
+`config.model`.
 
 Total memory is that of the compiler's memory-usage report, which it compares with the chip's HBM; arguments and outputs
 are those of `memory_analysis`, and temporaries are the rest. FLOPs and collectives are read from the compiled text,
@@ -39,7 +40,9 @@ from melt_jax.analysis.topology import OFFLINE, describe_devices
 from melt_jax.checkpoints.orbax import open_folder
 from melt_jax.config import InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data.batch import Batch
-from melt_jax.inference.generation import GREEDY, DecodeState, SamplingRequest, decode_block, prefill_chunk
+from melt_jax.inference import scoring
+from melt_jax.inference.generation import DecodeState, decode_block, prefill_chunk
+from melt_jax.inference.sampling import GREEDY, SamplingRequest
 from melt_jax.model.cache import create_cache
 from melt_jax.model.model import abstract_model, parameter_count
 from melt_jax.sharding import (
@@ -55,7 +58,7 @@ from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 
 TRAINING = ("transition", "alignment")
-PHASES = (*TRAINING, "prefill", "decode")
+PHASES = (*TRAINING, "evaluate", "prefill", "decode")
 
 
 class DoesNotFitError(InputError):
@@ -89,8 +92,8 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
       config: the run.
       model: of the LoopLM.
       mesh: of described devices, from `sharding.make_mesh`.
-      phase: a name of `PHASES`. Prefill and decoding run `config.data.batch` sequences over a cache of
-        `config.data.length` slots, in each group of devices.
+      phase: a name of `PHASES`. Evaluation scores as many sequences as a run scores at a time. Prefill and decoding
+        run `config.data.batch` sequences over a cache of `config.data.length` slots, in each group of devices.
 
     Raises:
       ShardingError: the mesh does not divide batch or weights.
@@ -104,7 +107,8 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
         attention_block=config.attention_block,
     )
     kind = mesh.devices.flat[0].device_kind
-    make = {"prefill": _prefill_program, "decode": _decoding_program}.get(phase, _training_program)
+    other = {"evaluate": _evaluation_program, "prefill": _prefill_program, "decode": _decoding_program}
+    make = other.get(phase, _training_program)
     with jax.set_mesh(mesh):
         program = make(config, student, mesh, phase)
         begin = time.perf_counter()
@@ -180,6 +184,25 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
         (student, teacher),
         f"{data.batch} sequences of {data.length:,} tokens in {config.micro_batches} part(s), chunks of"
         f" {config.chunk_size}, remat {config.remat!r}, gather {config.gather!r}",
+    )
+
+
+def _evaluation_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
+    del phase
+    length, count = config.data.length, scoring.rows_at_a_time(config)
+    check_batch(mesh, config.data.batch, config.micro_batches)
+    models = student, dataclasses.replace(student, gate="none", first_loop="copy")
+    stored = (_placed(abstract_model(model), mesh) for model in models)
+    weights = [jax.eval_shape(lambda model: scoring.scoring_weights(model, config), model) for model in stored]
+    tokens: Any = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=batch_sharding(mesh))
+    flops = sum(forward_flops(model, causal_entries(length)).total for model in models)
+    return Program(
+        jax.jit(lambda *inputs: scoring.comparison_sums(*inputs, min(config.chunk_size, length))),
+        (*weights, Batch(tokens, tokens, tokens, tokens)),
+        count * length * flops,
+        {"cached_blocks": _mean_blocks(range(0, length, config.chunk_size), config)},
+        models if config.gather == "layer" else (),
+        f"{count} sequences of {length:,} tokens, chunks of {config.chunk_size}, gather {config.gather!r}",
     )
 
 

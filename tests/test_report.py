@@ -69,7 +69,7 @@ def test_unattributed_gathers_are_reported():
     lost = small_report(collectives=[gather(77)] * 4)
     assert lost.gathered_ratio is None and "weights gathered: unknown" in lost.text()
     assert lost.record()["gathered_ratio"] is None and lost.record()["unknown_gathers"] == 4 * 154
-    whole = small_report(weights=dataclasses.replace(WEIGHTS, groups=frozenset()))
+    whole = small_report(weights=StoredWeights(frozenset(), frozenset(), 0.0))
     assert whole.gathered_ratio is None and "weights gathered" not in whole.text()
 
 

@@ -115,9 +115,10 @@ class Report:
     @property
     def gathered_ratio(self) -> float | None:
         """Bytes of gathered weights over one copy of all models' weights; None if unknown, or if none is gathered."""
-        gathered, _ = self.weights.gathered_bytes(self.program.collectives)
-        ratio = gathered / self.weights.copy_bytes
-        return ratio if self.weights.groups and ratio >= WHOLE_COPY else None
+        if not self.weights.groups:
+            return None
+        ratio = self.weights.gathered_bytes(self.program.collectives)[0] / self.weights.copy_bytes
+        return ratio if ratio >= WHOLE_COPY else None
 
     def seconds(self, chip: Chip) -> tuple[float, float]:
         """Returns seconds of (products, collectives) at a chip's peak, collectives along one ring of its links.

@@ -24,6 +24,7 @@ from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
 from melt_jax.files import write_text
 from melt_jax.inference import scoring
+from melt_jax.inference.results import Results
 from melt_jax.model.model import abstract_model, init_model, parameter_count, reconfigure
 from melt_jax.sharding import (
     batch_sharding,
@@ -102,7 +103,7 @@ def _run(config, shape, workdir, mesh, console):
     results = Results(workdir / "results.json")
     if teacher is not None:
         results.measure("teacher", lambda: teacher, teacher, config)
-        results.measure("one shared row, untrained", lambda: reconfigure(teacher, gate="last"), teacher, config)
+        results.measure("single shared KV entry, untrained", lambda: reconfigure(teacher, gate="last"), teacher, config)
 
     # ---- the phases
     first_step = 0
@@ -183,29 +184,6 @@ def make_student(looplm, config, key):
     """The MELT that a LoopLM starts as: its weights, and fresh gates."""
     student = config.student
     return reconfigure(looplm, key, student.gate_std, gate=student.gate, first_loop=student.first_loop)
-
-
-class Results:
-    """What was measured of each model, kept in a file so that a run that goes on measures nothing twice."""
-
-    def __init__(self, path):
-        self._path = path
-        self._rows = json.loads(path.read_text()) if path.exists() else {}
-
-    def measure(self, name, make_model, teacher, config):
-        """Scores a model under a name, unless that was done."""
-        evaluation = config.evaluation
-        if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(name in self._rows):
-            return
-        exit_if_preempted()
-        model, teacher = (for_inference(model, config.dtype) for model in (make_model(), teacher))
-        self._rows[name] = scoring.score(model, teacher, config)
-        if jax.process_index() == 0:
-            write_text(self._path, json.dumps(self._rows, indent=1))
-
-    def table(self):
-        """The rows as text; empty if nothing was measured."""
-        return scoring.table(self._rows) if self._rows else ""
 
 
 def _keep_config(config_dict, fingerprints, workdir):

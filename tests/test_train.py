@@ -90,7 +90,7 @@ def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_pa
 
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("undisturbed", "disturbed")]
     assert results[0] == results[1]
-    assert list(results[0]) == ["teacher", "one shared row, untrained", "after transition", "after alignment"]
+    assert list(results[0]) == ["teacher", "single shared KV entry, untrained", "after transition", "after alignment"]
     assert results[0]["teacher"]["cache_bytes_per_token"] == 3 * results[0]["after alignment"]["cache_bytes_per_token"]
     for phase, steps in (("transition", [2, 3, 4, 5]), ("alignment", [2, 4, 5])):
         lines = [

@@ -271,7 +271,7 @@ def generate(
     if errors := request_errors(model.config, prompts, options):
         raise InputError("cannot generate:\n  " + "\n  ".join(errors))
     inputs = prepare_prefill(model, prompts, options.max_new_tokens, options.prefill_chunk)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((inputs.cache.shared, inputs.cache.per_loop)))
+    size = cache_bytes(inputs.cache)
     request = _request(options, range(len(prompts)) if indices is None else indices)
     state = _initial_state(inputs.lengths)
     blocks = -(-(options.max_new_tokens - 1) // options.block)
@@ -298,11 +298,16 @@ def generate(
         stopped=[new[-1] in options.stop for new in collected],
         loops=model.config.loops,
         prompt_tokens=sum(map(len, prompts)),
-        cache_bytes=cache_bytes,
+        cache_bytes=size,
         compile_seconds=compiled - begin,
         prefill_seconds=prefilled - compiled,
         decode_seconds=clock() - prefilled,
     )
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the KV entries of a cache."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves((cache.shared, cache.per_loop)))
 
 
 def generate_tokens(

@@ -12,6 +12,7 @@ training-inference gap. --all_loops also answers the problems with 1, 2, … T l
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -91,7 +92,7 @@ class Evaluation:
 
 def define_flags() -> None:
     """Defines the flags of the command: one for each field of `Settings`, with its default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
     integer = lambda name, text: flags.DEFINE_integer(name, defaults[name], text)
     flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.", required=True)
     flags.DEFINE_string("teacher", None, "Checkpoint folder of the teacher; without one no KL is measured.")
@@ -120,8 +121,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Reads the flags, evaluates and prints."""
     del argv
-    settings = Settings(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)})
-    evaluate_checkpoint(settings, show=print, before_piece=Progress("evaluating", Console(stderr=True)))
+    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+    evaluate_checkpoint(Settings(**values), show=print, before_piece=Progress("evaluating", Console(stderr=True)))
 
 
 def evaluate_checkpoint(
@@ -270,7 +271,7 @@ def loop_table(comparison: scoring.Comparison, decoding_tokens: int) -> str:
     for heading in ("", "loop", *columns, *(["gap"] if decoding is not None else [])):
         out.add_column(heading, justify="right" if heading else "left")
 
-    def add(name: str, loop: str, value: Callable[[scoring.LoopScores], float | None]) -> None:
+    def add(name: str, loop: str, value: Callable[[scoring.LoopScores], Any]) -> None:
         values = [value(scores) for scores in columns.values()]
         gap = [f"{values[-1] - values[-2]:+.4f}"] if decoding is not None else []
         out.add_row(name, loop, *(f"{x:.4f}" for x in values), *gap)

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
@@ -107,7 +108,8 @@ def main(argv: list[str]) -> None:
         raise InputError("--prompt, --prompts_file: expected at least one prompt, found none")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
     names = {field.name for field in dataclasses.fields(Settings)} - {"prompts", "sampling"}
-    settings = Settings(prompts=prompts, sampling=sampling, **{name: FLAGS[name].value for name in names})
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    settings = Settings(prompts=prompts, sampling=sampling, **values)
     streams = len(prompts) == 1
     texts = generate_text(settings, _write if streams else None)
     if streams:
@@ -144,14 +146,13 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
         tuple(tokenizer.stop_ids),
         block=1 if on_text else 32,
     )
-    streamer = tokenizer.stream()
+    streamer, show = tokenizer.stream(), on_text or (lambda text: None)
 
-    def push(new):
-        on_text("".join(streamer.push(token) for token in new[0] if token not in options.stop))
+    def push(new: list[list[int]]) -> None:
+        show("".join(streamer.push(token) for token in new[0] if token not in options.stop))
 
     generation = generate(model, prompts, options, on_tokens=push if on_text else None)
-    if on_text:
-        on_text(streamer.finish())
+    show(streamer.finish())
     written = ([token for token in tokens if token not in options.stop] for tokens in generation.tokens)
     return Texts([tokenizer.decode(tokens) for tokens in written], generation, summarize(generation, model))
 

@@ -271,7 +271,7 @@ def generate(
     if errors := request_errors(model.config, prompts, options):
         raise InputError("cannot generate:\n  " + "\n  ".join(errors))
     inputs = prepare_prefill(model, prompts, options.max_new_tokens, options.prefill_chunk)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((inputs.cache.shared, inputs.cache.per_loop)))
+    size = cache_bytes(inputs.cache)
     request = _request(options, range(len(prompts)) if indices is None else indices)
     state = _initial_state(inputs.lengths)
     blocks = -(-(options.max_new_tokens - 1) // options.block)
@@ -280,7 +280,7 @@ def generate(
     begin = clock()
     run_chunk = _compile(prefill_chunk, model, *inputs.arguments)
     select = _compile(first_tokens, model, inputs.last_hidden, state, request)
-    run_block = _compile(decode_block, model, inputs.cache, state, request, block=options.block) if blocks else None
+    run_block = _compile(decode_block, model, inputs.cache, state, request, block=options.block)
     jax.block_until_ready((inputs, request, state))
     compiled = clock()
 
@@ -290,7 +290,7 @@ def generate(
     prefilled = clock()
 
     first_block = tokens[None], exits[None], jnp.all(state.done)
-    one_block = lambda carry: run_block(model, *carry, request)
+    one_block = lambda cache, state: run_block(model, cache, state, request)
     collected, left = _collect(one_block, (cache, state), first_block, blocks, on_tokens)
     return Generation(
         tokens=collected,
@@ -298,11 +298,16 @@ def generate(
         stopped=[new[-1] in options.stop for new in collected],
         loops=model.config.loops,
         prompt_tokens=sum(map(len, prompts)),
-        cache_bytes=cache_bytes,
+        cache_bytes=size,
         compile_seconds=compiled - begin,
         prefill_seconds=prefilled - compiled,
         decode_seconds=clock() - prefilled,
     )
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the KV entries of a cache."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves((cache.shared, cache.per_loop)))
 
 
 def generate_tokens(
@@ -338,7 +343,7 @@ def request_errors(config: ModelConfig, prompts: Sequence[Sequence[int]], option
 def _request(options: GenerationOptions, indices: Sequence[int]) -> SamplingRequest:
     stop = np.array((*options.stop, *[-1] * (STOP_SLOTS - len(options.stop))), np.int32)
     sampling = jax.tree.map(jnp.asarray, options.sampling)
-    return replicated(SamplingRequest(sampling, np.array(indices, np.int32), stop, np.int32(options.max_new_tokens)))
+    return SamplingRequest(*replicated((sampling, np.array(indices, np.int32), stop, np.int32(options.max_new_tokens))))
 
 
 def _initial_state(lengths: Int[Array, " B"]) -> DecodeState:
@@ -362,7 +367,7 @@ def _collect(run_block, carry, first_block, blocks, on_tokens):
         following = None
         if blocks:
             blocks -= 1
-            *carry, tokens, exits, done = run_block(carry)
+            *carry, tokens, exits, done = run_block(*carry)
             following = tokens, exits, done
         tokens, exits, done = jax.device_get(waiting)
         new = [column[column >= 0].tolist() for column in tokens.T]

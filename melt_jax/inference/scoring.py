@@ -197,8 +197,8 @@ def comparison_sums(
         teacher_cache, teacher_hidden = _run_piece(teacher, caches[1], piece, positions, start, teacher_chunk)
         with jax.named_scope("distillation"):
             common = min(len(hidden), len(teacher_hidden))
-            pairs = [jnp.concatenate([x[:common], x[-1:]]) for x in (teacher_hidden, hidden)]
-            sums["kl"] = kl_per_loop(teacher, model, *pairs, mask)
+            of_teacher, of_model = (jnp.concatenate([x[:common], x[-1:]]) for x in (teacher_hidden, hidden))
+            sums["kl"] = kl_per_loop(teacher, model, of_teacher, of_model, mask)
         return (cache, teacher_cache), sums
 
     caches = empty(model), None if teacher is None else empty(teacher)

@@ -9,3 +9,13 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 if count := os.environ.get("MELT_TEST_DEVICES"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def float64():
+    """Runs a test in float64, in which mathematical identities hold to a tight bound on every machine."""
+    with jax.enable_x64(True):
+        yield

@@ -10,8 +10,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if count := os.environ.get("MELT_TEST_DEVICES"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 
 @pytest.fixture

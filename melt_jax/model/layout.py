@@ -21,13 +21,16 @@ def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:
     return np.dtype(jnp.result_type(*dtypes, jnp.float32))
 
 
-def upcast(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+def upcast(x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array, "..."]:
     """x in its accumulation dtype."""
-    return x.astype(accumulation_dtype(x.dtype))
+    return jnp.asarray(x, accumulation_dtype(x.dtype))
 
 
 def einsum(
-    equation: str, *operands: Shaped[Array, "..."], accumulate: bool = False, out_sharding: jax.P | None = None
+    equation: str,
+    *operands: Shaped[Array | np.ndarray, "..."],
+    accumulate: bool = False,
+    out_sharding: jax.P | None = None,
 ) -> Shaped[Array, "..."]:
     """`jnp.einsum` that keeps float32 exact on accelerators, which by default round float32 operands to bfloat16.
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
-from melt_jax.model.cache import KV, Cache, ChunkKV, blend, create_cache
+from melt_jax.model.cache import Cache, ChunkKV, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
 from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features

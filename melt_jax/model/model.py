@@ -106,13 +106,13 @@ class LoopedTransformer(nnx.Module):
         one_hot = split_features(tokens[..., None] == jnp.arange(len(table))[None, None])
         return einsum("bcv,vd->bcd", one_hot.astype(table.dtype), table, out_sharding=sharding)
 
-    def logits(self, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
+    def logits(self, hidden: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead V"]:
         """Next-token logits, at least float32."""
         if self.lm_head is None:
             return einsum("...d,vd->...v", hidden, self.embed_tokens[...], accumulate=True)
         return einsum("...d,dv->...v", hidden, self.lm_head[...], accumulate=True)
 
-    def exit_pdf(self, hidden: Float[Array, "T B S D"]) -> Float[Array, "B S T"]:
+    def exit_pdf(self, hidden: Float[Array | np.ndarray, "T B S D"]) -> Float[Array, "B S T"]:
         """The probability that each loop is the last one, at least float32 (arXiv 2510.25741).
 
         pₜ = λₜ Πₛ<ₜ(1 − λₛ) for t < T; p_T takes the rest.

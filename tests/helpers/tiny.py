@@ -12,6 +12,7 @@ import numpy as np
 from jax.tree_util import keystr
 
 from melt_jax import LoopedTransformer, ModelConfig, run_sequence, to_hf_tensors
+from melt_jax.config import AlignmentConfig, OptimizerConfig, TransitionConfig
 from melt_jax.data.batch import Batch
 from melt_jax.model.model import abstract_model, reconfigure
 from melt_jax.model.sequence import SequenceOutput
@@ -27,6 +28,14 @@ TINY = ModelConfig(
     feed_forward=20,
     gate="elementwise",
     attention_block=3,
+)
+
+OPTIMIZER = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+TRANSITION = TransitionConfig(
+    steps=4, learning_rate=1e-3, gate_learning_rate=1e-2, warmup_steps=0, final_fraction=0.1, ramp=1.0
+)
+ALIGNMENT = AlignmentConfig(
+    steps=4, learning_rate=1e-3, gate_learning_rate=1e-2, warmup_steps=0, final_fraction=0.1, beta=0.1
 )
 
 jit_run = jax.jit(run_sequence, static_argnames="chunk_size")

@@ -14,7 +14,7 @@ B, C, K, G, E = 2, 5, 2, 3, 4
 def plain_attend(query, earlier, own, alpha, mask):
     """All scores at once."""
     slots = mask.cached.shape[1]
-    earlier = blend(*earlier, alpha)
+    earlier = blend(earlier, alpha)
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
     visible = jnp.concatenate([mask.over_cache(0, 0, slots), mask.within_chunk()], axis=-1)[:, None, None]
     scores = jnp.einsum("bckge,bske->bkgcs", query, keys, precision="highest") / E**0.5

@@ -78,9 +78,9 @@ def test_write_changes_its_own_slots_only(start):
 @float64
 def test_blend():
     shared, per_loop = (jax.tree.map(np.float64, random_kv(TINY, 3, seed)) for seed in (0, 1))
-    for got, s, b in zip(blend(shared, per_loop, 0.25), shared, per_loop):
+    for got, s, b in zip(blend(ChunkKV(shared, per_loop), 0.25), shared, per_loop):
         np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, rtol=1e-14)
-    assert blend(shared, None, None) is shared and blend(None, per_loop, None) is per_loop
+    assert blend(ChunkKV(shared, None), None) is shared and blend(ChunkKV(None, per_loop), None) is per_loop
 
 
 @jax.jit

@@ -142,7 +142,7 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
     def body(index, state):
         begin = jnp.minimum(index * size, slots - size)  # the last block may overlap the one before it
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, 1)
-        kv = blend(*jax.tree.map(cut, earlier), alpha)
+        kv = blend(jax.tree.map(cut, earlier), alpha)
         return add_block(state, kv, mask.over_cache(index * size, begin, size), begin)
 
     if size == slots:

@@ -125,14 +125,15 @@ def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
     return 2 * entries * config.layers * config.kv_heads * config.head_width * itemsize
 
 
-def blend(shared: KV | None, per_loop: KV | None, alpha: Float[Array, ""] | float | None) -> KV:
+def blend(kv: ChunkKV, alpha: Float[Array, ""] | float | None) -> KV:
     """The entries that attention reads: α·shared + (1 − α)·per_loop, or the only set there is."""
-    if shared is None or per_loop is None:
-        only = per_loop if shared is None else shared
+    if kv.shared is None or kv.per_loop is None:
+        only = kv.per_loop if kv.shared is None else kv.shared
         assert only is not None, "shared or per-loop entries are needed"
         return only
+    assert alpha is not None, "two sets of entries need an α"
     mix = lambda s, p: (alpha * upcast(s) + (1 - alpha) * upcast(p)).astype(s.dtype)
-    return jax.tree.map(mix, shared, per_loop)
+    return jax.tree.map(mix, kv.shared, kv.per_loop)
 
 
 def _write_slots(old, new, start, slot_axis):

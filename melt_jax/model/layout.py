@@ -88,7 +88,7 @@ def split_zeros(
     """
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.zeros(shape, dtype)
-    spec = [None] * len(shape)
+    spec: list[Any] = [None] * len(shape)
     spec[batch_axis] = batch_axes
     if tensor_axis is not None:
         spec[tensor_axis] = TENSOR

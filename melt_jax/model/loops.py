@@ -122,9 +122,10 @@ def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D
     """Zeros for h⁰ [L, B, C, D] and for the chunk's shared entries; None for a LoopLM."""
     if cache.shared is None:
         return None, None
+    batch, length, _ = x.shape
     split = batch_axes(x)
     latents = split_zeros((config.layers, *x.shape), x.dtype, 1, split, -1)
-    return latents, create_cache(config, *x.shape[:2], x.dtype, batch_axes=split).shared
+    return latents, create_cache(config, batch, length, x.dtype, batch_axes=split).shared
 
 
 def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"], xs):
@@ -134,7 +135,7 @@ def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"],
         u = layer.norm(y, "input_layernorm")
         latent, kv, gate_openness = _chunk_kv(config, context.rope, layer, u, latent, earlier, loop)
     with jax.named_scope("attention"):
-        own, query = blend(*kv, context.alpha), layer.project_query(u, context.rope)
+        own, query = blend(kv, context.alpha), layer.project_query(u, context.rope)
         heads = blockwise_attention(query, earlier, own, context.alpha, context.mask, config.attention_block)
         attention_output = layer.project_output(heads)
         y = y + layer.norm(attention_output, "input_layernorm_2")

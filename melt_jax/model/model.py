@@ -202,9 +202,11 @@ def reconfigure(
     ]
     if errors:
         raise InputError(f"the weights do not fit a model with {changes}: " + "; ".join(errors))
-    if missing and key is None:
-        raise InputError(f"key: expected a key to draw the gates that {changes} adds, found none")
-    weights = old | init_weights(config, key, missing, gate_std, model.dtype)
+    weights = old
+    if missing:
+        if key is None:
+            raise InputError(f"key: expected a key to draw the gates that {changes} adds, found none")
+        weights = old | init_weights(config, key, missing, gate_std, model.dtype)
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in wanted])
 
 

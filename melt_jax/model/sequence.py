@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from melt_jax.config import InputError
-from melt_jax.model.cache import Cache, create_cache
+from melt_jax.model.cache import Cache, ChunkKV, create_cache
 from melt_jax.model.layout import accumulation_dtype, batch_axes
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer
@@ -60,9 +60,12 @@ def run_sequence(
     segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
     positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
     outputs, cache = run_chunks(model, split_chunks((tokens, positions, segments), chunk_size), alpha)
-    outputs = (join_chunks(x, axis)[(slice(None),) * axis + (slice(length),)] for x, axis in zip(outputs, (2, 3, 3)))
-    cut = lambda entries, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), entries)
-    return SequenceOutput(*outputs, Cache(cut(cache.shared, 2), cut(cache.per_loop, 3), cache.segments[:, :length]))
+    cut = lambda tree, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), tree)
+    hidden, attention_output, gate_openness = (
+        cut(join_chunks(x, axis), axis) for x, axis in zip(outputs, (2, 3, 3), strict=True)
+    )
+    cache = Cache(cut(cache.shared, 2), cut(cache.per_loop, 3), cut(cache.segments, 1))
+    return SequenceOutput(hidden, attention_output, gate_openness, cache)
 
 
 def run_chunks(
@@ -177,18 +180,19 @@ def _chunk_sums_forward(step, weights, perturbation, cache, data, chunks):
 def _chunk_sums_backward(step, residuals, sums_bar):
     weights, perturbation, cache, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
-    entries = (cache.shared, cache.per_loop)
+    entries = ChunkKV(cache.shared, cache.per_loop)
+    as_cache = lambda entries: Cache(entries.shared, entries.per_loop, cache.segments)
 
     def body(carry, xs):
         entries_bar, weights_bar = carry
         start, chunk = xs
 
         def chunk_step(weights, entries):
-            sums, new_entries, _ = step(weights, Cache(*entries, cache.segments), start, data, chunk)
-            return sums, tuple(new_entries)
+            sums, new_entries, _ = step(weights, as_cache(entries), start, data, chunk)
+            return sums, new_entries
 
         (_, new_entries), pull_back = jax.vjp(chunk_step, weights, entries)
-        own_bar = tuple(Cache(*entries_bar, cache.segments).read(start, chunk_size))
+        own_bar = as_cache(entries_bar).read(start, chunk_size)
         own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
         chunk_weights_bar, earlier_bar = pull_back((sums_bar, own_bar))
         add = lambda total, x: total + x.astype(total.dtype)

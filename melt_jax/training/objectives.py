@@ -34,7 +34,7 @@ Tokens = Int[Array | np.ndarray, "B S"]
 
 
 class Targets(NamedTuple):
-    """The teacher's outputs by chunk; attention outputs only where they are compared."""
+    """The teacher's outputs by chunk; attention outputs only if they are compared."""
 
     hidden: Float[Array, "N T B C D"]
     attention_output: Float[Array, "N T L B C D"] | None

@@ -163,7 +163,7 @@ def test_gradient_of_a_token_is_causal(gate, alpha):
         """[S, S, D]: of the loss at each token with respect to each token's embedding."""
         hidden = lambda model: jit_run(model, tokens, chunk_size=CHUNK, alpha=alpha).hidden
         _, pull_back = jax.vjp(hidden, model)
-        at = jnp.eye(S)[:, None, None, :, None] * weight
+        at = jnp.eye(S)[:, None, None, :, None] * weight[None]
         return jax.vmap(lambda bar: pull_back(bar)[0].embed_tokens[...][:S])(at)
 
     size = np.abs(np.asarray(gradients(model))).max(-1)

@@ -24,12 +24,8 @@ B, S, CHUNK = 4, 10, 4
 PHASES = {"transition": (0.3, False), "alignment": (None, True)}
 by_phase = pytest.mark.parametrize("alpha, align", PHASES.values(), ids=PHASES)
 
-jit_distill = jax.jit(distillation_sums, static_argnames=("chunk_size", "align"))
+distill = jax.jit(distillation_sums, static_argnames=("chunk_size", "align"))
 pretrain = jax.jit(pretraining_sums, static_argnames="chunk_size")
-
-
-def distill(*args, **kwargs):
-    return jax.device_get(jit_distill(*args, **kwargs))
 
 
 def models(config=TINY):

@@ -8,7 +8,6 @@ A `Cache` has up to two sets of entries over the same slots:
 Letters in shapes: L layers, T loops, B batch, S slots, C chunk length, K key/value heads, E head width.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +33,7 @@ class ChunkKV(NamedTuple):
     per_loop: KV | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
+class Cache(NamedTuple):
     """KV entries of S slots and the segment of each slot.
 
     Attributes:

@@ -38,17 +38,17 @@ def scalar_gate(gate: Gate, u: Float[Array, "B C D"], latent: Float[Array, "B C 
     return _sigmoid_gate(first(gate.w_z), first(gate.u_z), first(gate.b_z), u, latent)
 
 
-def mean_gate(gate: None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
+def mean_gate(gate: Gate | None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
     """z = (t − 1)/t: the latent is the mean of its inputs."""
     return ((loop - 1).astype(accumulation_dtype(u.dtype)) / loop)[None, None, None]
 
 
-def ema_gate(gate: None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
+def ema_gate(gate: Gate | None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
     """z = 0.8: an exponential moving average of the inputs."""
     return jnp.full((1, 1, 1), EMA_KEEP, accumulation_dtype(u.dtype))
 
 
-def last_gate(gate: None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
+def last_gate(gate: Gate | None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
     """z = 0: the latent is the last input. In a single chunk this is the LoopLM."""
     return jnp.zeros((1, 1, 1), accumulation_dtype(u.dtype))
 

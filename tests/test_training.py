@@ -174,7 +174,7 @@ def test_step_that_is_not_finite_only_counts(where):
 def test_group_norms():
     norms = group_norms(make_model())
     leaves = by_path(make_model())
-    gate = optax.global_norm([jnp.asarray(x) for name, x in leaves.items() if "kv_gate" in name])
+    gate = optax.tree.norm([jnp.asarray(x) for name, x in leaves.items() if "kv_gate" in name])
     assert float(norms["gate"]) == pytest.approx(float(gate), rel=1e-5)
     assert set(group_norms(make_model(LOOPLM))) == {"backbone"}
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -47,12 +48,12 @@ class Cache(NamedTuple):
     segments: Int[Array, "B S"]
 
     @property
-    def keys(self) -> Float[Array, "*lead B S K E"]:
+    def keys(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
         """The shared keys [L, B, S, K, E] of a cache that has them, else the per-loop keys [T, L, B, S, K, E]."""
         return self._entries.keys
 
     @property
-    def values(self) -> Float[Array, "*lead B S K E"]:
+    def values(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
         """The values, of the shape of `keys`."""
         return self._entries.values
 

@@ -59,7 +59,7 @@ def make_optimizer(phase: PhaseConfig, optimizer: OptimizerConfig, params: Any) 
 def group_norms(tree: Any) -> dict[str, Float[Array, ""]]:
     """{group: global norm, at least float32} of a gradient or a model, for the groups in it."""
     labels, leaves = jax.tree.leaves(group_labels(tree)), jax.tree.leaves(tree)
-    norm = lambda group: optax.global_norm([upcast(x) for x, label in zip(leaves, labels) if label == group])
+    norm = lambda group: optax.tree.norm([upcast(x) for x, label in zip(leaves, labels) if label == group])
     return {group: norm(group) for group in GROUPS if group in labels}
 
 

@@ -214,7 +214,7 @@ def test_no_token_attends_to_padding(gate, alpha):
     @jax.grad
     def gradient(model):
         hidden = jit_run(model, tokens, chunk_size=CHUNK, alpha=alpha, segments=segments).hidden
-        return jnp.sum(jnp.sin(hidden) * ~padding[0, :, None])
+        return jnp.sum(jnp.sin(hidden) * ~padding[None, ..., None])
 
     size = np.abs(np.asarray(gradient(model).embed_tokens[...]))[:S].max(-1)
     np.testing.assert_array_equal(size > 0, ~padding[0])

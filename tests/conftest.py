@@ -11,9 +11,18 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # processes that tests start i
 if count := os.environ.get("MELT_TEST_DEVICES"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
+import jax
 import jaxtyping
+import pytest
 
 # The hook applies to modules imported after this line.
 jaxtyping.install_import_hook(
     ["melt_jax.model", "melt_jax.training.objectives", "melt_jax.inference"], "beartype.beartype"
 )
+
+
+@pytest.fixture
+def float64():
+    """Runs a test in float64, in which mathematical identities hold to a tight bound on every machine."""
+    with jax.enable_x64(True):
+        yield

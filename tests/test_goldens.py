@@ -1,4 +1,4 @@
-"""The package computes what the public reference implementation and a float64 one did: every array of tests/golden."""
+"""The package reproduces the public reference implementation and a float64 one: every array of tests/golden."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.helpers.check_goldens import GOLDEN, check_folder
 FOLDERS = sorted(folder for folder in GOLDEN.iterdir() if folder.is_dir())
 
 
-def test_all_folders_are_there():
+def test_all_folders_exist():
     assert [f.name for f in FOLDERS] == [
         "melt_tiny",
         "melt_tiny_gqa",

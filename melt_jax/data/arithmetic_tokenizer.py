@@ -55,6 +55,37 @@ def tokenizer_files():
     }
 
 
+def tokenizer_errors(folder: str | pathlib.Path) -> list[str]:
+    """Why a checkpoint folder's tokenizer cannot read the arithmetic task: at most one message.
+
+    Empty if it gives every token of `arithmetic.VOCABULARY` its id, or if the folder has no tokenizer.json.
+    """
+    file = pathlib.Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return []
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        return [f"{file}: cannot be read: {error}"]
+    for token, expected in arithmetic.VOCABULARY.items():
+        found = _encode(tokenizer, token)
+        if found != [expected]:
+            return [
+                f"{folder}: expected the tokenizer of the arithmetic task, which encodes {token!r} as [{expected}],"
+                f" found {found}; use a model of this task, or other data"
+            ]
+    if _encode(tokenizer, arithmetic.CHARACTERS) != arithmetic.encode(arithmetic.CHARACTERS):
+        return [f"{folder}: expected one token per character, found longer tokens; use a model of the arithmetic task"]
+    return []
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception:  # as above: a text without tokens
+        return []
+
+
 def write_tokenizer(folder):
     """Writes `tokenizer_files` into a folder, which is made if it is not there."""
     folder = pathlib.Path(folder)

@@ -13,6 +13,7 @@ import pathlib
 import grain
 import numpy as np
 
+from melt_jax.config import DataConfig
 from melt_jax.data import arithmetic
 from melt_jax.data.batch import Batch
 from melt_jax.data.records import MANIFEST, open_records, record_errors, sha256
@@ -107,6 +108,15 @@ def fingerprints(config):
     return {key: sha256(pathlib.Path(path) / MANIFEST) for key, path in paths.items() if path}
 
 
+def dataset_size(data: DataConfig) -> int | None:
+    """The number of sequences in the data; None for arithmetic, which never ends.
+
+    Raises:
+      InputError: the data cannot be read.
+    """
+    return None if data.source == "arithmetic" else len(_open_source(data))
+
+
 def batches(data, seed, start, stop, rows=None):
     """The batches of steps start … stop − 1, in order, made ahead of their use.
 
@@ -114,7 +124,7 @@ def batches(data, seed, start, stop, rows=None):
       data: `melt_jax.config.DataConfig`, free of `data_errors`.
       seed: in [0, 2³²); another seed gives other problems, or another order of the file's sequences.
       start, stop: step numbers.
-      rows: a slice, the rows of the global batch to make, such as `sharding.local_batch_indices`; None: all.
+      rows: sorted indices of the rows of the global batch to make, such as `sharding.local_batch_indices`; None: all.
 
     Returns:
       An iterator of `Batch`, [batch, length] int32 numpy arrays, of the asked rows.
@@ -134,7 +144,7 @@ def batch_maker(data, seed, rows=None):
     """The function step → `Batch` that `batches` walks over; for single batches, and evaluation."""
     if not 0 <= seed < SEED_LIMIT:
         raise ValueError(f"seed: expected 0 <= seed < 2**32, found {seed}")
-    rows = rows or slice(None)
+    rows = np.arange(data.batch) if rows is None else np.arange(data.batch)[rows]
     if data.source == "arithmetic":
         return functools.partial(_arithmetic_step, data, seed, rows)
     if data.source in SOURCES:
@@ -155,8 +165,7 @@ def _arithmetic_step(data, seed, rows, step):
 
 
 def _file_step(ordered, batch, rows, step):
-    indices = range(int(step) * batch, (int(step) + 1) * batch)[rows]
-    return Batch(*(np.stack(field) for field in zip(*[ordered[i] for i in indices])))
+    return Batch(*(np.stack(field) for field in zip(*[ordered[int(step) * batch + int(row)] for row in rows])))
 
 
 def _arithmetic_errors(data, model):

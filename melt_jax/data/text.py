@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 
+from melt_jax.config import InputError
+
 CHAT_END = "<|im_end|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -49,7 +51,7 @@ class Tokenizer:
         """Token ids of a text; special tokens written out in it become their ids, and none are added.
 
         Raises:
-          ValueError: characters for which the tokenizer has no token.
+          InputError: characters for which the tokenizer has no token.
         """
         try:
             return self._encode(text)
@@ -57,10 +59,10 @@ class Tokenizer:
             missing = "".join(sorted({c for c in text if not self._knows(c)}))
             if not missing:
                 raise
-            raise ValueError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
+            raise InputError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
 
     def encode_many(self, texts):
-        """`encode` of each text, by all cores: a list of id lists, with the ValueError in place of one that fails."""
+        """`encode` of each text, by all cores: a list of id lists, with the InputError in place of one that fails."""
         backend = self._tokenizer.backend_tokenizer
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -71,7 +73,7 @@ class Tokenizer:
         """The last place between tokens of a text within its first `limit` characters: characters before it.
 
         Raises:
-          ValueError: as `encode`.
+          InputError: as `encode`.
         """
         try:
             offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
@@ -88,25 +90,29 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
-    def chat(self, messages):
-        """Token ids of a conversation by the checkpoint's chat template.
+    def chat(self, messages: list[dict], thinking: bool = True) -> list[int]:
+        """Token ids of a conversation in the checkpoint's chat template.
 
         Args:
-          messages: [{"role": "user" or another that the template has, "content": text}, …]. Unless the assistant speaks
-            last, the ids end where its answer is to begin.
+          messages: [{"role": "user" or another role of the template, "content": text}, …]. Unless the last message is
+            the assistant's, the ids end with the generation prompt.
+          thinking: passed to the template as `enable_thinking`; the generation prompt of a Thinking model then ends
+            with `<think>`, which the model does not write itself.
 
         Raises:
-          ValueError: no messages, or no chat template.
+          InputError: no messages, or no chat template.
         """
         if not messages:
-            raise ValueError("chat: expected at least one message, found none")
+            raise InputError("chat: expected at least one message, found none")
         if not self._tokenizer.chat_template:
-            raise ValueError(f"{self.folder}: no chat template in tokenizer_config.json; give the prompt as plain text")
-        return self.encode(self.render(messages, messages[-1]["role"] != "assistant"))
+            raise InputError(f"{self.folder}: no chat template in tokenizer_config.json; give the prompt as plain text")
+        return self.encode(self.render(messages, messages[-1]["role"] != "assistant", thinking))
 
-    def render(self, messages, generation_prompt):
-        """The text of a conversation by the chat template, with or without the head of the assistant's next answer."""
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    def render(self, messages: list[dict], generation_prompt: bool, thinking: bool = True) -> str:
+        """The text of a conversation in the chat template, with or without a generation prompt at its end."""
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=thinking
+        )
 
     def stream(self, skip_special=False):
         """A `Streamer` for one text."""

@@ -229,7 +229,7 @@ def score(model, teacher, config):
     if evaluation.problems:
         problems = fresh_problems(evaluation.seed, evaluation.problems, data.low, data.high)
     if evaluation.sequences:
-        batch = next(iter(stream.batches(stream.evaluation_data(config), evaluation.seed, 0, 1)))
+        batch = stream.evaluation_batch(config)
     return dataclasses.asdict(measure(model, teacher, problems, batch, config.chunk_size))
 
 

@@ -336,9 +336,7 @@ def _answer_start(before, prompt, through, tokenizer):
     """Start of the answer in the conversation `through`: after the tokens that its turn shares with the prompt."""
     if through.startswith(prompt):
         if THINK in prompt[len(before) :] and through[len(prompt) :].lstrip().startswith(THINK):
-            raise _Reason(
-                f"the answer would have {THINK} twice, once from the chat template; remove it or --nothinking"
-            )
+            raise _Reason(f"{THINK} would be written twice, by the template and by the answer; take --nothinking")
         return max(len(prompt), len(before))
     if not prompt.startswith(before):
         raise _Reason(

@@ -108,7 +108,8 @@ def _open(path: str | pathlib.Path, length: int | None) -> tuple[TokenSequences 
         if path.suffix == ".npy":
             arrays = {"tokens": np.load(path, mmap_mode="r", allow_pickle=False)}
         else:
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here: NumPy does not close the file of a damaged archive.
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
     except UNREADABLE as error:
         return None, [f"{path}: cannot be read as {path.suffix}: {error}"]

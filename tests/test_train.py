@@ -118,7 +118,7 @@ def test_one_phase_alone_and_what_is_refused(teacher, tmp_path, capsys):
         train.run(config, tmp_path / "long")
     config.teacher = str(tmp_path / "run/alignment/model")
     config.tokenizer, config.mesh.tensor = "nowhere", 3
-    told = (r"is a MELT \(gate elementwise\)", "max_positions", "nowhere has no tokenizer.json", "mesh: expected")
+    told = (r"a MELT \(gate elementwise\)", "max_positions", "expected tokenizer.json in nowhere", "mesh: expected")
     with pytest.raises(ConfigError, match="(?s)" + ".*".join(told)):
         train.run(config, tmp_path / "long")
     assert not (tmp_path / "long").exists()

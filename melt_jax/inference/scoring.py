@@ -292,7 +292,7 @@ def score(
         answers = exact_answers(whole, problems, config.chunk_size, before_piece=before_piece)
         del whole
     if evaluation.sequences and teacher is not None:
-        batch = next(iter(stream.batches(stream.evaluation_data(config), evaluation.seed, 0, 1)))
+        batch = stream.evaluation_batch(config)
         model, teacher = scoring_weights(model, config), scoring_weights(teacher, config)
         tokens, rows = evaluation.decoding_tokens, rows_at_a_time(config)
         comparison = compare(model, teacher, batch, config.chunk_size, tokens, rows, before_piece)

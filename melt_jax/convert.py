@@ -111,6 +111,8 @@ def convert(
 
 def _convert(source, output, form, changes, existing):
     start = time.perf_counter()
+    if form not in FORMS:
+        raise InputError(f"form: expected one of {', '.join(FORMS)}, found {form!r}")
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise InputError(f"{output}: expected an output that neither is nor contains the input, found input {source}")
     if existing == "keep" and output.exists():

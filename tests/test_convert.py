@@ -129,6 +129,8 @@ def test_bad_conversions_are_refused(converted, source, output, changes, existin
     before = sorted(converted.rglob("*"))
     with pytest.raises((InputError, FileExistsError), match=message):
         convert(converted / source, converted / output, "published", changes, existing)
+    with pytest.raises(InputError, match="form: expected one of orbax, published, found 'hf'"):
+        convert(converted / "ouro", converted / "new", "hf")
     assert sorted(converted.rglob("*")) == before
 
 

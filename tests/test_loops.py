@@ -102,9 +102,9 @@ def decode(model, tokens, lengths, new, chunk):
     All prompts are prefilled to the longest length. The surplus entries of a shorter one are not read, and decoding
     overwrites them.
     """
-    lengths = np.array(lengths, np.int32)
-    prompt = run(model, tokens[:, : max(lengths)], chunk_size=chunk).cache
-    cache = create_cache(model.config, len(tokens), max(lengths) + new, model.dtype)
+    longest, lengths = max(lengths), np.array(lengths, np.int32)
+    prompt = run(model, tokens[:, :longest], chunk_size=chunk).cache
+    cache = create_cache(model.config, len(tokens), longest + new, model.dtype)
     cache = cache.write(jax.tree.map(jnp.asarray, prompt.read(0, prompt.length)), jnp.asarray(prompt.segments), 0)
     states = []
     for step in range(new):
@@ -151,7 +151,7 @@ def test_alpha_needs_a_transition_cache():
 def test_forward_pass_keeps_bfloat16():
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_model(TINY))
     out = jax.eval_shape(lambda m: jit_run(m, random_tokens(1, 5), chunk_size=2), model)
-    assert {out.hidden.dtype, out.attention_output.dtype, out.cache.keys.dtype} == {jnp.dtype("bfloat16")}
+    assert {out.hidden.dtype, out.attention_output.dtype, out.cache.shared.keys.dtype} == {jnp.dtype("bfloat16")}
     assert out.gate_openness.dtype == jnp.float32
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from melt_jax.data.batch import Batch
 from melt_jax.model.cache import Cache, ChunkKV, create_cache
@@ -31,6 +31,7 @@ from melt_jax.model.sequence import (
 
 Sums = dict[str, Float[Array, "..."]]
 Tokens = Int[Array | np.ndarray, "B S"]
+Mask = Real[Array | np.ndarray, "B S"]
 
 
 class Targets(NamedTuple):
@@ -108,7 +109,7 @@ def transition_loss(
     student: LoopedTransformer,
     teacher: LoopedTransformer,
     tokens: Tokens,
-    loss_mask: Tokens,
+    loss_mask: Mask,
     alpha: Alpha,
     chunk_size: int,
 ) -> Float[Array, ""]:
@@ -126,7 +127,7 @@ def alignment_loss(
     student: LoopedTransformer,
     teacher: LoopedTransformer,
     tokens: Tokens,
-    loss_mask: Tokens,
+    loss_mask: Mask,
     beta: float,
     chunk_size: int,
 ) -> Float[Array, ""]:
@@ -155,7 +156,7 @@ def normalize(sums: Sums, count: Float[Array, ""]) -> Sums:
     return jax.tree.map(lambda x: x / jnp.maximum(count, 1.0), sums)
 
 
-def whole_documents(tokens: Tokens, loss_mask: Tokens) -> Batch:
+def whole_documents(tokens: Tokens, loss_mask: Mask) -> Batch:
     """A `Batch` of sequences that are one document each."""
     tokens = jnp.asarray(tokens, jnp.int32)
     return Batch(tokens, jnp.ones_like(tokens), jnp.asarray(loss_mask, jnp.int32))

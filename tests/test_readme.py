@@ -72,6 +72,8 @@ def declared_flags(source):
     text = source.read_text()
     names = set(re.findall(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?(\w+)"', text))
     booleans = re.findall(r'DEFINE_bool(?:ean)?\(\s*"(\w+)"', text)
+    if "define_config_flag" in text:
+        names.add("config")
     return names | {f"no{name}" for name in booleans} | {"help"}
 
 

@@ -30,7 +30,7 @@ FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INTERPRETERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable, "-"]}
 # Imports go from a higher layer to a lower or the same one; every other top-level module is a command.
 LAYERS = {
-    "config": 0, "files": 0, "model": 1, "data": 2, "checkpoints": 2, "sharding": 2,
+    "config": 0, "config_keys": 0, "files": 0, "model": 1, "data": 2, "checkpoints": 2, "sharding": 2,
     "training": 3, "inference": 3, "analysis": 3, "command_line": 3,
 }  # fmt: skip
 COMMAND_LAYER = 4
@@ -68,13 +68,26 @@ def commands(readme):
 
 @functools.cache
 def declared_flags(source):
-    """The flags that a command's source file declares, with absl or argparse."""
-    text = source.read_text()
-    names = set(re.findall(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?(\w+)"', text))
-    booleans = re.findall(r'DEFINE_bool(?:ean)?\(\s*"(\w+)"', text)
-    if "define_config_flag" in text:
+    """The flags that a command's source file declares, with absl or argparse.
+
+    A flag is the constant first argument of `DEFINE_…`, of `add_argument`, or of any call within `define_flags`.
+    """
+    tree = ast.parse(source.read_text())
+    calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call)]
+    declaring = [call for call in calls if re.match("DEFINE_|add_argument", callee(call))]
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name == "define_flags":
+            declaring += [call for call in ast.walk(function) if isinstance(call, ast.Call)]
+    first = [call.args[0].value for call in declaring if call.args and isinstance(call.args[0], ast.Constant)]
+    names = {name.lstrip("-") for name in first if isinstance(name, str)} | {"help"}
+    if any(callee(call) == "define_config_flag" for call in calls):
         names.add("config")
-    return names | {f"no{name}" for name in booleans} | {"help"}
+    return names | {f"no{name}" for name in names}
+
+
+def callee(call):
+    """The last name of the function that a call names."""
+    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
 
 
 def command_source(line):

@@ -1,119 +1,131 @@
-"""Every key of a run, with its meaning and unit. The other files of this folder change some of them.
+"""All keys of a run: the paper's recipe (MELT, arXiv 2605.07721) where it states a value.
 
-The defaults are the paper's recipe (MELT, arXiv 2605.07721) where it states one. Override any key on the command line:
+The other files of this folder change some of the values. Any key can be overridden on the command line:
 
     python -m melt_jax.train --config=configs/nano.py --config.alignment.beta=0.01 --workdir=runs/beta
+
+The comments are copies of the meanings in `melt_jax/config.py`, which also declares each key's type and range. After a
+change there, `python -m tests.helpers.recipes` rewrites them.
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config():
-    """The base configuration."""
+def get_config() -> ConfigDict:
+    """The base configuration. It is not locked: `freeze` reports unknown keys together with all other errors."""
     config = ConfigDict()
-    config.seed = 0  # of fresh weights and of the data; the batch of step n is a function of (seed, n)
-    config.phases = ("transition", "alignment")  # what the run does, in this order; or ("pretraining",)
-    config.teacher = ""  # folder of the LoopLM checkpoint, published or Orbax form; where the student starts too
-    config.tokenizer = ""  # folder of the tokenizer files to keep beside the weights; "" takes the teacher's
+    config.seed = 0  # of new weights and data; step n's batch is a function of (seed, n)
+    config.phases = ("transition", "alignment")  # run in this order, or pretraining alone
+    config.teacher = ""  # folder of the LoopLM checkpoint, in either form; the student starts from it too
+    config.tokenizer = ""  # folder of the tokenizer files to save beside the weights; empty: the teacher's
 
+    # The MELT that the LoopLM becomes.
     config.student = ConfigDict()
-    config.student.gate = "elementwise"  # how a row is rewritten: elementwise (MELT), scalar, mean, ema, last
-    config.student.first_loop = (
-        "copy"  # "copy": the first latent is the first input; "gated": the gate acts at loop 1 too
-    )
-    config.student.gate_std = 0.02  # standard deviation of fresh gate matrices
+    config.student.gate = "elementwise"  # how a KV entry is rewritten; one of elementwise, scalar, mean, ema, last
+    config.student.first_loop = "copy"  # h¹ = u, or h⁰ = 0 and the gate acts at loop 1 too; one of copy, gated
+    config.student.gate_std = 0.02  # standard deviation of new gate matrices
 
-    config.chunk_size = 500  # tokens that run in parallel; final rows pass from chunk to chunk
-    config.dtype = "bfloat16"  # of computation and of the teacher; masters and moments are float32
-    config.remat = "products"  # what a chunk's backward pass recomputes: none, all but "products" with weights, "layer"
+    # The computation of a step.
+    config.chunk_size = 500  # C, tokens that run in parallel
+    config.dtype = "bfloat16"  # of computation and teacher; optimizer state is float32; one of float32, bfloat16
+    config.remat = "products"  # backward recomputes scores only, all but products, or all; one of none, products, layer
     config.attention_block = 512  # cached slots whose attention scores exist at a time
-    # The next three say where a step runs, and may change when a run is resumed.
-    config.micro_batches = 1  # parts of a batch whose gradients are added up, one after the other
+    config.micro_batches = 1  # sequential parts of a batch, whose gradients are summed; divides data.batch
+    config.gather = "step"  # weights are gathered over fsdp once a step or at each use; one of step, layer
 
-    config.mesh = ConfigDict()  # devices along each axis of a slice (ICI); 0: what is left
-    config.mesh.replica = 1  # whole copies of masters and moments; the batch is split over them
-    config.mesh.fsdp = 0  # pieces of masters, moments and stored weights; the batch is split over them too
-    config.mesh.tensor = 1  # pieces of heads, feed-forward, vocabulary, latents and rows
-    config.mesh.replica_slices = 1  # slices (DCN) along replica,
-    config.mesh.fsdp_slices = 1  # and along fsdp
-    config.gather = "step"  # when weights are gathered over fsdp: once a "step", or by "layer", at each use
+    # Devices along each mesh axis: within a slice (ICI), and slices (DCN).
+    config.mesh = ConfigDict()
+    config.mesh.replica = 1  # copies of weights and optimizer state; they split the batch; 0: the rest
+    config.mesh.fsdp = 0  # parts of weights and optimizer state; they split the batch too; 0: the rest
+    config.mesh.tensor = 1  # parts of heads, feed-forward, vocabulary, latents and KV; 0: the rest
+    config.mesh.replica_slices = 1  # slices (DCN) along replica
+    config.mesh.fsdp_slices = 1  # slices (DCN) along fsdp
 
+    # Training sequences.
     config.data = ConfigDict()
-    config.data.source = "tokens"  # "tokens", a file; "records", from melt_jax.prepare; "arithmetic", made on the fly
-    config.data.path = ""  # tokens: .npy, or .npz with tokens, segments and loss_mask; records: the prepared folder
+    config.data.source = "tokens"  # a token file, prepared data, or problems; one of tokens, records, arithmetic
+    config.data.path = ""  # tokens: a .npy or .npz file; records: a folder written by melt_jax.prepare
     config.data.length = 10_000  # tokens of a sequence
     config.data.batch = 32  # sequences of a step, over all devices
-    config.data.low = 2  # arithmetic: the fewest definitions of a problem
-    config.data.high = 5  # arithmetic: the most
-    config.data.score = "completion"  # arithmetic: which predictions are scored, the "completion"'s or "all"
+    config.data.low = 2  # arithmetic: fewest definitions of a problem
+    config.data.high = 5  # arithmetic: most definitions of a problem
+    config.data.score = "completion"  # arithmetic: scored predictions; one of completion, all
 
-    config.transition = ConfigDict()  # phase 1: rows go from the loop cache's to the shared cache's; loss L_KD
-    config.transition.steps = 1500  # optimizer updates
+    # Phase 1: KV entries are blended from the per-loop cache's to the shared cache's; loss L_KD.
+    config.transition = ConfigDict()
+    config.transition.steps = 500  # optimizer updates
     config.transition.learning_rate = 8e-6  # peak, of the backbone weights
     config.transition.gate_learning_rate = 5e-4  # peak, of the gates
-    config.transition.warmup_steps = 20  # updates of linear warm-up; then a cosine
-    config.transition.final_fraction = 0.1  # the last learning rate, as a fraction of the peak
-    config.transition.ramp = 1.0  # fraction of the phase over which α goes from 0 to 1, linearly
+    config.transition.warmup_steps = 20  # updates of linear warm-up, then a cosine
+    config.transition.final_fraction = 0.1  # last learning rate, as a fraction of the peak
+    config.transition.ramp = 1.0  # α rises linearly from 0 at step 0 to 1 at step ramp · (steps − 1)
 
-    config.alignment = ConfigDict()  # phase 2: shared rows alone; loss L_KD + β·L_align
-    config.alignment.steps = 300
-    config.alignment.learning_rate = 8e-6
-    config.alignment.gate_learning_rate = 5e-4
-    config.alignment.warmup_steps = 20
-    config.alignment.final_fraction = 0.1
-    config.alignment.beta = 0.1  # weight of the attention alignment
+    # Phase 2: the shared cache alone; loss L_KD + β·L_align.
+    config.alignment = ConfigDict()
+    config.alignment.steps = 300  # optimizer updates
+    config.alignment.learning_rate = 8e-6  # peak, of the backbone weights
+    config.alignment.gate_learning_rate = 5e-4  # peak, of the gates
+    config.alignment.warmup_steps = 20  # updates of linear warm-up, then a cosine
+    config.alignment.final_fraction = 0.1  # last learning rate, as a fraction of the peak
+    config.alignment.beta = 0.1  # β, weight of the attention alignment
 
-    config.pretraining = ConfigDict()  # a LoopLM from scratch: expected cross-entropy − bonus × exit entropy
-    config.pretraining.steps = 1000
-    config.pretraining.learning_rate = 3e-4
-    config.pretraining.gate_learning_rate = 0.0  # a LoopLM has no cache gate
-    config.pretraining.warmup_steps = 100
-    config.pretraining.final_fraction = 0.1
+    # A LoopLM from scratch: expected cross-entropy − bonus × exit entropy. A LoopLM has no cache gate.
+    config.pretraining = ConfigDict()
+    config.pretraining.steps = 1000  # optimizer updates
+    config.pretraining.learning_rate = 3e-4  # peak, of the backbone weights
+    config.pretraining.gate_learning_rate = 0.0  # peak, of the gates
+    config.pretraining.warmup_steps = 100  # updates of linear warm-up, then a cosine
+    config.pretraining.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.pretraining.entropy_bonus = 0.05  # nats of loss per nat of exit entropy
-    config.pretraining.init_std = 0.02  # standard deviation of fresh weights,
-    config.pretraining.embedding_std = 0.02  # and of fresh embeddings
+    config.pretraining.init_std = 0.02  # standard deviation of new weights
+    config.pretraining.embedding_std = 0.02  # standard deviation of new embeddings
 
-    config.model = ConfigDict()  # of a LoopLM from scratch; a run with a teacher takes the teacher's
-    config.model.vocab = 49152  # token ids
-    config.model.width = 2048  # D
-    config.model.layers = 24  # L
-    config.model.loops = 4  # T, passes over the layers
+    # The LoopLM of pretraining. A run with a teacher takes the teacher's instead.
+    config.model = ConfigDict()
+    config.model.vocab = 49152  # V, token ids
+    config.model.width = 2048  # D, the model width
+    config.model.layers = 24  # L, layers
+    config.model.loops = 4  # T, passes over all layers
     config.model.heads = 16  # H, query heads
-    config.model.kv_heads = 16  # K, key/value heads; divides heads
-    config.model.head_width = 128  # E, even
-    config.model.feed_forward = 5632  # F
+    config.model.kv_heads = 16  # K, key/value heads; a divisor of heads
+    config.model.head_width = 128  # E, the width of a head; even
+    config.model.feed_forward = 5632  # F, the feed-forward width
     config.model.rope_theta = 1e6  # base of the rotary frequencies
-    config.model.rms_eps = 1e-6  # added to mean squares in norms
-    config.model.max_positions = 65536  # longest document, in tokens
-    config.model.tied = False  # the head is the embedding
-    config.model.bos = 1  # token ids that config.json states: of a sequence's begin,
-    config.model.eos = 2  # its end,
-    config.model.pad = 0  # and padding
+    config.model.rms_eps = 1e-6  # added to the mean square in every norm
+    config.model.max_positions = 65536  # longest sequence, in tokens
+    config.model.tied = False  # the output head is the embedding matrix
+    config.model.bos = 1  # token id that begins a sequence, for config.json
+    config.model.eos = 2  # token id that ends a sequence, for config.json
+    config.model.pad = 0  # token id of padding, for config.json
 
-    config.optimizer = ConfigDict()  # AdamW
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.95
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.1  # on matrices alone, times the learning rate
+    # AdamW.
+    config.optimizer = ConfigDict()
+    config.optimizer.b1 = 0.9  # decay of the first moment
+    config.optimizer.b2 = 0.95  # decay of the second moment
+    config.optimizer.eps = 1e-8  # added to the root of the second moment
+    config.optimizer.weight_decay = 0.1  # on matrices only, times the learning rate
     config.optimizer.clip = 1.0  # largest global norm of a gradient
 
-    config.log_every = 10  # steps to a line of the log
-    config.checkpoint_every = 100  # steps to a checkpoint; a phase's last step is always saved
-    config.checkpoints_kept = 2
+    config.log_every = 10  # steps between log lines
+    config.checkpoint_every = 100  # steps between checkpoints; a phase's last step is always saved
+    config.checkpoints_kept = 2  # newest checkpoints of a phase to keep
 
-    config.run = ConfigDict()  # how a run is watched; it may go on with other values than it began with
-    config.run.skipped_limit = 10  # updates in a row, skipped for a loss or gradient not finite, that stop the run
-    config.run.stall_seconds = 0.0  # without a finished step, until the stacks of all threads are logged; 0: never
-    config.run.stall_first_seconds = 3600.0  # the same for the first step, which is compiled
-    config.run.stall_exits = True  # after that leave with status 76, so that a launcher starts the run again
+    # Supervision, which does not affect results.
+    config.run = ConfigDict()
+    config.run.skipped_limit = 10  # consecutive updates skipped as not finite that stop the run
+    config.run.stall_seconds = 0.0  # without a finished step until all stacks are logged; 0: never
+    config.run.stall_first_seconds = 3600.0  # the same for the first step, which compiles; 0: never
+    config.run.stall_exits = True  # then exit with status 76, so that a launcher restarts the run
     config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
-    config.run.profile_steps = 3  # how many steps are profiled
+    config.run.profile_steps = 3  # steps to profile
 
-    config.evaluation = ConfigDict()  # at the end of each phase
+    # Measurements at the end of each phase.
+    config.evaluation = ConfigDict()
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none
     config.evaluation.sequences = 0  # sequences on which the KL to the teacher is measured; 0: none
-    config.evaluation.path = ""  # tokens, records: sequences that training does not see, of data's form and length
-    config.evaluation.seed = 1  # of both; not a training seed
+    config.evaluation.decoding_tokens = 512  # first tokens of each on which the KL of decoding is measured; 0: none
+    config.evaluation.path = ""  # tokens, records: sequences kept from training, in the form and length of data
+    config.evaluation.seed = 1  # of the problems and the sequences
     config.evaluation.sample = False  # print one worked answer
 
-    return config.lock()
+    return config

@@ -1,16 +1,21 @@
-"""The main job on a laptop: the embedded LoopLM becomes a MELT in two phases, in five minutes of two CPU cores.
+"""The embedded LoopLM becomes a MELT in two phases of 100 + 300 steps, in five minutes on two CPU cores.
 
-python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+    python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+
+Expected: of 256 arithmetic problems the MELT answers about 60 % after the transition and 100 % after the alignment. The
+teacher answers 100 %; the teacher with a single shared KV entry that every loop overwrites, untrained, answers none.
 """
+
+from ml_collections import ConfigDict
 
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """The recipe."""
     config = base.get_config()
     config.teacher = "melt_jax/assets/ouro_nano"
-    config.chunk_size = 1  # what decoding runs: longer chunks train faster and decode worse
+    config.chunk_size = 1  # as in decoding; longer chunks train faster and decode worse
     config.dtype = "float32"
     config.remat = "none"
 

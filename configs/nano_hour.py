@@ -1,14 +1,17 @@
-"""The recipe of `nano.py` with several times its steps: 1 000 + 2 000, 45 minutes of one core's time.
+"""`nano.py` with 1 000 + 2 000 steps and β 0.005, in 45 minutes on one CPU core.
 
     python -m melt_jax.train --config=configs/nano_hour.py --workdir=runs/nano_hour
 
-Of 256 fresh problems the MELT answers 95.7 % after the transition and 100.0 % after the alignment, like its teacher.
+Expected: of 256 arithmetic problems the MELT answers 95.7 % after the transition and 100 % after the alignment, as does
+its teacher.
 """
+
+from ml_collections import ConfigDict
 
 from configs import nano
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """The recipe."""
     config = nano.get_config()
     config.transition.steps = 1000

@@ -1,18 +1,21 @@
-"""Compiles the steps of the README's tables, one after the other, and prints them as markdown.
+"""Compiles the steps of the tables in launch/README.md one by one and prints the tables as markdown.
 
     python launch/compile_table.py                       Ouro to MELT on several TPU topologies: two tables, same rows
-    python launch/compile_table.py --levers              one step, what each choice does to it
-    python launch/compile_table.py --only='v6e|2.6B'     of either, the rows whose names match a regular expression
+    python launch/compile_table.py --levers              one step under several choices
+    python launch/compile_table.py --only='v6e|2.6B'     only rows whose names match a regular expression
+    python launch/compile_table.py --records=FILE        stores each result in FILE; a rerun compiles only missing rows
 
-Run it in the repository's folder. Needs libtpu (pip install 'jax[tpu]'), no TPU. A minute or two for each row on two
-cores.
+Run it in the repository's folder. It needs libtpu (pip install 'jax[tpu]') but no TPU, and takes a minute or two per
+row on two cores.
 """
 
 import argparse
 import json
+import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 SMALL, LARGE = "configs/ouro_1_4b.py", "configs/ouro_2_6b.py"
 TOPOLOGIES = (  # config, topology, phase, sequences, tensor, micro-batches
@@ -41,7 +44,7 @@ LEVERS = {
     "tensor 16": {"mesh.tensor": 16},
     "remat 'layer', tensor 2, 8 sequences": {"remat": "layer", "mesh.tensor": 2, "data.batch": 8},
 }
-RECIPE_BATCH = 32  # sequences of the recipe's step, however many are compiled for here
+RECIPE_BATCH = 32  # sequences of the recipe's step; chip-hours are scaled to it
 
 WHERE = ("model", "topology", "phase", "sequences", "tensor", "micro-batches")
 MEMORY = ("GB a device", "temporaries, GB")
@@ -49,15 +52,19 @@ WORK = ("FLOPs / necessary", "weights gathered, copies", "collectives, GB", "sec
 HOURS, COMPILED = "chip-hours", "compiled in, s"
 
 
-class Failed(Exception):
-    """A step was not compiled, for another reason than its memory; the message is what was said about it."""
+Names = tuple[str, ...]
+Record = dict[str, Any] | None  # None: the step exceeds the chip's memory
 
 
-def compile_step(config, topology, phase, **overrides):
-    """The record of `melt_jax.compile`, its batch as "batch"; None where the step has no place on the chip.
+class StepFailedError(Exception):
+    """A step was not compiled, for another reason than its memory."""
+
+
+def compile_step(config: str, topology: str, phase: str, **overrides: Any) -> Record:
+    """Returns the record of `melt_jax.compile`, with its batch as "batch"; None if the compiler runs out of memory.
 
     Raises:
-      Failed: anything else went wrong.
+      StepFailedError: the command failed for another reason; the message is its output.
     """
     command = [sys.executable, "-m", "melt_jax.compile", "--json", f"--config={config}", f"--topology={topology}"]
     command += [f"--phase={phase}", *(f"--config.{key}={value}" for key, value in overrides.items())]
@@ -65,18 +72,37 @@ def compile_step(config, topology, phase, **overrides):
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             return json.loads(line) | {"batch": overrides["data.batch"]}
-    if "DOES NOT FIT" in done.stdout or "RESOURCE_EXHAUSTED" in done.stderr:
+    if "DOES NOT FIT" in done.stderr:
         return None
-    said = f"{done.stdout}{done.stderr}"[-4000:]
-    raise Failed(f"{' '.join(command)}\nleft with status {done.returncode}:\n{said}")
+    output = f"{done.stdout}{done.stderr}"[-4000:]
+    raise StepFailedError(f"{' '.join(command)}\nexited with status {done.returncode}:\n{output}")
 
 
-def cells(record):
-    """{column: what stands there} of a record."""
+class Records:
+    """Results by the arguments of their steps, kept in a file of JSON lines if one is given."""
+
+    def __init__(self, path: str | pathlib.Path | None):
+        self._path = pathlib.Path(path) if path else None
+        self._records: dict[str, Record] = {}
+        if self._path and self._path.exists():
+            self._records = dict(json.loads(line) for line in self._path.read_text().splitlines())
+
+    def compile(self, step: dict[str, Any]) -> Record:
+        """Returns the stored record of a step, or compiles it and stores its record."""
+        key = json.dumps(step)
+        if key not in self._records:
+            self._records[key] = compile_step(**step)
+            if self._path:
+                with self._path.open("a") as file:
+                    file.write(json.dumps([key, self._records[key]]) + "\n")
+        return self._records[key]
+
+
+def cells(record: dict[str, Any]) -> dict[str, str]:
+    """Returns {column: cell} of a record."""
     giga = lambda key: f"{record[key] / 1e9:.1f}"
     total = f"{giga('total')} of {giga('memory')}"
     moved = sum(size for _, size in record["collectives"].values()) / 1e9
-    gathered = record["gathered_ratio"]
     products, collectives = record["compute_seconds"], record["collective_seconds"]
     return {
         "GB a device": total if record["fits"] else f"**{total}**",
@@ -84,30 +110,39 @@ def cells(record):
         HOURS: f"{record['chip_hours'] * RECIPE_BATCH / record['batch']:.0f}",
         COMPILED: f"{record['compile_seconds']:.0f}",
         "FLOPs / necessary": f"{record['flops_ratio']:.2f}",
-        "weights gathered, copies": "none" if gathered is None else f"{gathered:.2f}",
+        "weights gathered, copies": _gathered(record),
         "collectives, GB": f"{moved:.0f}",
         "seconds at peak: products + collectives": f"{products:.2f} + {collectives:.2f}",
     }
 
 
-def head(names, columns):
-    """The first two lines of a table."""
+def _gathered(record):
+    if record["gather_group"] == 1:
+        return "none"
+    if record["gathered_ratio"] is None:
+        return "unknown"
+    least = "≥ " if record["unknown_gathers"] > 0.01 * record["copy_bytes"] else ""
+    return f"{least}{record['gathered_ratio']:.2f}"
+
+
+def head(names: Names, columns: Names) -> str:
+    """Returns the first two lines of a table."""
     return line((*names, *columns)) + "\n" + "|---" * (len(names) + len(columns)) + "|"
 
 
-def row(names, columns, record):
-    """A line of a table: the names of the row, then these columns of a record; None: it does not fit."""
+def row(names: Names, columns: Names, record: Record) -> str:
+    """Returns a line of a table: the row's names, then columns of its record."""
     found = {columns[0]: "does not fit"} if record is None else cells(record)
     return line((*names, *(found.get(column, "") for column in columns)))
 
 
-def line(words):
-    """Cells as markdown."""
+def line(words: Names) -> str:
+    """Returns cells as a line of a markdown table."""
     return "| " + " | ".join(words) + " |"
 
 
-def steps(levers, only):
-    """[(the names of a row, arguments of `compile_step`)] of a table, those whose names match."""
+def steps(levers: bool, only: str) -> list[tuple[Names, dict[str, Any]]]:
+    """Returns [(names of the row, arguments of `compile_step`)] of a table, of rows whose names match `only`."""
     if levers:
         found = [((name,), {"config": SMALL} | BASE | changes) for name, changes in LEVERS.items()]
     else:
@@ -122,24 +157,25 @@ def steps(levers, only):
     return [(names, step) for names, step in found if re.search(only, " ".join(names))]
 
 
-def main():
-    """Prints a table row by row; that of topologies in two halves, its columns being many."""
+def main() -> None:
+    """Prints a table row by row; the table of topologies is printed in two halves, because it has many columns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levers", action="store_true", help="the table of choices")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose names, joined by spaces, match")
+    parser.add_argument("--records", metavar="FILE", help="file of results; rows found there are not compiled again")
     args = parser.parse_args()
     names = ("choice",) if args.levers else WHERE
     columns = (*MEMORY, *WORK, COMPILED) if args.levers else (*MEMORY, HOURS, COMPILED)
-    chosen = steps(args.levers, args.only)
+    chosen, records = steps(args.levers, args.only), Records(args.records)
     if not chosen:
         parser.error(f"--only: no row matches {args.only!r}")
     print(head(names, columns), flush=True)
     rows = []
     try:
         for named, step in chosen:
-            rows.append((named, compile_step(**step)))
+            rows.append((named, records.compile(step)))
             print(row(named, columns, rows[-1][1]), flush=True)
-    finally:  # what is compiled is shown, whatever stopped the rest
+    finally:  # if a step fails, print the second half of the rows so far
         if rows and not args.levers:
             print("\n" + head(WHERE[:3], WORK))
             print(*(row(named[:3], WORK, record) for named, record in rows), sep="\n", flush=True)
@@ -148,5 +184,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except Failed as error:
+    except StepFailedError as error:
         sys.exit(str(error))

@@ -1,21 +1,38 @@
-# Sets this machine up, once: a virtual environment in .venv with what requirements.txt names, and libtpu where there is
-# a TPU. Sourced by the scripts beside it; when requirements.txt has changed, or this was interrupted, it begins anew.
-# Needs Python 3.11 or later with venv, and a package index. PYTHON=… takes another interpreter than python3.
+# Creates the virtual environment .venv with the packages of requirements.txt, and libtpu if the machine has a TPU. Takes
+# some minutes, once. The scripts beside it source it; launch/test.sh sets extra=test, which adds the test tools.
+#
+# Starts over if requirements.txt has changed or an earlier setup was interrupted.
+# Needs Python 3.11 or later with venv, and a package index.
+# PYTHON=… is the interpreter from which .venv is made (default: python3).
+# PYTHON_RUN=… is an interpreter with all packages, used as it is instead of .venv.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if ! [ -x .venv/bin/python ] || ! cmp -s requirements.txt .venv/installed.txt; then
-    if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "${PYTHON:-python3}: expected Python 3.11 or later, found $("${PYTHON:-python3}" --version 2>&1 || true);" \
-            "PYTHON=python3.11, or a path, chooses another" >&2
-        exit 1
+
+pip_install() { PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+has_tpu() { compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; }
+
+if [ -n "${PYTHON_RUN:-}" ]; then
+    python=$PYTHON_RUN
+else
+    python=.venv/bin/python
+    if ! [ -x $python ] || ! cmp -s requirements.txt .venv/installed.txt; then
+        if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "${PYTHON:-python3}: expected Python 3.11 or later, found" \
+                "$("${PYTHON:-python3}" --version 2>&1 || true); choose another with PYTHON=python3.11 or a path" >&2
+            exit 1
+        fi
+        echo "setting up .venv (some minutes, once)"
+        "${PYTHON:-python3}" -m venv --clear .venv
+        pip_install --upgrade pip
+        pip_install -e .
+        if has_tpu; then pip_install 'jax[tpu]'; fi
+        cp requirements.txt .venv/installed.txt # last: without this file the next start begins anew
     fi
-    echo "setting up .venv (once; some minutes)"
-    "${PYTHON:-python3}" -m venv --clear .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    if compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check 'jax[tpu]'
+    if [ "${extra:-}" = test ] && ! cmp -s pyproject.toml .venv/installed_test.toml; then
+        echo "adding the test tools to .venv"
+        pip_install -e '.[test]'
+        cp pyproject.toml .venv/installed_test.toml
     fi
-    cp requirements.txt .venv/installed.txt # the last thing: without it the next start begins anew
+    # The test tools include libtpu, which prints errors on machines without a TPU.
+    if ! has_tpu && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null; then export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"; fi
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-python=.venv/bin/python

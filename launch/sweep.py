@@ -1,69 +1,108 @@
-"""Runs a config once for every combination of some overrides, one after the other, and prints what each run ended with.
+"""Trains a recipe once for each combination of some overrides, one run after the other, and prints their results.
 
-    python launch/sweep.py --config=configs/nano.py --workdir=runs/beta alignment.beta=0,0.005,0.1 seed=0,2
+    python launch/sweep.py --config=configs/nano.py --workdir=runs/beta alignment.beta=0,0.005,0.1 seed=0,1,2
 
-Each run has a folder of its own, named by its overrides; runs that have ended are not trained again. Run it in the
-repository's folder, with the Python of the virtual environment that launch/setup.sh makes. `--print` prints one command
-per run, to be handed to a scheduler, and runs nothing.
+Each run has its own folder, named by its overrides, and all combinations are checked before the first run starts. Rerun
+the command to resume the sweep: finished runs are not trained again. `--config.KEY=VALUE` overrides a key in all runs.
+`--print` prints one command per run, for a scheduler, and runs nothing. The status is 1 if a run failed. Run it in the
+repository's folder with the Python of the virtual environment that launch/setup.sh makes.
 """
 
-import argparse
 import itertools
 import json
 import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the repository is not installed as a package
+
+from melt_jax import command_line
+from melt_jax.config import InputError, freeze
+
+Overrides = list[tuple[str, str]]
 
 
-def combinations(overrides):
-    """Every choice of one value per key: [{key: value}] from ["key=value,value", …]; ValueError names a bad one."""
+def combinations(swept: Sequence[str]) -> list[Overrides]:
+    """Each choice of one value per key, [(key, value), …], from ["key=value,value", …].
+
+    Raises:
+      InputError: an argument has another form, or a key is repeated.
+    """
     keys, values = [], []
-    for override in overrides:
-        key, equals, listed = override.partition("=")
-        if not (key and equals and all(listed.split(","))):
-            raise ValueError(f"an override reads key=value or key=value,value; found {override!r}")
+    for argument in swept:
+        key, _, listed = argument.partition("=")
+        if not (key and all(listed.split(","))):
+            raise InputError(f"overrides: expected key=value or key=value,value, found {argument!r}")
         if key in keys:
-            raise ValueError(f"{key} is given twice")
+            raise InputError(f"overrides: expected each key once, found {key} twice")
         keys.append(key)
         values.append(listed.split(","))
-    return [dict(zip(keys, choice)) for choice in itertools.product(*values)]
+    return [list(zip(keys, choice)) for choice in itertools.product(*values)]
 
 
-def run_command(config, workdir, choice):
-    """(folder, command line) of one run."""
-    name = ",".join(f"{key}={value}" for key, value in choice.items()) or "base"
-    folder = pathlib.Path(workdir) / name.replace("/", "_")
+def run_name(choice: Overrides) -> str:
+    """The name of a run's folder."""
+    return ",".join(f"{key}={value}" for key, value in choice).replace("/", "_") or "base"
+
+
+def run_command(config: str, folder: pathlib.Path, overrides: Overrides) -> list[str]:
+    """The command that trains one run."""
     command = [sys.executable, "-m", "melt_jax.train", f"--config={config}", f"--workdir={folder}"]
-    return folder, command + [f"--config.{key}={value}" for key, value in choice.items()]
+    return command + [f"--config.{key}={value}" for key, value in overrides]
 
 
-def main():
-    """Runs or prints the sweep; the exit status counts the runs that failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="key=value,value,…")
-    parser.add_argument("--config", required=True, help="a file of configs/")
-    parser.add_argument("--workdir", required=True, help="a folder for the runs' folders")
-    parser.add_argument("--print", action="store_true", help="print the commands instead of running them")
-    args = parser.parse_args()
+def check_choices(config: str, choices: Sequence[Overrides], fixed: Overrides) -> None:
+    """Freezes the config of every run; `fixed` are the overrides of all runs.
 
-    try:
-        choices = combinations(args.overrides)
-    except ValueError as error:
-        parser.error(str(error))
+    Raises:
+      InputError: lists the errors of the first run that has some.
+    """
+    for choice in choices:
+        try:
+            freeze(command_line.load_config(config, fixed + choice))
+        except InputError as error:
+            raise InputError(f"{run_name(choice)}: {error}") from error
+
+
+def sweep(commands: dict[pathlib.Path, list[str]]) -> int:
+    """Runs {folder: command} in order, prints the results, and returns the number of runs that failed."""
     failed = 0
-    runs = [run_command(args.config, args.workdir, choice) for choice in choices]
-    for folder, command in runs:
+    for folder, command in commands.items():
         print(shlex.join(command), flush=True)
-        if not args.print and subprocess.run(command).returncode:
+        if status := subprocess.run(command).returncode:
             failed += 1
-            print(f"failed: {folder}", flush=True)
-    for folder, _ in () if args.print else runs:
+            print(f"failed with status {status}: {folder}", flush=True)
+    for folder in commands:
         results = folder / "results.json"
         if results.exists():
             print(folder.name, json.dumps(json.loads(results.read_text())))
     return failed
 
 
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    command_line.define_config_flag()
+    flags.DEFINE_string("workdir", None, "Folder of the runs' folders.", required=True)
+    flags.DEFINE_bool("print", False, "Print the commands instead of running them.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs or prints the sweep over the overrides in `argv[1:]`."""
+    options, fixed = flags.FLAGS, command_line.config_overrides()
+    choices = combinations(argv[1:])
+    check_choices(options.config, choices, fixed)
+    folders = [pathlib.Path(options.workdir) / run_name(choice) for choice in choices]
+    commands = {folder: run_command(options.config, folder, fixed + choice) for folder, choice in zip(folders, choices)}
+    if options["print"].value:
+        print(*map(shlex.join, commands.values()), sep="\n")
+    elif sweep(commands):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    define_flags()
+    command_line.run(main, positional=True)

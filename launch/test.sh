@@ -1,6 +1,14 @@
 #!/usr/bin/env bash
-# Runs the linter and the tests; arguments go to pytest. Needs: Python 3.11 or later; sets up .venv by itself.
+# Checks style and types, then runs the tests, two at a time. Sets up .venv first.
+#
+#     launch/test.sh                      everything
+#     launch/test.sh -m "not slow"        the fast tests
+#
+# Arguments go to pytest. Needs: Python 3.11 or later.
 set -euo pipefail
+extra=test
 source "$(dirname "$0")/setup.sh"
-$python -m ruff check melt_jax configs launch tests
-exec $python -m pytest -n 2 "$@"  # two at a time
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$python" -m pyright # otherwise it asks the network for a newer version
+exec "$python" -m pytest -n 2 "$@"

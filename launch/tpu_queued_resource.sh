@@ -1,19 +1,29 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU machines of a queued resource, and gets new ones when these are taken, until the run has ended.
+# Trains on the Cloud TPU machines of a queued resource. Requests new machines when they are preempted, until the run is
+# complete.
 #
 #     ZONE=us-east5-b ACCELERATOR=v6e-16 RUNTIME=v2-alpha-tpuv6e NFS=10.0.0.2:/melt \
 #         launch/tpu_queued_resource.sh melt-1 --config=configs/ouro_1_4b.py --workdir=/mnt/melt/runs/melt_1_6b \
 #         --config.teacher=/mnt/melt/Ouro-1.4B-Thinking --config.data.path=/mnt/melt/data/traces
 #
-# Arguments: a name for the queued resource and its node, then those of melt_jax.train.
-# Needs: gcloud with a project and a login; a git clone, whose HEAD is copied; and NFS, a share (such as Filestore) that
-# the machines can reach, which holds the teacher and the prepared data, gets the run, and outlives the machines: each
-# mounts it at /mnt/melt. Every host runs the same command; JAX finds the others by itself.
-# Environment, beside the four above: PROVISION="--spot" (or "", or "--reserved"), POLL=30 (seconds between looks at the
-# queue), RESTARTS=10 (starts in a row on machines that are still there), KEEP=1 (leaves the machines at the end).
+# Arguments: a name for the queued resource and its node, then the arguments of melt_jax.train.
+#
+# Needs:
+# - gcloud with a project and a login;
+# - a git clone: its HEAD is copied to the machines;
+# - NFS, a network share (such as Filestore) that the machines can reach and that outlives them. Each mounts it at
+#   /mnt/melt. It holds the teacher and the prepared data, and receives the run.
+#
+# Every host runs the same command; JAX finds the other hosts.
+#
+# Environment, besides the four variables above:
+#   PROVISION="--spot"   how the machines are requested; may be empty, or "--reserved"
+#   POLL=30              seconds between polls of the queue
+#   RESTARTS=10          consecutive restarts on the same machines
+#   KEEP=1               keeps the machines at the end
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${1:?the name of the queued resource}
+name=${1:?a name for the queued resource}
 shift
 : "${ZONE:?}" "${ACCELERATOR:?}" "${RUNTIME:?}" "${NFS:?}"
 
@@ -22,7 +32,7 @@ queue() { # verb, arguments
     shift
     gcloud compute tpus queued-resources "$verb" "$name" --zone="$ZONE" "$@"
 }
-state() { # NONE where it was never asked for, UNKNOWN where gcloud does not answer
+state() { # NONE: never requested; UNKNOWN: gcloud does not answer
     local found
     found=$(gcloud compute tpus queued-resources list --zone="$ZONE" --filter="name~/$name\$" \
         --format='value(state.state)') || found=UNKNOWN
@@ -30,7 +40,7 @@ state() { # NONE where it was never asked for, UNKNOWN where gcloud does not ans
 }
 everywhere() { queue ssh --worker=all --node=all --command="$1"; }
 
-# Waits until the machines are there, asking for them where they were not asked for or are gone.
+# Waits until the machines are ready. Requests them if they were never requested or are gone.
 provide() {
     local now
     while now=$(state) && [ "$now" != ACTIVE ]; do
@@ -41,7 +51,7 @@ provide() {
                 ${PROVISION---spot}
             ;;
         SUSPENDED | FAILED)
-            echo "$name is $now: asking again"
+            echo "$name is $now: requesting it again"
             queue delete --force --quiet || true
             ;;
         *) echo "$name is $now" ;;
@@ -50,7 +60,7 @@ provide() {
     done
 }
 
-# The code, the share and the environment on every host; quick where they are there already.
+# Sets up the code, the share and the Python environment on every host; quick if that is already done.
 prepare() {
     git archive --format=tar.gz --output="$archive" HEAD &&
         gcloud compute tpus queued-resources scp "$archive" "$name:melt_jax.tar.gz" \
@@ -66,7 +76,7 @@ prepare() {
             PYTHON=python3.11 bash -c 'set -e; source launch/setup.sh'"
 }
 
-# One start of the run, to its end; a process that a lost connection left behind saves and leaves first.
+# Runs the training command on every host. A process left behind by a lost connection saves and exits first.
 train() {
     everywhere "cd melt_jax
         kill -TERM \$(cat train.pid 2>/dev/null) 2>/dev/null
@@ -83,20 +93,20 @@ while true; do
     status=0
     { prepare && train "$@"; } || status=$?
     if [ "$status" = 0 ]; then
-        echo "the run has ended"
+        echo "the run is complete"
         [ -n "${KEEP:-}" ] || queue delete --force --quiet
         exit 0
     fi
-    sleep "${POLL:-30}" # a machine that is being taken is not at once reported as gone
+    sleep "${POLL:-30}" # a preempted machine is not reported as gone immediately
     if [ "$(state)" = ACTIVE ]; then
-        # 75 preempted, 76 stalled, 134 ended by JAX for a lost neighbour, 255 the connection was lost
+        # 75: preempted; 76: stalled; 134: aborted by JAX because a process was lost; 255: connection lost
         case $status in 75 | 76 | 134 | 255) restarts=$((restarts + 1)) ;; *) restarts=$((${RESTARTS:-10} + 1)) ;; esac
         if ((restarts > ${RESTARTS:-10})); then
-            echo "the run left with status $status; the machines of $name are still there" >&2
+            echo "the run exited with status $status; the machines of $name are kept" >&2
             exit "$status"
         fi
     else
         restarts=0
     fi
-    echo "status $status: starting again"
+    echo "status $status: restarting"
 done

@@ -1,36 +1,184 @@
-"""How every command ends: results on standard output and status 0, or one message on standard error and status 1.
+"""The frame of every command: flags, the `--config` flag of train and compile, and one way out.
 
-if __name__ == "__main__":
-    command_line.run(main)
+A command ends with its results on standard output and status 0, or with one message on standard error and status 1:
+
+    if __name__ == "__main__":
+        define_flags()
+        command_line.run(main)
 """
 
+import importlib.machinery
+import importlib.util
+import pathlib
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from absl import app, logging
+from absl import app, flags, logging
+from ml_collections import ConfigDict
 
-from melt_jax.config import InputError
+from melt_jax.config import KEYS, InputError
+
+flags.disclaim_key_flags()  # --help lists the flags defined here with those of the command
+
+# Holds each `--config.seed=3` as "seed=3". Shown by --help.
+_OVERRIDE = "config.KEY"
 
 
-def run(main: Callable[[list[str]], object]) -> None:
-    """Parses the flags, runs `main(argv)` and exits.
+def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
+    """Parses the flags, runs `main(argv)` and exits. Arguments that are no flags are errors unless `positional`.
 
-    `InputError` and `OSError` are bad input: their message is printed after the command's name, without a traceback,
-    and the status is 1. Any other exception is a defect of this package and keeps its traceback.
+    A flag that cannot be parsed, `InputError` and `OSError` are bad input: the message is printed after the command's
+    name, without a traceback, and the status is 1. Any other exception is a defect of this package and keeps its
+    traceback.
     """
     logging.set_verbosity(logging.WARNING)
 
-    def guarded(argv):
+    def guarded(argv: list[str]) -> None:
         try:
-            if len(argv) > 1:
+            if len(argv) > 1 and not positional:
                 raise InputError(f"arguments: expected flags only, found {' '.join(argv[1:])!r}; quote patterns")
             main(argv)
-        except (InputError, OSError) as error:
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+            sys.exit(f"{_name()}: {reason}")
+        except InputError as error:
             sys.exit(f"{_name()}: {error}")
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
 
 
-def _name():
+def define_config_flag() -> None:
+    """Defines `--config=FILE` and `--config.KEY=VALUE`, which `read_config` reads."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The recipe: a Python file with get_config(), such as those of configs/. FILE:TEXT calls get_config(TEXT).",
+        required=True,
+    )
+    flags.DEFINE_multi_string(
+        _OVERRIDE, [], "Overrides a key of the recipe, as in --config.seed=3; configs/base.py lists the keys"
+    )
+
+
+def read_config() -> ConfigDict:
+    """The recipe that `--config` names, with the values of `--config.KEY`.
+
+    Raises:
+      InputError: the file is missing or fails.
+    """
+    return load_config(flags.FLAGS.config, config_overrides())
+
+
+def config_overrides() -> list[tuple[str, str]]:
+    """The pairs of a key's dotted name and a text that `--config.KEY=VALUE` gives, in their order."""
+    overrides: list[str] = flags.FLAGS.get_flag_value(_OVERRIDE, [])
+    return [(key, text) for key, _, text in (override.partition("=") for override in overrides)]
+
+
+def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+    """The ConfigDict that a recipe's `get_config()` returns, with overrides from text.
+
+    Unknown keys and texts of another type are kept, so that `freeze` reports them with all other errors.
+
+    Args:
+      path: a Python file; "file:text" calls `get_config(text)`.
+      overrides: pairs of a key's dotted name and a text; of a repeated key the last counts.
+
+    Raises:
+      InputError: the file is missing or fails.
+    """
+    config = _call_get_config(*path.split(":", 1)).unlock()
+    with config.ignore_type():
+        for name, text in overrides:
+            set_key(config, name, KEYS[name].parse(text) if name in KEYS else text)
+    return config.lock()
+
+
+def set_key(config: ConfigDict, name: str, value: object) -> None:
+    """Sets the value of an unlocked ConfigDict's key, given its dotted name; makes groups that are missing."""
+    *groups, key = name.split(".")
+    parent: Any = config
+    for group in groups:
+        if not isinstance(parent.get(group), ConfigDict):
+            parent[group] = ConfigDict()
+        parent = parent[group]
+    parent[key] = value
+
+
+def _call_get_config(file: str, *argument: str) -> ConfigDict:
+    if not pathlib.Path(file).is_file():
+        raise InputError(f"--config: expected a Python file with get_config(), found no file {file!r}")
+    loader = importlib.machinery.SourceFileLoader("melt_jax_recipe", file)
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        loader.exec_module(module)
+        config = module.get_config(*argument)
+    except Exception as error:  # the file is the user's own program
+        raise InputError(f"--config: {_place(error, file)}: {type(error).__name__}: {_text(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"--config: expected a ConfigDict from get_config() of {file}, found {config!r:.100}")
+    return config
+
+
+def _place(error: Exception, file: str) -> str:
+    """File and line of an error in a recipe: the innermost line in the recipe's folder."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    folder = pathlib.Path(file).resolve().parent
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if pathlib.Path(frame.filename).resolve().parent == folder]
+    return f"{own[-1].filename}, line {own[-1].lineno}" if own else file
+
+
+def _text(error: BaseException) -> str:
+    """The message of an error on one line."""
+    if isinstance(error, SyntaxError):
+        return error.msg
+    while error.args and isinstance(error.args[0], BaseException):  # so ml_collections raises them
+        error = error.args[0]
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())[:300]
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """The arguments that are no flags, after the program's name."""
+    flags.FLAGS.set_gnu_getopt(True)
+    try:
+        argv = argv[:1] + flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=True)
+        return flags.FLAGS(_collect_overrides(argv) if _OVERRIDE in flags.FLAGS else argv)
+    except flags.Error as error:
+        message = re.sub(r"flag --(\w+)=None: .*", r"--\1: expected a value, found none", str(error))
+        sys.exit(f"{_name()}: {'; '.join(message.splitlines())}; --help lists the flags")
+
+
+def _collect_overrides(argv: list[str]) -> list[str]:
+    """Turns `--config.KEY=VALUE`, `--config.KEY VALUE` and `--[no]config.SWITCH` into values of one flag."""
+    collected, rest = [], iter(argv)
+    for argument in rest:
+        match = re.fullmatch(r"--?(no)?config\.([^=]*)(=.*)?", argument, re.DOTALL)
+        if argument == "--":
+            return [*collected, argument, *rest]
+        if not match:
+            collected.append(argument)
+            continue
+        negated, key, value = match.groups()
+        if value is None and key in KEYS and KEYS[key].type is bool:
+            value = "=false" if negated else "=true"
+        elif negated:
+            raise flags.Error(f"{argument}: expected a key that is true or false")
+        elif value is None:
+            value = f"={next(rest, '--')}"
+            if value.startswith("=--"):
+                raise flags.Error(f"{argument}: expected a value, found none")
+        collected.append(f"--{_OVERRIDE}={key}{value}")
+    return collected
+
+
+def _name() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else sys.argv[0]

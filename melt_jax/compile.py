@@ -1,19 +1,19 @@
-"""Compiles a step for a TPU topology with no hardware present: does it fit, what does it compute, what does it move?
+"""Compiles a program for a TPU topology, with no TPU attached, and reports its memory, FLOPs and collectives.
 
     python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v5e:4x4 --phase=alignment \\
         --config.data.batch=4 --config.micro_batches=1
 
-The program is the one that `melt_jax.train` (or prefill and decoding of `melt_jax.generate`) would run there. Memory is
-the compiler's own: the total is that of its memory-usage report, which is what it compares with the chip's HBM;
-arguments and outputs are those of `memory_analysis` (whose temporaries, printed beside, may be more than lie there at
-once), and temporaries are the rest. FLOPs and
-collectives are read from the compiled text, each times the trips of the loops around it; the loop over blocks of the
-cache counts as often as it runs on average. Exit status 1: it does not fit the chip. Needs libtpu: pip install
-'jax[tpu]'. The model is that of the config's teacher if its folder exists, else `config.model`.
+The program is exactly the one that `melt_jax.train` runs (transition, alignment, and evaluate: scoring at the end of a
+phase), or `melt_jax.generate` (prefill, decode). The model is that of the config's teacher if its folder exists, else
+`config.model`.
+
+Total memory is that of the compiler's memory-usage report, which it compares with the chip's HBM; arguments and outputs
+are those of `memory_analysis`, and temporaries are the rest. FLOPs and collectives are read from the compiled text,
+times the trips of the loops around them; the loop over blocks of the cache counts its mean number of trips. The status
+is 1 if the program does not fit the chip. Needs libtpu: pip install 'jax[tpu]'.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -22,213 +22,121 @@ import re
 import sys
 import tempfile
 import time
-
-if __name__ == "__main__":  # before JAX starts: describe TPUs, use none
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from jax.experimental import topologies
-from ml_collections import config_flags
+import numpy as np
+from absl import flags
+from flax import nnx
 
+from melt_jax import command_line
 from melt_jax.analysis.chips import find_chip
-from melt_jax.analysis.flops import forward_flops, step_flops
+from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops
 from melt_jax.analysis.hlo import analyse, innermost
+from melt_jax.analysis.report import SCOPES, Memory, Report, StoredWeights
+from melt_jax.analysis.topology import OFFLINE, describe_devices
 from melt_jax.checkpoints.orbax import open_folder
-from melt_jax.config import ConfigError, freeze
+from melt_jax.config import InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data.batch import Batch
-from melt_jax.inference.generation import GREEDY, DecodeState, SamplingRequest, decode_block, prefill_chunk
+from melt_jax.inference import scoring
+from melt_jax.inference.generation import DecodeState, decode_block, prefill_chunk
+from melt_jax.inference.sampling import GREEDY, SamplingRequest
 from melt_jax.model.cache import create_cache
 from melt_jax.model.model import abstract_model, parameter_count
-from melt_jax.sharding import batch_sharding, check_batch, for_inference, make_mesh, weight_shardings
+from melt_jax.sharding import (
+    AXES,
+    batch_sharding,
+    check_batch,
+    for_inference,
+    make_mesh,
+    partition,
+    weight_shardings,
+)
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 
-SERVING = ("prefill", "decode")
-PHASES = ("transition", "alignment", *SERVING)
-SCOPES = ("gate", "attention", "within_chunk", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
-          "reduce", "optimizer")  # fmt: skip
+TRAINING = ("transition", "alignment")
+PHASES = (*TRAINING, "evaluate", "prefill", "decode")
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What one program needs and does; per device where nothing else is said, bytes and FLOPs.
+class DoesNotFitError(InputError):
+    """A program that the compiler refuses because it exceeds the chip's memory."""
+
+
+class Program(NamedTuple):
+    """A program to compile.
 
     Attributes:
-      title: what was compiled, for what.
-      chip: `chips.Chip` of the topology, or None.
-      devices: in the mesh.
-      compile_seconds: to lower and compile, on this machine.
-      arguments, temporaries, outputs: bytes; outputs that lie in the place of arguments are not counted again.
-      analysed_temporaries: bytes of them by `memory_analysis`.
-      program: `hlo.Program`.
-      necessary_flops: of what the program does by `melt_jax.analysis.flops`, all devices together.
-      gather_group: devices over which the step gathers a weight; 1: weights are whole, and none is gathered.
-      copy_bytes: one copy of the student's and one of the teacher's weights in the compute dtype, over tensor.
-      steps: of the phase; 0 for prefill and decoding.
+      function: jitted.
+      arguments: abstract arrays with shardings.
+      necessary_flops: of all devices.
+      trips: mean trips of loops with a traced bound, for `hlo.analyse`.
+      gathered: models whose weights it gathers.
+      description: of its inputs, for the report's title.
     """
 
-    title: str
-    chip: object
-    devices: int
-    compile_seconds: float
-    arguments: int
-    temporaries: int
-    outputs: int
-    analysed_temporaries: int
-    program: object
+    function: Any
+    arguments: tuple[Any, ...]
     necessary_flops: float
-    gather_group: int
-    copy_bytes: float
-    steps: int
-
-    @property
-    def total(self):
-        """Bytes that a device holds at once."""
-        return self.arguments + self.temporaries + self.outputs
-
-    @property
-    def fits(self):
-        """Whether that is within the device's memory."""
-        return self.chip is None or self.total <= self.chip.device_memory
-
-    @property
-    def flops_ratio(self):
-        """FLOPs of all devices over the necessary ones."""
-        return self.program.flops * self.devices / self.necessary_flops
-
-    @property
-    def gathered_ratio(self):
-        """Bytes of weights gathered in the step, over one copy of both models' weights; None where none is gathered."""
-        if self.gather_group == 1:
-            return None
-        gathers = (c for c in self.program.collectives if c.kind == "all-gather")
-        return sum(c.bytes for c in gathers if innermost(c.op_name, SCOPES) == "gather_weights") / self.copy_bytes
-
-    @property
-    def seconds(self):
-        """(products at the chip's peak, collectives along one ring of its links at peak), as if neither overlapped the
-        other; HBM traffic is not counted."""
-        compute = self.program.bf16_flops / self.chip.device_flops
-        return compute, sum(c.sent_bytes for c in self.program.collectives) / self.chip.ring_bandwidth
-
-    @property
-    def chip_hours(self):
-        """Of the whole phase, at the sum of `seconds` a step."""
-        return self.steps * sum(self.seconds) * self.devices / self.chip.devices / 3600
-
-    def text(self):
-        """The report as lines to print."""
-        giga = lambda n: f"{n / 1e9:,.2f}"
-        limit = f" of {giga(self.chip.device_memory)}: {'fits' if self.fits else 'DOES NOT FIT'}" if self.chip else ""
-        lines = [
-            self.title,
-            f"compiled in {self.compile_seconds:.0f} s",
-            f"memory of a device, GB (1e9 bytes): arguments {giga(self.arguments)},"
-            f" temporaries {giga(self.temporaries)}, outputs {giga(self.outputs)}, total {giga(self.total)}{limit}",
-            f"(temporaries by memory_analysis: {giga(self.analysed_temporaries)})",
-            self.program.summary(SCOPES),
-            f"necessary {self.necessary_flops / 1e9:,.1f} GFLOP over all devices; compiled / necessary"
-            f" {self.flops_ratio:.3f}",
-        ]
-        if self.flops_ratio < 1:
-            lines.append("(below 1: products that XLA wrote as multiply and reduce are not counted)")
-        if self.gathered_ratio is not None:
-            copy = f"one copy of both models, {giga(self.copy_bytes)} GB"
-            lines.append(f"weights gathered: {self.gathered_ratio:.2f} of {copy}")
-        if self.chip:
-            compute, links = self.seconds
-            lines.append(
-                f"at {self.chip.name}'s peak rates: products {compute:.3f} s, collectives {links:.3f} s,"
-                f" together {compute + links:.3f} s"
-            )
-        if self.chip and self.steps:
-            lines.append(f"{self.steps} steps of the phase: {self.chip_hours:,.1f} chip-hours at those rates")
-        return "\n".join(lines)
-
-    def record(self):
-        """What the tables show, as plain numbers; without those that need the figures of a chip not in `chips`."""
-        kinds = self.program.collectives_by_kind().items()
-        collectives = {f"{kind} {dtype} {group}": (count, size) for (kind, group, dtype), (count, size) in kinds}
-        names = ("title", "devices", "compile_seconds", "arguments", "temporaries", "outputs", "total", "fits",
-                 "flops_ratio", "necessary_flops", "gathered_ratio", "copy_bytes", "steps")  # fmt: skip
-        record = {name: getattr(self, name) for name in names}
-        record |= {"flops": self.program.flops, "collectives": collectives}
-        if self.chip is None:
-            return record
-        compute, links = self.seconds
-        return record | {
-            "chip": self.chip.name, "chips": self.devices // self.chip.devices, "memory": self.chip.device_memory,
-            "compute_seconds": compute, "collective_seconds": links, "chip_hours": self.chip_hours,
-        }  # fmt: skip
+    trips: Mapping[str, float] | Callable[[str], float | None]
+    gathered: tuple[ModelConfig, ...]
+    description: str
 
 
-def compile_phase(config, model, mesh, phase):
-    """The `Report` of one phase's program.
+def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Report:
+    """Compiles the program of a phase and returns its `Report`.
 
     Args:
-      config: `TrainConfig`.
-      model: `ModelConfig` of the LoopLM.
+      config: the run.
+      model: of the LoopLM.
       mesh: of described devices, from `sharding.make_mesh`.
-      phase: a name of `PHASES`. Prefill and decoding run `config.data.batch` sequences over a cache of
-        `config.data.length` slots, on each of the mesh's groups of devices.
+      phase: a name of `PHASES`. Evaluation scores as many sequences as a run scores at a time. Prefill and decoding
+        run `config.data.batch` sequences over a cache of `config.data.length` slots, in each group of devices.
 
     Raises:
-      ShardingError: batch or weights do not divide.
-      jax.errors.JaxRuntimeError: the compiler refuses, RESOURCE_EXHAUSTED when memory does not suffice.
+      ShardingError: the mesh does not divide batch or weights.
+      DoesNotFitError: the compiler refuses the program for lack of memory.
     """
-    how = {"remat": config.remat, "attention_block": config.attention_block}
-    student = dataclasses.replace(model, gate=config.student.gate, first_loop=config.student.first_loop, **how)
-    serving = phase in SERVING
-    make = _serving_program if serving else _training_program
-    with jax.set_mesh(mesh):
-        step, inputs, necessary, mean_blocks, copies = make(config, student, mesh, phase)
-        begin = time.perf_counter()
-        compiled, total = _compile(step.lower(*inputs))
-        seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    student = dataclasses.replace(
+        model,
+        gate=config.student.gate,
+        first_loop=config.student.first_loop,
+        remat=config.remat,
+        attention_block=config.attention_block,
+    )
     kind = mesh.devices.flat[0].device_kind
-    copy_bytes = sum(parameter_count(abstract_model(c)) for c in copies) * jnp.dtype(config.dtype).itemsize
+    other = {"evaluate": _evaluation_program, "prefill": _prefill_program, "decode": _decoding_program}
+    make = other.get(phase, _training_program)
+    with jax.set_mesh(mesh):
+        program = make(config, student, mesh, phase)
+        begin = time.perf_counter()
+        try:
+            compiled, total = _compile(program.function.lower(*program.arguments))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise DoesNotFitError(f"{phase} on {mesh.size} × {kind} DOES NOT FIT: {reason}") from error
+        seconds = time.perf_counter() - begin
+    parameters = parameter_count(abstract_model(student))
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return Report(
-        _title(config, student, mesh, phase),
+        f"{phase}: {parameters:,} parameters on {mesh.size} × {kind}, {shape}\n{program.description}",
         find_chip(kind),
         mesh.size,
         seconds,
-        arguments,
-        memory.temp_size_in_bytes if total is None else total - arguments - outputs,
-        outputs,
-        memory.temp_size_in_bytes,
-        analyse(compiled.as_text(), mean_blocks),
-        necessary,
-        1 if serving else mesh.shape["fsdp"],
-        copy_bytes / mesh.shape["tensor"],
-        0 if serving else config.phase(phase).steps,
+        _memory(compiled.memory_analysis(), total),
+        analyse(compiled.as_text(), program.trips),
+        program.necessary_flops,
+        _stored_weights(program.gathered, mesh, config.dtype),
+        config.phase(phase).steps if phase in TRAINING else 0,
     )
 
 
-def _title(config, student, mesh, phase):
-    """What is compiled, for what; of the choices those that the program depends on."""
-    data, kind = config.data, mesh.devices.flat[0].device_kind
-    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    if phase in SERVING:
-        chunks = f"chunks of {config.chunk_size}" if phase == "prefill" else "one token at a time"
-        how = f"in each of {_groups(mesh)} group(s) of devices, a cache of {data.length:,} slots, {chunks}"
-    else:
-        how = f"of {data.length:,} tokens in {config.micro_batches} part(s), chunks of {config.chunk_size},"
-        how += f" remat {config.remat!r}, gather {config.gather!r}"
-    parameters = parameter_count(abstract_model(student))
-    return f"{phase}: {parameters:,} parameters on {mesh.size} × {kind}, {shape}\n{data.batch} sequences {how}"
-
-
-def _groups(mesh):
-    """Groups of devices that have the weights whole among them."""
-    return mesh.size // mesh.shape["tensor"]
-
-
 def _compile(lowered):
-    """(the compiled program, bytes of HBM that it takes with its arguments by the compiler's report, or None)."""
+    """Returns (the compiled program, the total bytes of HBM in the compiler's report, or None without one)."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         for report in pathlib.Path(folder).glob("*memory-usage-report.txt"):
@@ -237,98 +145,170 @@ def _compile(lowered):
     return compiled, None
 
 
-def _training_program(config, student, mesh, phase):
-    """(step, its abstract arguments, necessary FLOPs, mean trips of dynamic loops, models whose weights it takes)."""
+def _memory(analysis, total: int | None) -> Memory:
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes
+    return Memory(arguments, temporaries if total is None else total - arguments - outputs, outputs, temporaries)
+
+
+def _stored_weights(models: Iterable[ModelConfig], mesh, dtype: str) -> StoredWeights:
+    """Describes the weights of models that are split over fsdp; without models no weight is gathered."""
+    models, tensor = tuple(models), mesh.shape["tensor"]
+    copy_bytes = sum(parameter_count(abstract_model(model)) for model in models) * jnp.dtype(dtype).itemsize / tensor
+    if not models or mesh.shape["fsdp"] == 1:
+        return StoredWeights(frozenset(), frozenset(), copy_bytes)
+    ids = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), AXES.index("fsdp"), -1)
+    groups = frozenset(map(frozenset, ids.reshape(-1, mesh.shape["fsdp"]).tolist()))
+    sizes = set()
+    for model in models:
+        for weight in jax.tree.leaves(abstract_model(model), is_leaf=lambda node: isinstance(node, nnx.Variable)):
+            axes, shape = partition(weight.axes), weight.get_value().shape
+            if "fsdp" in axes:
+                gathered = math.prod(shape) // (tensor if "tensor" in axes else 1)
+                sizes |= {gathered, gathered // (model.layers if weight.axes[0] == "layers" else 1)}
+    return StoredWeights(groups, frozenset(sizes), copy_bytes)
+
+
+def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
     data, teacher = config.data, dataclasses.replace(student, gate="none", first_loop="copy")
     check_batch(mesh, data.batch, config.micro_batches)
     optimizer = make_optimizer(config.phase(phase), config.optimizer, abstract_model(student))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), _placed(abstract_model(student), mesh))
-    row = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
+    tokens: Any = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
     objective = phase_objective(phase, config.phase(phase), config.chunk_size)
-    step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
-    arguments = state, _placed(abstract_model(teacher, config.dtype), mesh), Batch(row, row, row)
-    necessary = step_flops(student, phase, data.batch, data.length, config.chunk_size).total
-    starts = range(0, data.length, config.chunk_size)
-    return step, arguments, necessary, {"cached_blocks": _mean_blocks(starts, config)}, (student, teacher)
+    return Program(
+        make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather),
+        (state, _placed(abstract_model(teacher, config.dtype), mesh), Batch(tokens, tokens, tokens)),
+        step_flops(student, phase, data.batch, data.length, config.chunk_size).total,
+        {"cached_blocks": _mean_blocks(range(0, data.length, config.chunk_size), config)},
+        (student, teacher),
+        f"{data.batch} sequences of {data.length:,} tokens in {config.micro_batches} part(s), chunks of"
+        f" {config.chunk_size}, remat {config.remat!r}, gather {config.gather!r}",
+    )
 
 
-def _serving_program(config, student, mesh, phase):
-    data, count = config.data, config.data.batch
-    on_all = jax.NamedSharding(mesh, jax.P())
-    whole = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=on_all)
+def _evaluation_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
+    del phase
+    length, count = config.data.length, scoring.rows_at_a_time(config)
+    check_batch(mesh, config.data.batch, config.micro_batches)
+    models = student, dataclasses.replace(student, gate="none", first_loop="copy")
+    stored = (_placed(abstract_model(model), mesh) for model in models)
+    weights = [jax.eval_shape(lambda model: scoring.scoring_weights(model, config), model) for model in stored]
+    tokens: Any = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=batch_sharding(mesh))
+    flops = sum(forward_flops(model, causal_entries(length)).total for model in models)
+    return Program(
+        jax.jit(lambda *inputs: scoring.comparison_sums(*inputs, min(config.chunk_size, length))),
+        (*weights, Batch(tokens, tokens, tokens, tokens)),
+        count * length * flops,
+        {"cached_blocks": _mean_blocks(range(0, length, config.chunk_size), config)},
+        models if config.gather == "layer" else (),
+        f"{count} sequences of {length:,} tokens, chunks of {config.chunk_size}, gather {config.gather!r}",
+    )
+
+
+def _prefill_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
+    del phase
+    count, length, chunk = config.data.batch, config.data.length, config.chunk_size
+    model, cache = _serving_model(config, student, mesh)
+    hidden = _whole(mesh, (student.loops, count, student.width), jnp.dtype(config.dtype))
+    arguments = model, cache, hidden, _whole(mesh, (count, chunk)), _whole(mesh, ()), _whole(mesh, (count,))
+    flops = forward_flops(student, causal_entries(length), logits=0).total
+    return Program(
+        prefill_chunk,
+        arguments,
+        _groups(mesh) * count * chunk * flops,
+        {"cached_blocks": _mean_blocks(range(0, length, chunk), config)},
+        (),
+        f"{_serving_description(config, mesh)}, chunks of {chunk}",
+    )
+
+
+def _decoding_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
+    del phase
+    count, length = config.data.batch, config.data.length
+    model, cache = _serving_model(config, student, mesh)
+    numbers = _whole(mesh, (count,))
+    state = DecodeState(numbers, numbers, numbers, _whole(mesh, (count,), jnp.bool_))
+    sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, GREEDY))
+    sampling = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), sampling)
+    request = SamplingRequest(sampling, numbers, _whole(mesh, (8,)), _whole(mesh, ()))
+    blocks = _mean_blocks(range(length), config)
+
+    def trips(op_name):
+        if innermost(op_name, SCOPES) == "cached_blocks":
+            return blocks
+        return 1 if op_name.count("while") == 1 else None  # the outermost loop, over one token
+
+    return Program(
+        decode_block,
+        (model, cache, state, request),
+        _groups(mesh) * count * forward_flops(student, causal_entries(length), logits=1).total,
+        trips,
+        (),
+        f"{_serving_description(config, mesh)}, one token at a time",
+    )
+
+
+def _serving_model(config: TrainConfig, student: ModelConfig, mesh):
+    """Returns the abstract (model, cache) of `melt_jax.generate`."""
     stored = _placed(abstract_model(student, config.dtype), mesh)
     model = jax.eval_shape(lambda model: for_inference(model, config.dtype), stored)
-    cache = jax.eval_shape(lambda: create_cache(student, count, data.length, jnp.dtype(config.dtype)))
-    if phase == "prefill":
-        hidden = whole((student.loops, count, student.width), jnp.dtype(config.dtype))
-        arguments = model, cache, hidden, whole((count, config.chunk_size)), whole(()), whole((count,))
-        starts = range(0, data.length, config.chunk_size)
-        tokens, rows = count * config.chunk_size, (data.length + 1) / 2
-        necessary = _groups(mesh) * tokens * forward_flops(student, rows, logits=0).total
-        return prefill_chunk, arguments, necessary, {"cached_blocks": _mean_blocks(starts, config)}, (student,)
-    state = DecodeState(whole((count,)), whole((count,)), whole((count,)), whole((count,), jnp.bool_))
-    sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, GREEDY))
-    sampling = jax.tree.map(lambda x: whole(x.shape, x.dtype), sampling)
-    request = SamplingRequest(sampling, whole((count,)), whole((8,)), whole(()))
-    necessary = _groups(mesh) * count * forward_flops(student, (data.length + 1) / 2, logits=1).total
-    blocks = _mean_blocks(range(data.length), config)
-    # One token: what loops remain beside that over blocks runs once.
-    trips = lambda op_name: blocks if innermost(op_name, SCOPES) == "cached_blocks" else 1
-    return decode_block, (model, cache, state, request), necessary, trips, (student,)
+    data, dtype = config.data, jnp.dtype(config.dtype)
+    return model, jax.eval_shape(lambda: create_cache(student, data.batch, data.length, dtype))
 
 
-def _mean_blocks(starts, config):
-    """Blocks of the cache that attention visits, the mean over chunks that start at these slots."""
+def _serving_description(config: TrainConfig, mesh) -> str:
+    data = config.data
+    return f"{data.batch} sequences in each of {_groups(mesh)} group(s) of devices, a cache of {data.length:,} slots"
+
+
+def _groups(mesh) -> int:
+    """Returns the number of groups of devices that hold all weights."""
+    return mesh.size // mesh.shape["tensor"]
+
+
+def _mean_blocks(starts: range, config: TrainConfig) -> float:
+    """Returns the blocks of the cache that attention visits, the mean over chunks that start at these slots."""
     return sum(math.ceil(start / config.attention_block) for start in starts) / len(starts)
 
 
+def _whole(mesh, shape, dtype=jnp.int32) -> Any:
+    """Returns an abstract array that every device holds whole."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
+
 def _placed(model, mesh):
+    """Returns the abstract model with shardings."""
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, model, weight_shardings(model, mesh))
 
 
-def describe_devices(topology):
-    """The devices of a topology such as "v5e:4x4", described by libtpu.
-
-    Raises:
-      ConfigError: libtpu is not installed, or knows no such topology.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("compiling for a TPU needs its compiler, libtpu: pip install 'jax[tpu]'")
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception as error:  # libtpu raises whatever it likes
-        expected = "--topology: expected one such as v5e:4x4 or v5p:2x2x2"
-        raise ConfigError(f"{expected}, found {topology!r}: {error}") from error
-
-
-def looplm_config(config):
-    """The `ModelConfig` of the LoopLM: of the teacher's folder if it exists, else `config.model`."""
+def looplm_config(config: TrainConfig) -> ModelConfig:
+    """Returns the LoopLM's `ModelConfig`: of the teacher's folder if it exists, else `config.model`."""
     return open_folder(config.teacher).config if pathlib.Path(config.teacher).is_dir() else config.model
 
 
-def main(argv):
-    """Reads the flags, compiles, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config = freeze(CONFIG.value)
-    mesh = make_mesh(config.mesh, describe_devices(TOPOLOGY.value))
-    try:
-        report = compile_phase(config, looplm_config(config), mesh, PHASE.value)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"{PHASE.value} on {TOPOLOGY.value} DOES NOT FIT: {str(error).splitlines()[0]}")
-        sys.exit(1)
-    print(json.dumps(report.record()) if JSON.value else report.text())
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    command_line.define_config_flag()
+    flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …", required=True)
+    flags.DEFINE_enum("phase", "alignment", PHASES, "The program to compile.")
+    flags.DEFINE_bool("json", False, "Print a table's numbers as JSON instead of the report.")
+
+
+def main(argv: list[str]) -> None:
+    """Compiles as the flags say and prints the report; the status is 1 if the program does not fit."""
+    del argv
+    os.environ.update(OFFLINE)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no memory-usage report
+    config, options = freeze(command_line.read_config()), flags.FLAGS
+    mesh = make_mesh(config.mesh, describe_devices(options.topology))
+    report = compile_phase(config, looplm_config(config), mesh, options.phase)
+    print(json.dumps(report.record()) if options.json else report.text())
     sys.exit(0 if report.fits else 1)
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe; --config.key=value overrides a key.")
-    TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …")
-    PHASE = flags.DEFINE_enum("phase", "alignment", PHASES, "Which program.")
-    JSON = flags.DEFINE_bool("json", False, "Print numbers for a table in place of the report.")
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    define_flags()
+    command_line.run(main)

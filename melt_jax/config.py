@@ -1,196 +1,21 @@
-"""Frozen configurations, made from a ConfigDict once, at the door, and checked there."""
+"""Every configuration key with its type, range, unit and meaning, and the frozen dataclasses that hold the values.
 
+A key is declared once, below, as `name: Annotated[type, limit, "meaning"]`; T, L, D, … are the letters of the method's
+description. `configs/base.py` gives each key a value and copies the meaning into a comment, which a test compares.
+`freeze` checks a ConfigDict and reports all its errors at once: one loop over the keys, then the contradictions between
+keys.
+"""
+
+import contextlib
 import dataclasses
 import difflib
-import math
+import typing
+from typing import Annotated, Any
 
+from melt_jax.config_keys import WORDS, Key, OneOf, Range, keys_of
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A looped transformer: Ouro's LoopLM when `gate` is "none", MELT otherwise. Defaults are Ouro-1.4B's.
-
-    Attributes:
-      vocab: V.
-      width: D, the model width.
-      layers: L.
-      loops: T, passes over all layers.
-      heads: H, query heads.
-      kv_heads: K; divides H.
-      head_width: E; need not be D/H.
-      feed_forward: F.
-      rope_theta: the base of RoPE's frequencies.
-      rms_eps: added to the mean square in every norm.
-      max_positions: the longest sequence, in tokens.
-      tied: the head is the embedding.
-      gate: "none", or a gate variant: elementwise, scalar, mean, ema, last.
-      first_loop: "copy" (h¹ = u) or "gated" (h⁰ = 0, the gate applied at loop 1 too).
-      exit_threshold: cumulative exit probability at which generation takes a loop's output; 1 is the last loop.
-      bos, eos, pad: token ids, None where there is none.
-      remat: what the backward pass recomputes of a layer. "none": attention scores alone; "products": all but products
-        with weights and the outcome of attention; "layer": all but the outcome of attention.
-      attention_block: cached slots whose attention scores exist at a time.
-    """
-
-    vocab: int = 49152
-    width: int = 2048
-    layers: int = 24
-    loops: int = 4
-    heads: int = 16
-    kv_heads: int = 16
-    head_width: int = 128
-    feed_forward: int = 5632
-    rope_theta: float = 1e6
-    rms_eps: float = 1e-6
-    max_positions: int = 65536
-    tied: bool = False
-    gate: str = "none"
-    first_loop: str = "copy"
-    exit_threshold: float = 1.0
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-    remat: str = "none"
-    attention_block: int = 512
-
-    @property
-    def group(self):
-        """G = H/K, the query heads that share a key/value head."""
-        return self.heads // self.kv_heads
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where training sequences come from (`configs/base.py`, data)."""
-
-    source: str = "arithmetic"
-    path: str = ""
-    length: int = 128
-    batch: int = 16
-    low: int = 2
-    high: int = 5
-    score: str = "completion"
-
-
-@dataclasses.dataclass(frozen=True)
-class PhaseConfig:
-    """What every phase has (`configs/base.py`)."""
-
-    steps: int
-    learning_rate: float
-    gate_learning_rate: float
-    warmup_steps: int
-    final_fraction: float
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainingConfig(PhaseConfig):
-    """Ouro's objective from scratch."""
-
-    entropy_bonus: float
-    init_std: float
-    embedding_std: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TransitionConfig(PhaseConfig):
-    """Phase 1."""
-
-    ramp: float
-
-
-@dataclasses.dataclass(frozen=True)
-class AlignmentConfig(PhaseConfig):
-    """Phase 2."""
-
-    beta: float
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW."""
-
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip: float
-
-
-@dataclasses.dataclass(frozen=True)
-class StudentConfig:
-    """How a LoopLM becomes a MELT."""
-
-    gate: str
-    first_loop: str
-    gate_std: float
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How devices are laid out: factors within a slice (ICI), and over slices (DCN). 0: what is left."""
-
-    replica: int = 1
-    fsdp: int = 0
-    tensor: int = 1
-    replica_slices: int = 1
-    fsdp_slices: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """What is measured at the end of a phase."""
-
-    problems: int
-    sequences: int
-    path: str
-    seed: int
-    sample: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """How a run is watched: nothing that it computes depends on it."""
-
-    skipped_limit: int
-    stall_seconds: float
-    stall_first_seconds: float
-    stall_exits: bool
-    profile_start: int
-    profile_steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One run; every key is explained in `configs/base.py`."""
-
-    seed: int
-    phases: tuple
-    teacher: str
-    tokenizer: str
-    model: ModelConfig
-    student: StudentConfig
-    chunk_size: int
-    dtype: str
-    remat: str
-    attention_block: int
-    micro_batches: int
-    gather: str
-    mesh: MeshConfig
-    data: DataConfig
-    pretraining: PretrainingConfig
-    transition: TransitionConfig
-    alignment: AlignmentConfig
-    optimizer: OptimizerConfig
-    log_every: int
-    checkpoint_every: int
-    checkpoints_kept: int
-    run: RunConfig
-    evaluation: EvaluationConfig
-
-    def phase(self, name):
-        """The settings of a phase."""
-        return getattr(self, name)
-
+if typing.TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 PHASES = ("pretraining", "transition", "alignment")
 GATES = ("none", "elementwise", "scalar", "mean", "ema", "last")
@@ -202,177 +27,337 @@ CHOICES = {
     "gather": ("step", "layer"),
 }
 
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Positive = Annotated[float, Range(above=0)]
+PositiveOrZero = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, below=1)]
+
 
 class InputError(ValueError):
     """Input that cannot be used: the message names it, what was expected, what was found and what to do."""
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be run; the message lists every problem found."""
+    """A configuration that cannot be run; the message lists every error."""
 
 
-def freeze(config):
-    """A `TrainConfig` from a ConfigDict, checked.
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A looped transformer: a LoopLM if `gate` is "none", else a MELT. The defaults are Ouro-1.4B's."""
 
-    Raises:
-      ConfigError: lists every unknown key, impossible value and contradiction; where a key is missing or has a value
-        of another type, those instead of the values.
-    """
-    found = []
-    frozen = _convert(TrainConfig, config.to_dict(), "", found)
-    if frozen is not None:  # every key has a value of its type
-        found += config_errors(frozen)
-    if found:
-        raise ConfigError("the configuration has problems:\n" + "\n".join(f"  - {line}" for line in found))
-    return frozen
+    vocab: Annotated[Count, "V, token ids"] = 49152
+    width: Annotated[Count, "D, the model width"] = 2048
+    layers: Annotated[Count, "L, layers"] = 24
+    loops: Annotated[Count, "T, passes over all layers"] = 4
+    heads: Annotated[Count, "H, query heads"] = 16
+    kv_heads: Annotated[Count, "K, key/value heads; a divisor of heads"] = 16
+    head_width: Annotated[Count, "E, the width of a head; even"] = 128
+    feed_forward: Annotated[Count, "F, the feed-forward width"] = 5632
+    rope_theta: Annotated[Positive, "base of the rotary frequencies"] = 1e6
+    rms_eps: Annotated[Positive, "added to the mean square in every norm"] = 1e-6
+    max_positions: Annotated[Count, "longest sequence, in tokens"] = 65536
+    tied: Annotated[bool, "the output head is the embedding matrix"] = False
+    gate: Annotated[str, OneOf(GATES), "how a KV entry is rewritten; none: a LoopLM"] = "none"
+    first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "the first latent, as in student.first_loop"] = "copy"
+    exit_threshold: Annotated[PositiveOrZero, "cumulative exit probability that ends the loops; 1: loop T"] = 1.0
+    bos: Annotated[int | None, Range(0), "token id that begins a sequence, for config.json"] = None
+    eos: Annotated[int | None, Range(0), "token id that ends a sequence, for config.json"] = None
+    pad: Annotated[int | None, Range(0), "token id of padding, for config.json"] = None
+    remat: Annotated[str, OneOf(CHOICES["remat"]), "what the backward pass recomputes, as in the run's remat"] = "none"
+    attention_block: Annotated[Count, "cached slots whose attention scores exist at a time"] = 512
 
-
-def config_errors(config):
-    """Every impossible value and contradiction of a `TrainConfig`: a list of messages."""
-    found = []
-
-    def need(ok, key, expected, value):
-        if not ok:
-            found.append(f"{key}: expected {expected}, found {value!r}")
-
-    unknown = [name for name in config.phases if name not in PHASES]
-    need(config.phases and not unknown, "phases", f"some of {PHASES}", config.phases)
-    order = [PHASES.index(name) for name in config.phases if name in PHASES]
-    need(order == sorted(set(order)), "phases", "each once, in the order transition, alignment", config.phases)
-    if "pretraining" in config.phases:
-        need(len(config.phases) == 1, "phases", "pretraining alone: it makes a teacher from scratch", config.phases)
-        found += model_errors(config.model, "model.")
-        need(config.model.gate == "none", "model.gate", "'none': pre-training makes a LoopLM", config.model.gate)
-    else:
-        need(config.teacher, "teacher", "the folder of a LoopLM checkpoint", config.teacher)
-        need(
-            config.student.gate != "none", "student.gate", "a gate variant: the student is a MELT", config.student.gate
-        )
-    for key in ("gate", "first_loop"):
-        value = getattr(config.student, key)
-        need(value in CHOICES[key], f"student.{key}", f"one of {CHOICES[key]}", value)
-    found += first_loop_errors(config.student.gate, config.student.first_loop, "student.")
-    for key in ("dtype", "remat", "gather"):
-        need(getattr(config, key) in CHOICES[key], key, f"one of {CHOICES[key]}", getattr(config, key))
-    for key in ("chunk_size", "attention_block", "micro_batches", "log_every", "checkpoint_every", "checkpoints_kept"):
-        need(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
-    need((config.gather, config.remat) != ("layer", "none"), "remat",
-         "'products' or 'layer' with gather 'layer': 'none' keeps every gathered weight", config.remat)  # fmt: skip
-    for key, factor in dataclasses.asdict(config.mesh).items():
-        need(factor >= (1 if key.endswith("_slices") else 0), f"mesh.{key}", "a number of devices", factor)
-    for key, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
-        need(0 <= seed < 2**32, key, "in [0, 2³²)", seed)
-    need(0 <= config.student.gate_std < math.inf, "student.gate_std", "at least 0", config.student.gate_std)
-    need(config.data.batch % max(config.micro_batches, 1) == 0, "micro_batches",
-         f"a divisor of data.batch, {config.data.batch}", config.micro_batches)  # fmt: skip
-    for name in config.phases:
-        if name in PHASES:
-            _phase_errors(name, config.phase(name), need)
-    optimizer = config.optimizer
-    for key in ("b1", "b2"):
-        need(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}", "in [0, 1)", getattr(optimizer, key))
-    need(0 < optimizer.eps < math.inf, "optimizer.eps", "above 0", optimizer.eps)
-    need(optimizer.clip > 0, "optimizer.clip", "above 0", optimizer.clip)
-    need(0 <= optimizer.weight_decay < math.inf, "optimizer.weight_decay", "at least 0", optimizer.weight_decay)
-    for key, least in (("skipped_limit", 1), ("stall_seconds", 0), ("stall_first_seconds", 0), ("profile_start", 0),
-                       ("profile_steps", 1)):  # fmt: skip
-        need(getattr(config.run, key) >= least, f"run.{key}", f"at least {least}", getattr(config.run, key))
-    need(config.evaluation.problems >= 0, "evaluation.problems", "at least 0", config.evaluation.problems)
-    need(config.evaluation.sequences >= 0, "evaluation.sequences", "at least 0", config.evaluation.sequences)
-    need(config.evaluation.seed != config.seed, "evaluation.seed", "other than seed, which training uses", config.seed)
-    return found
+    @property
+    def group(self) -> int:
+        """G = H/K, the query heads that share a key/value head."""
+        return self.heads // self.kv_heads
 
 
-def first_loop_errors(gate, first_loop, prefix=""):
-    """Why a MELT of that gate is not made with that first loop: a list of messages."""
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The source of the training sequences. The defaults are those of arithmetic."""
+
+    source: Annotated[str, OneOf(("tokens", "records", "arithmetic")), "a token file, prepared data, or problems"] = (
+        "arithmetic"
+    )
+    path: Annotated[str, "tokens: a .npy or .npz file; records: a folder written by melt_jax.prepare"] = ""
+    length: Annotated[int, Range(2), "tokens of a sequence"] = 128
+    batch: Annotated[Count, "sequences of a step, over all devices"] = 16
+    low: Annotated[Count, "arithmetic: fewest definitions of a problem"] = 2
+    high: Annotated[Count, "arithmetic: most definitions of a problem"] = 5
+    score: Annotated[str, OneOf(("completion", "all")), "arithmetic: scored predictions"] = "completion"
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """The keys that all phases have."""
+
+    steps: Annotated[Count, "optimizer updates"]
+    learning_rate: Annotated[PositiveOrZero, "peak, of the backbone weights"]
+    gate_learning_rate: Annotated[PositiveOrZero, "peak, of the gates"]
+    warmup_steps: Annotated[CountOrZero, "updates of linear warm-up, then a cosine"]
+    final_fraction: Annotated[Fraction, "last learning rate, as a fraction of the peak"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingConfig(PhaseConfig):
+    """A LoopLM from scratch: expected cross-entropy − bonus × exit entropy."""
+
+    entropy_bonus: Annotated[PositiveOrZero, "nats of loss per nat of exit entropy"]
+    init_std: Annotated[PositiveOrZero, "standard deviation of new weights"]
+    embedding_std: Annotated[PositiveOrZero, "standard deviation of new embeddings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransitionConfig(PhaseConfig):
+    """Phase 1: KV entries are blended from the per-loop to the shared cache's; loss L_KD."""
+
+    ramp: Annotated[float, Range(above=0, most=1), "α rises linearly from 0 at step 0 to 1 at step ramp · (steps − 1)"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignmentConfig(PhaseConfig):
+    """Phase 2: the shared cache alone; loss L_KD + β·L_align."""
+
+    beta: Annotated[PositiveOrZero, "β, weight of the attention alignment"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    b1: Annotated[Decay, "decay of the first moment"]
+    b2: Annotated[Decay, "decay of the second moment"]
+    eps: Annotated[Positive, "added to the root of the second moment"]
+    weight_decay: Annotated[PositiveOrZero, "on matrices only, times the learning rate"]
+    clip: Annotated[Positive, "largest global norm of a gradient"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The MELT that the LoopLM becomes."""
+
+    gate: Annotated[str, OneOf(GATES[1:]), "how a KV entry is rewritten"]
+    first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "h¹ = u, or h⁰ = 0 and the gate acts at loop 1 too"]
+    gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis: factors within a slice (ICI) and over slices (DCN)."""
+
+    replica: Annotated[CountOrZero, "copies of weights and optimizer state; they split the batch; 0: the rest"] = 1
+    fsdp: Annotated[CountOrZero, "parts of weights and optimizer state; they split the batch too; 0: the rest"] = 0
+    tensor: Annotated[CountOrZero, "parts of heads, feed-forward, vocabulary, latents and KV; 0: the rest"] = 1
+    replica_slices: Annotated[Count, "slices (DCN) along replica"] = 1
+    fsdp_slices: Annotated[Count, "slices (DCN) along fsdp"] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Measurements at the end of each phase."""
+
+    problems: Annotated[CountOrZero, "arithmetic problems to answer; 0: none"]
+    sequences: Annotated[CountOrZero, "sequences on which the KL to the teacher is measured; 0: none"]
+    decoding_tokens: Annotated[CountOrZero, "first tokens of each on which the KL of decoding is measured; 0: none"]
+    path: Annotated[str, "tokens, records: sequences kept from training, in the form and length of data"]
+    seed: Annotated[Seed, "of the problems and the sequences"]
+    sample: Annotated[bool, "print one worked answer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Supervision of a run, which does not affect its results."""
+
+    skipped_limit: Annotated[Count, "consecutive updates skipped as not finite that stop the run"]
+    stall_seconds: Annotated[PositiveOrZero, "without a finished step until all stacks are logged; 0: never"]
+    stall_first_seconds: Annotated[PositiveOrZero, "the same for the first step, which compiles; 0: never"]
+    stall_exits: Annotated[bool, "then exit with status 76, so that a launcher restarts the run"]
+    profile_start: Annotated[CountOrZero, "first step of each phase to profile, from 1; 0: none"]
+    profile_steps: Annotated[Count, "steps to profile"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    seed: Annotated[Seed, "of new weights and data; step n's batch is a function of (seed, n)"]
+    phases: Annotated[WORDS, OneOf(PHASES), "run in this order, or pretraining alone"]
+    teacher: Annotated[str, "folder of the LoopLM checkpoint, in either form; the student starts from it too"]
+    tokenizer: Annotated[str, "folder of the tokenizer files to save beside the weights; empty: the teacher's"]
+    model: ModelConfig
+    student: StudentConfig
+    chunk_size: Annotated[Count, "C, tokens that run in parallel"]
+    dtype: Annotated[str, OneOf(CHOICES["dtype"]), "of computation and teacher; optimizer state is float32"]
+    remat: Annotated[str, OneOf(CHOICES["remat"]), "backward recomputes scores only, all but products, or all"]
+    attention_block: Annotated[Count, "cached slots whose attention scores exist at a time"]
+    micro_batches: Annotated[Count, "sequential parts of a batch, whose gradients are summed; divides data.batch"]
+    gather: Annotated[str, OneOf(CHOICES["gather"]), "weights are gathered over fsdp once a step or at each use"]
+    mesh: MeshConfig
+    data: DataConfig
+    pretraining: PretrainingConfig
+    transition: TransitionConfig
+    alignment: AlignmentConfig
+    optimizer: OptimizerConfig
+    log_every: Annotated[Count, "steps between log lines"]
+    checkpoint_every: Annotated[Count, "steps between checkpoints; a phase's last step is always saved"]
+    checkpoints_kept: Annotated[Count, "newest checkpoints of a phase to keep"]
+    run: RunConfig
+    evaluation: EvaluationConfig
+
+    def phase(self, name: str) -> Any:
+        """The `PhaseConfig` of a phase."""
+        return getattr(self, name)
+
+
+KEYS: dict[str, Key] = keys_of(TrainConfig)
+
+
+# ---- contradictions between keys: generators of messages, from {key: value} without the keys that have an error
+
+
+def _phases_are_in_order(values):
+    order = [PHASES.index(name) for name in values["phases"]]
+    if not order or order != sorted(set(order)) or (order[0] == 0 and len(order) > 1):
+        yield f"phases: expected transition, alignment or both in this order, or pretraining, found {values['phases']}"
+
+
+def _teacher_is_given(values):
+    if values["phases"] != ("pretraining",) and not values["teacher"]:
+        yield "teacher: expected the folder of a LoopLM checkpoint, found ''"
+
+
+def _pretraining_makes_a_looplm(values):
+    if values["phases"] == ("pretraining",) and values["model.gate"] != "none":
+        yield f"model.gate: expected 'none', as pretraining makes a LoopLM, found {values['model.gate']!r}"
+
+
+def _run_sets_remat_and_block(values):
+    for name in ("remat", "attention_block"):
+        default = KEYS[f"model.{name}"].default
+        if name in values and (value := values[f"model.{name}"]) != default:
+            yield f"model.{name}: expected {default!r}, as the key {name} sets it, found {value!r}"
+
+
+def _first_loop_fits_the_gate(values):
+    yield from first_loop_errors(values["student.gate"], values["student.first_loop"], "student.")
+
+
+def _gathered_weights_are_recomputed(values):
+    if (values["gather"], values["remat"]) == ("layer", "none"):
+        yield "remat: expected products or layer, as gather is 'layer' and none keeps gathered weights, found 'none'"
+
+
+def _micro_batches_divide_the_batch(values):
+    batch, parts = values["data.batch"], values["micro_batches"]
+    if batch % parts:
+        yield f"micro_batches: expected a divisor of data.batch, {batch}, found {parts}"
+
+
+def _warmup_ends_within_the_phase(values):
+    for name in values["phases"]:
+        warmup, steps = values[f"{name}.warmup_steps"], values[f"{name}.steps"]
+        if warmup > steps:
+            yield f"{name}.warmup_steps: expected at most {name}.steps, {steps}, found {warmup}"
+
+
+def _kv_heads_divide_heads(values):
+    heads, kv_heads = values["model.heads"], values["model.kv_heads"]
+    if heads % kv_heads:
+        yield f"model.kv_heads: expected a divisor of heads, {heads}, found {kv_heads}"
+
+
+def _head_width_is_even(values):
+    if values["model.head_width"] % 2:
+        yield f"model.head_width: expected an even number, as RoPE pairs components, found {values['model.head_width']}"
+
+
+CHECKS = (
+    _phases_are_in_order,
+    _teacher_is_given,
+    _pretraining_makes_a_looplm,
+    _run_sets_remat_and_block,
+    _first_loop_fits_the_gate,
+    _gathered_weights_are_recomputed,
+    _micro_batches_divide_the_batch,
+    _warmup_ends_within_the_phase,
+    _kv_heads_divide_heads,
+    _head_width_is_even,
+)
+
+
+def first_loop_errors(gate: str, first_loop: str, prefix: str = "") -> list[str]:
+    """Why a MELT with that gate cannot have that first loop: a list of messages."""
     if first_loop == "copy" or gate == "elementwise":
         return []
     return [f"{prefix}first_loop: expected 'copy', unless the gate is elementwise, found {first_loop!r}"]
 
 
-def model_errors(model, prefix=""):
-    """Every impossible value of a `ModelConfig`: a list of messages."""
-    found = []
-    for key in (
-        "vocab",
-        "width",
-        "layers",
-        "loops",
-        "heads",
-        "kv_heads",
-        "head_width",
-        "feed_forward",
-        "max_positions",
-        "attention_block",
-    ):
-        if getattr(model, key) < 1:
-            found.append(f"{prefix}{key}: expected at least 1, found {getattr(model, key)}")
-    if model.kv_heads >= 1 and model.heads % model.kv_heads:
-        found.append(f"{prefix}kv_heads: expected a divisor of heads, {model.heads}, found {model.kv_heads}")
-    if model.head_width % 2:
-        found.append(f"{prefix}head_width: expected an even number (RoPE pairs components), found {model.head_width}")
-    for key in ("rope_theta", "rms_eps"):
-        if getattr(model, key) <= 0:
-            found.append(f"{prefix}{key}: expected above 0, found {getattr(model, key)}")
-    for key in ("gate", "first_loop", "remat"):
-        if getattr(model, key) not in CHOICES[key]:
-            found.append(f"{prefix}{key}: expected one of {CHOICES[key]}, found {getattr(model, key)!r}")
-    return found
+# ---- whole configurations
 
 
-def _phase_errors(name, phase, need):
-    need(phase.steps >= 1, f"{name}.steps", "at least 1", phase.steps)
-    need(
-        0 <= phase.warmup_steps <= phase.steps,
-        f"{name}.warmup_steps",
-        f"between 0 and steps, {phase.steps}",
-        phase.warmup_steps,
-    )
-    for key in ("learning_rate", "gate_learning_rate"):
-        need(0 <= getattr(phase, key) < math.inf, f"{name}.{key}", "at least 0", getattr(phase, key))
-    need(0 <= phase.final_fraction <= 1, f"{name}.final_fraction", "in [0, 1]", phase.final_fraction)
-    if name == "transition":
-        need(0 < phase.ramp <= 1, "transition.ramp", "in (0, 1]", phase.ramp)
-    if name == "alignment":
-        need(0 <= phase.beta < math.inf, "alignment.beta", "at least 0", phase.beta)
-    if name == "pretraining":
-        for key in ("init_std", "embedding_std", "entropy_bonus"):
-            need(0 <= getattr(phase, key) < math.inf, f"{name}.{key}", "at least 0", getattr(phase, key))
+def freeze(config: "ConfigDict") -> TrainConfig:
+    """The `TrainConfig` of a ConfigDict.
+
+    Raises:
+      ConfigError: lists every unknown or missing key, wrong type, impossible value and contradiction.
+    """
+    given, errors = _flatten(config.to_dict()), []
+    groups = {name.split(".")[0] for name in KEYS if "." in name}
+    for name, value in given.items():
+        if name in groups:
+            errors.append(f"{name}: expected a group of keys, found {value!r:.100}")
+        elif name not in KEYS:
+            errors.append(f"{name}: unknown key{_suggestion(name)}")
+    keys = {name: key for name, key in KEYS.items() if name.split(".")[0] not in groups & given.keys()}
+    values = {name: key.convert(given.get(name, key.default)) for name, key in keys.items()}
+    errors += _errors(keys, values)
+    if errors:
+        raise ConfigError("the configuration has errors:\n" + "\n".join(f"  - {line}" for line in errors))
+    return _assemble(TrainConfig, values)
 
 
-def _convert(cls, values, prefix, found):
-    """A dataclass from a dict; appends what is wrong to `found`. None where a field has no value of its type."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            found.append(f"{prefix}{key}: unknown key" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
-    out = {}
-    for key, field in fields.items():
-        name = f"{prefix}{key}"
-        if key not in values:
-            if field.default is dataclasses.MISSING:
-                found.append(f"{name}: missing")
-            else:
-                out[key] = field.default
-        elif not dataclasses.is_dataclass(field.type):
-            try:
-                out[key] = _typed(field.type, values[key])
-            except TypeError as error:
-                found.append(f"{name}: {error}")
-        elif not isinstance(values[key], dict):
-            found.append(f"{name}: expected a group of keys, found {values[key]!r}")
-        elif (group := _convert(field.type, values[key], f"{name}.", found)) is not None:
-            out[key] = group
-    return cls(**out) if len(out) == len(fields) else None
+def model_errors(model: ModelConfig, prefix: str = "") -> list[str]:
+    """Every impossible value and contradiction of a `ModelConfig`: a list of messages."""
+    keys = keys_of(ModelConfig, "model.")
+    values = {name: getattr(model, name.removeprefix("model.")) for name in keys}
+    return [prefix + line.removeprefix("model.") for line in _errors(keys, values)]
 
 
-def _typed(kind, value):
-    """The value as that type, where nothing is lost; else TypeError."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise TypeError(f"expected {getattr(kind, '__name__', kind)}, found {value!r}")
-    return value
+def _errors(keys, values):
+    """The errors of each value, then the contradictions between the values that have none."""
+    errors = {name: error for name, key in keys.items() if (error := key.error(values[name]))}
+    usable = {name: value for name, value in values.items() if name not in errors}
+    messages = [f"{name}: {error}" for name, error in errors.items()]
+    for check in CHECKS:
+        with contextlib.suppress(KeyError):  # a key that the check reads has an error, or is not in `keys`
+            messages += check(usable)
+    return messages
+
+
+def _suggestion(name):
+    """The end of an error about an unknown key: the keys that it may stand for."""
+    last = name.split(".")[-1]
+    near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.85)
+    near = near or [key for key in KEYS if key.split(".")[-1] == last] or difflib.get_close_matches(name, KEYS, n=1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _flatten(values, prefix=""):
+    """{"group.key": value} of nested dicts."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _assemble(config_class, values, prefix=""):
+    """A config class from {"group.key": value}."""
+    arguments = {}
+    for field in dataclasses.fields(config_class):
+        name = f"{prefix}{field.name}"
+        group = dataclasses.is_dataclass(field.type)
+        arguments[field.name] = _assemble(field.type, values, f"{name}.") if group else values[name]
+    return config_class(**arguments)

@@ -1,107 +1,207 @@
-"""Converts model checkpoints between the published form and Orbax's, there and back to the same bits.
+"""Converts a model folder between the published form and the Orbax form, without changing a bit of its weights.
 
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/ouro --to=orbax
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/melt --to=orbax --gate=elementwise
     python -m melt_jax.convert --input=checkpoints/melt --output=melt-published --to=published
     python -m melt_jax.convert --input=checkpoints/melt --output=ouro-again --to=published --gate=none
 
-A published folder has config.json, one or several safetensors files and tokenizer files; the Orbax form has the same
-config.json and tokenizer files, and the weights under `params/`. With --gate=elementwise or scalar a LoopLM gets fresh
-gates (normal with standard deviation 0.02, biases zero, drawn from --seed) and becomes a MELT; with --gate=none a MELT
-loses them. The output appears when it is complete, and not before.
+A published folder holds config.json, one or several safetensors files and tokenizer files. The Orbax form has the same
+config.json and tokenizer files, and stores the weights under `params/`. --gate=elementwise or scalar turns a LoopLM
+into a MELT with fresh gates (normal with standard deviation 0.02, biases zero, drawn from --seed); --gate=none removes
+a MELT's gates. The output folder appears when it is complete.
+
+In a run of several processes, process 0 converts, and the others wait and fail if it fails.
 """
 
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+import orbax.checkpoint as ocp
+from absl import flags
 
+from melt_jax import command_line
+from melt_jax.checkpoints.folder import chosen_dtype, override
 from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
-from melt_jax.checkpoints.published import chosen_dtype, override, write_weights
-from melt_jax.checkpoints.published_config import fail, published_config, write_config
-from melt_jax.config import CHOICES, GATES, first_loop_errors
+from melt_jax.checkpoints.published import write_weights
+from melt_jax.checkpoints.published_config import published_config, raise_errors, write_config
+from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
 from melt_jax.files import atomic_folder, copy_companions, folder_bytes
 from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
+from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
 
 GATE_STD = 0.02
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("input", None, "folder of the checkpoint to read, in either form", required=True)
-flags.DEFINE_string("output", None, "folder to write", required=True)
-flags.DEFINE_enum("to", None, ["orbax", "published"], "form of the output", required=True)
-flags.DEFINE_enum("gate", None, GATES, "gate of the output's model; as the input's when not given")
-flags.DEFINE_enum(
-    "first_loop", None, CHOICES["first_loop"], "first loop of the output's model; as the input's when not given"
-)
-flags.DEFINE_integer("seed", 0, "draws fresh gates")
-flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights; as the input's when not given")
-flags.DEFINE_bool("overwrite", False, "replace the output folder if it exists")
+FORMS = ("orbax", "published")
+WAIT_SECONDS = 24 * 3600  # for process 0; if it dies, JAX ends the others within minutes
 
 
-def main(argv):
-    """Converts, or says what stands in the way."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
-    try:
-        convert()
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        sys.exit(f"melt_jax.convert: {error}")
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What the output's model has other than the input's; None: the same.
+
+    Attributes:
+      gate: "none" or a gate variant.
+      first_loop: "copy" or "gated".
+      dtype: name of the weights' dtype.
+      seed: of fresh gates.
+    """
+
+    gate: str | None = None
+    first_loop: str | None = None
+    dtype: str | None = None
+    seed: int = 0
 
 
-def convert():
-    """The conversion that the flags ask for.
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string("input", None, "model folder to read, in either form", required=True)
+    flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_enum("to", None, FORMS, "form of the output", required=True)
+    flags.DEFINE_enum("gate", None, GATES, "gate of the output's model; default: as in the input")
+    flags.DEFINE_enum(
+        "first_loop", None, CHOICES["first_loop"], "first loop of the output's model; default: as in the input"
+    )
+    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights; default: as in the input")
+    flags.DEFINE_integer("seed", 0, "seed of fresh gates")
+    flags.DEFINE_bool("overwrite", False, "replace the output if it exists")
+    flags.DEFINE_bool("keep_existing", False, "do nothing if the output exists")
+
+
+def main(argv: list[str]) -> None:
+    """Converts as the flags say."""
+    values = flags.FLAGS
+    if values.overwrite and values.keep_existing:
+        raise InputError("--overwrite, --keep_existing: expected one of them, found both")
+    existing = "overwrite" if values.overwrite else "keep" if values.keep_existing else "refuse"
+    changes = Changes(values.gate, values.first_loop, values.dtype, values.seed)
+    initialize_distributed()
+    convert(values.input, values.output, values.to, changes, existing)
+
+
+def convert(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    form: Literal["orbax", "published"],
+    changes: Changes = Changes(),
+    existing: Literal["refuse", "overwrite", "keep"] = "refuse",
+) -> None:
+    """Converts a model folder and prints a summary. Every process of a run calls it; process 0 does the work.
+
+    Args:
+      source: model folder to read, in either form.
+      output: folder to write.
+      form: of the output, "orbax" or "published".
+      changes: of the model.
+      existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form.
 
     Raises:
-      ValueError: an input that is no checkpoint, or flags that contradict it. FileExistsError: the output exists.
+      InputError: the input is no model folder, the changes contradict it, the output would replace the input, or the
+        kept output is no model folder of that form. In other processes: process 0 failed.
+      FileExistsError: the output exists.
     """
+    run_on_process_0(_convert, pathlib.Path(source), pathlib.Path(output), form, changes, existing)
+
+
+def _convert(source, output, form, changes, existing):
     start = time.perf_counter()
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise InputError(f"{output}: expected an output that neither is nor contains the input, found input {source}")
+    if existing == "keep" and output.exists():
+        _check_kept(output, form)
+        return
 
-    # What stands there, checked; what is to be.
-    source = open_folder(FLAGS.input)
-    config = override(source.config, FLAGS.gate, FLAGS.first_loop)
-    dtype = chosen_dtype(source, FLAGS.dtype)
-    abstract = abstract_model(config, dtype)
+    # Read the input's metadata and decide on the output's.
+    folder = open_folder(source)
+    config = override(folder.config, changes.gate, changes.first_loop)
+    dtype = chosen_dtype(folder, changes.dtype)
     if config.gate != "none":
-        fail(FLAGS.output, first_loop_errors(config.gate, config.first_loop))
-    elif FLAGS.first_loop is not None:
-        fail(
-            "--first_loop", ["the output is a LoopLM, which has no cache recurrence: give --gate too, or leave it out"]
-        )
-    print(f"{FLAGS.input}: {source.form}, gate {source.config.gate}, {source.dtype or 'several dtypes'}")
+        raise_errors(output, first_loop_errors(config.gate, config.first_loop))
+    elif changes.first_loop is not None:
+        raise InputError(f"first_loop: expected none for a LoopLM, found {changes.first_loop!r}; omit it")
+    print(f"{source}: {folder.form}, gate {folder.config.gate}, {folder.dtype or 'several dtypes'}")
 
-    # Fresh gates, if the input has none, drawn before anything is read, for that takes several times their size. Then
-    # the input's weights, one at a time.
-    new = {path for path, _ in module_leaves(abstract) if path not in source.shapes}
-    gates = jax.device_get(init_weights(config, jax.random.key(FLAGS.seed), new, GATE_STD, jnp.dtype(dtype)))
-    weights = stream_weights(source, gates, abstract, dtype)
-
-    # Written whole or not at all.
-    with atomic_folder(FLAGS.output, FLAGS.overwrite) as folder:
-        if FLAGS.to == "orbax":
-            write_params(folder / PARAMS, dict(weights))
+    # Write it completely or not at all.
+    abstract = abstract_model(config, dtype)
+    weights = _stream_weights(folder, _fresh_gates(folder, abstract, changes.seed, dtype), abstract, dtype)
+    with atomic_folder(output, existing == "overwrite") as temporary:
+        if form == "orbax":
+            write_params(temporary / PARAMS, dict(weights))
         else:
-            write_weights(folder / "model.safetensors", abstract, dtype, weights)
-        carried = copy_companions(FLAGS.input, folder)
-        write_config(folder, published_config(config, dtype, source.raw))
+            write_weights(temporary / "model.safetensors", abstract, dtype, weights)
+        carried = copy_companions(source, temporary)
+        write_config(temporary, published_config(config, dtype, folder.raw))
 
-    print(f"{FLAGS.output}: {FLAGS.to}, gate {config.gate}, {dtype}, with {', '.join(carried) or 'no tokenizer files'}")
+    print(f"{output}: {form}, gate {config.gate}, {dtype}, with {', '.join(carried) or 'no tokenizer files'}")
     seconds = time.perf_counter() - start
-    print(f"{parameter_count(abstract):,} parameters, {folder_bytes(FLAGS.output):,} bytes, {seconds:.1f} s")
+    print(f"{parameter_count(abstract):,} parameters, {folder_bytes(output):,} bytes, {seconds:.1f} s")
 
 
-def stream_weights(source, gates, abstract, dtype):
-    """(path, weight) of every weight of the output, each read in its turn; a line of progress on the terminal."""
+def _fresh_gates(folder, abstract, seed, dtype):
+    """{path: weight} of the gates that the input lacks; drawn before anything is read, as drawing needs most memory."""
+    new = {path for path, _ in module_leaves(abstract) if path not in folder.shapes}
+    return jax.device_get(init_weights(abstract.config, jax.random.key(seed), new, GATE_STD, jnp.dtype(dtype)))
+
+
+def _stream_weights(folder, gates, abstract, dtype):
+    """Yields (path, weight) of every weight of the output, reading each on demand; shows progress on a terminal."""
     done, total = 0, parameter_count(abstract)
     # Embedding and head first: reading a tensor takes twice its size beside the weights, and these are the largest.
     for path, leaf in sorted(module_leaves(abstract), key=lambda entry: entry[0].startswith("layers.")):
-        yield path, gates[path] if path in gates else source.read(path, dtype)
+        yield path, gates[path] if path in gates else folder.read(path, dtype)
         done += leaf.size
         if sys.stdout.isatty():
             print(f"\r{done / total:4.0%} {path:40s}", end="\n" if done == total else "", flush=True)
 
 
+def _check_kept(output, form):
+    kept = open_folder(output)
+    if kept.form != form:
+        raise InputError(f"{output}: expected a model folder in {form} form, found {kept.form} form; remove it")
+    print(f"{output}: exists and is kept, {kept.form}, gate {kept.config.gate}")
+
+
+def run_on_process_0(work: Callable[..., None], *args: object) -> None:
+    """Runs `work(*args)` on behalf of process 0, while the run's other processes wait for it.
+
+    If there are several processes, the work has a process of its own, on the CPU and outside the distributed run: Orbax
+    cannot save from one of several processes. The function and its arguments must be picklable.
+
+    Raises:
+      InputError: in the other processes, if the work failed. Process 0 raises the work's own exception.
+    """
+    if jax.process_count() == 1:
+        return work(*args)
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, spawn, _use_cpu) as pool:
+                pool.submit(work, *args).result()
+        except Exception as error:
+            failure = error
+    failed = failure is not None
+    try:
+        # A barrier of the coordination service can wait for hours; collectives of devices cannot.
+        ocp.multihost.get_barrier_sync_fn()(key="melt_jax process 0", timeout_ms=WAIT_SECONDS * 1000)
+        failed = broadcast_from_process_0(failed)
+    finally:
+        if failure is not None:
+            raise failure
+    if failed:
+        raise InputError("process 0: expected it to finish, found that it failed; see its output")
+
+
+def _use_cpu():
+    jax.config.update("jax_platforms", "cpu")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    define_flags()
+    command_line.run(main)

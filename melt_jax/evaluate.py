@@ -1,159 +1,290 @@
-"""Scores a checkpoint folder: exact answers on the arithmetic; perplexity and KL to a teacher per loop.
+"""Scores a checkpoint folder: exact answers to arithmetic problems; perplexity and KL to a teacher per loop.
 
     python -m melt_jax.evaluate --checkpoint=runs/nano/alignment/model --teacher=melt_jax/assets/ouro_nano
     python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=F.npz --rows=1
     python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=FOLDER --rows=1
 
-Perplexity and KL are measured with chunks of --chunk_size and with decoding's chunk of one; the last column is what
-lies between them, the training-inference gap. --all_loops answers the problems with 1, 2, … T loops.
+Perplexity and KL are measured with chunks of --chunk_size tokens over whole sequences, and in decoding (chunk 1) over
+the first --decoding_tokens of each. The gap is the difference between the two chunks on the same tokens, the
+training-inference gap. --all_loops also answers the problems with 1, 2, … T loops.
 """
 
+import dataclasses
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from rich.console import Console
 from rich.table import Table
 
+from melt_jax import command_line
 from melt_jax.checkpoints.orbax import default_chunk, open_model
-from melt_jax.config import CHOICES, GATES
-from melt_jax.data.arithmetic import NAMES, VOCABULARY
+from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
+from melt_jax.data.arithmetic import NAMES, VOCABULARY, Problem
+from melt_jax.data.arithmetic_tokenizer import tokenizer_errors
 from melt_jax.data.batch import Batch
 from melt_jax.data.records import open_records, read_manifest, record_errors
 from melt_jax.data.token_files import open_tokens, token_errors
 from melt_jax.inference import scoring
+from melt_jax.inference.answers import Answers, BeforePiece, exact_answers, fresh_problems, problem_batch, silent
+from melt_jax.inference.loading import open_for_inference
+from melt_jax.inference.results import Progress, render
+from melt_jax.model.cache import bytes_per_token
+from melt_jax.model.model import LoopedTransformer, reconfigure
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.")
-TEACHER = flags.DEFINE_string("teacher", None, "Checkpoint folder of the teacher; without one no KL is measured.")
-TASK = flags.DEFINE_enum("task", "arithmetic", ("arithmetic", "tokens"), "What to score.")
-DATA = flags.DEFINE_string(
-    "data", None, "Token file (.npy or .npz), or folder that melt_jax.prepare wrote; task tokens alone."
-)
-LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sequence, for a file that is one stream.")
-SEQUENCES = flags.DEFINE_integer("sequences", 64, "The most sequences of the data, or problems for the KL.")
-ROWS = flags.DEFINE_integer("rows", 16, "Sequences run at once.")
-PROBLEMS = flags.DEFINE_integer("problems", 256, "Arithmetic problems to answer.")
-LOW = flags.DEFINE_integer("low", 2, "The fewest definitions of a problem.")
-HIGH = flags.DEFINE_integer("high", 5, "The most definitions of a problem.")
-CHUNK_SIZE = flags.DEFINE_integer(
-    "chunk_size", None, "Tokens of a chunk of prefill and scoring; by default those a MELT was trained with, or 512."
-)
-SEED = flags.DEFINE_integer("seed", 1, "Of the problems.")
-LOOPS = flags.DEFINE_integer("loops", None, "T, where it is not the checkpoint's.")
-ALL_LOOPS = flags.DEFINE_boolean("all_loops", False, "Answer the problems with every number of loops up to T.")
-EXIT_THRESHOLD = flags.DEFINE_float(
-    "exit_threshold", None, "Cumulative exit probability at which answers take a loop's logits; 1: the last loop's."
-)
-GATE = flags.DEFINE_enum("gate", None, GATES, "A gate in place of the checkpoint's; none: the LoopLM inside a MELT.")
-DTYPE = flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "Of the weights and rows; by default as stored.")
+FLAGS = flags.FLAGS
+TASKS = ("arithmetic", "tokens")
 
 
-def main(argv):
-    """Opens, scores, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if wrong := flag_errors():
-        raise app.UsageError("\n".join(wrong))
-    try:
-        model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
-        teacher = open_model(TEACHER.value, dtype=DTYPE.value) if TEACHER.value else None
-        scoring.check_vocabularies(model, teacher)
-    except (ValueError, FileNotFoundError) as error:
-        raise app.UsageError(str(error)) from error
-    chunk_size = default_chunk(CHECKPOINT.value, model.config) if CHUNK_SIZE.value is None else CHUNK_SIZE.value
-    if TASK.value == "arithmetic":
-        if model.config.vocab < len(VOCABULARY):
-            raise app.UsageError(f"arithmetic uses {len(VOCABULARY)} token ids, the model has {model.config.vocab}")
-        problems = scoring.fresh_problems(SEED.value, PROBLEMS.value, LOW.value, HIGH.value)
-        print(answer_table(model, problems, chunk_size))
-        batch = scoring.problem_batch(problems[: SEQUENCES.value])
-    else:
-        batch = read_batch(model.config)
-    chunked, decoding = (
-        scoring.perplexity_and_kl(model, teacher, batch, chunk, LOOPS.value, ROWS.value) for chunk in (chunk_size, 1)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to evaluate. None: the checkpoint's value, or the default named here.
+
+    Attributes:
+      checkpoint: folder of the model.
+      teacher: folder of the teacher; None: no KL is measured.
+      task: "arithmetic", fresh problems; "tokens", the sequences in `data`.
+      data: a token file (.npy or .npz), or a folder that `melt_jax.prepare` wrote.
+      length: tokens per sequence, for a file that is one stream.
+      sequences: the most sequences, or problems, for perplexity and KL.
+      rows: sequences scored at a time.
+      decoding_tokens: first tokens of each sequence on which decoding is measured; 0: not measured.
+      problems: arithmetic problems to answer.
+      low, high: fewest and most definitions of a problem.
+      seed: of the problems.
+      chunk_size: C of prefill and scoring; None: the chunk that a MELT was trained with, or 512.
+      loops: T.
+      all_loops: answer the problems with 1, 2, … T loops.
+      exit_threshold: cumulative exit probability at which answers use a loop's logits; 1: the last loop's.
+      gate: a gate variant; "none": the LoopLM inside a MELT.
+      dtype: of weights and KV entries.
+    """
+
+    checkpoint: str
+    teacher: str | None = None
+    task: str = "arithmetic"
+    data: str | None = None
+    length: int | None = None
+    sequences: int = 64
+    rows: int = 16
+    decoding_tokens: int = 512
+    problems: int = 256
+    low: int = 2
+    high: int = 5
+    seed: int = 1
+    chunk_size: int | None = None
+    loops: int | None = None
+    all_loops: bool = False
+    exit_threshold: float | None = None
+    gate: str | None = None
+    dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The scores of a checkpoint: {loops: `Answers`}, empty for the task "tokens", and perplexity and KL."""
+
+    answers: dict[int, Answers]
+    comparison: scoring.Comparison
+
+
+def define_flags() -> None:
+    """Defines the flags of the command: one for each field of `Settings`, with its default."""
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
+    integer = lambda name, text: flags.DEFINE_integer(name, defaults[name], text)
+    flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.", required=True)
+    flags.DEFINE_string("teacher", None, "Checkpoint folder of the teacher; without one no KL is measured.")
+    flags.DEFINE_enum("task", defaults["task"], TASKS, "What to score.")
+    flags.DEFINE_string("data", None, "For --task=tokens: a token file, or a folder that melt_jax.prepare wrote.")
+    integer("length", "Tokens per sequence, for a file that is one stream.")
+    integer("sequences", "The most sequences of the data, or problems, for perplexity and KL.")
+    integer("rows", "Sequences scored at a time.")
+    integer("decoding_tokens", "First tokens of each sequence on which decoding is measured; 0: not measured.")
+    integer("problems", "Arithmetic problems to answer.")
+    integer("low", "The fewest definitions of a problem.")
+    integer("high", "The most definitions of a problem.")
+    integer("seed", "Seed of the problems.")
+    integer("chunk_size", "Tokens per chunk of prefill and scoring. Default: a MELT's training chunk, or 512.")
+    integer("loops", "T. Default: the checkpoint's.")
+    flags.DEFINE_boolean("all_loops", False, "Answer the problems with 1, 2, … T loops.")
+    flags.DEFINE_float(
+        "exit_threshold",
+        None,
+        "Cumulative exit probability at which answers use a loop's logits; 1: loop T's. Default: the checkpoint's.",
     )
-    print(loop_table(chunked, decoding))
+    flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
+    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
 
 
-def flag_errors():
-    """What is wrong with the flags, a line each."""
-    sizes = (LENGTH, SEQUENCES, ROWS, PROBLEMS, CHUNK_SIZE, LOOPS)
-    small = [flag for flag in sizes if flag.value is not None and flag.value < 1]
-    wrong = [f"--{flag.name} must be 1 or more, got {flag.value}" for flag in small]
-    if not 1 <= LOW.value <= HIGH.value <= len(NAMES):
-        wrong.append(f"--low and --high must be 1 <= low <= high <= {len(NAMES)}, got {LOW.value} and {HIGH.value}")
-    if EXIT_THRESHOLD.value is not None and not EXIT_THRESHOLD.value >= 0:
-        wrong.append(f"--exit_threshold must be 0 or more, got {EXIT_THRESHOLD.value}")
-    if (TASK.value == "tokens") != (DATA.value is not None):
-        wrong.append("--data names a token file or a folder for --task=tokens, and goes with no other task")
-    elif LENGTH.value is not None and DATA.value is not None and pathlib.Path(DATA.value).is_dir():
-        wrong.append(f"--length goes with a token file; the sequences of {DATA.value} have a length")
-    return wrong
+def main(argv: list[str]) -> None:
+    """Reads the flags, evaluates and prints."""
+    del argv
+    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+    evaluate_checkpoint(Settings(**values), show=print, before_piece=Progress("evaluating", Console(stderr=True)))
 
 
-def read_batch(config):
-    """The first sequences of the data, of ids and a length that a model of that config has; else UsageError."""
-    try:
-        sequences, length, wrong = open_data(config.vocab)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+def evaluate_checkpoint(
+    settings: Settings, show: Callable[[str], None] | None = None, before_piece: BeforePiece = silent
+) -> Evaluation:
+    """Scores a checkpoint.
+
+    Args:
+      settings: see `Settings`.
+      show: called with each table as soon as it is complete.
+      before_piece: called before each piece of the work with its description.
+
+    Raises:
+      InputError: lists the values out of range; or the model, the teacher or the data cannot be used.
+    """
+    if errors := settings_errors(settings):
+        raise InputError("\n".join(errors))
+    model = open_for_inference(
+        settings.checkpoint, settings.gate, settings.dtype, settings.loops, settings.exit_threshold
+    )
+    teacher = open_model(settings.teacher, dtype=settings.dtype) if settings.teacher else None
+    scoring.check_vocabularies(model, teacher)
+    chunk = settings.chunk_size
+    chunk = default_chunk(settings.checkpoint, model.config) if chunk is None else chunk
+    answers = {}
+    if settings.task == "arithmetic":
+        problems = read_problems(settings, model.config)
+        answers = answer_problems(model, problems, chunk, settings.all_loops, before_piece)
+        if show:
+            show(answer_table(answers, model))
+        batch = problem_batch(problems[: settings.sequences])
+    else:
+        batch = read_batch(settings, model.config)
+    comparison = scoring.compare(model, teacher, batch, chunk, settings.decoding_tokens, settings.rows, before_piece)
+    if show:
+        show(loop_table(comparison, settings.decoding_tokens))
+    return Evaluation(answers, comparison)
+
+
+def settings_errors(settings: Settings) -> list[str]:
+    """An error for each setting that is out of range or contradicts another."""
+    errors = []
+    least = {"length": 1, "sequences": 1, "rows": 1, "problems": 1, "chunk_size": 1, "decoding_tokens": 0}
+    for name, minimum in least.items():
+        if (value := getattr(settings, name)) is not None and value < minimum:
+            errors.append(f"--{name}: expected at least {minimum}, found {value}")
+    low, high = settings.low, settings.high
+    if not 1 <= low <= high <= len(NAMES):
+        errors.append(f"--low, --high: expected 1 <= low <= high <= {len(NAMES)}, found {low} and {high}")
+    if settings.task == "tokens" and settings.data is None:
+        errors.append("--data: expected a token file or a folder for --task=tokens, found none")
+    elif settings.task != "tokens" and settings.data is not None:
+        errors.append(f"--data: expected none for --task={settings.task}, found {settings.data}; set --task=tokens")
+    elif settings.length is not None and settings.data is not None and pathlib.Path(settings.data).is_dir():
+        errors.append(
+            f"--length: expected none, found {settings.length}; {settings.data} has a manifest with the length"
+        )
+    return errors
+
+
+def read_problems(settings: Settings, config: ModelConfig) -> list[Problem]:
+    """Fresh problems for a model of the arithmetic task.
+
+    Raises:
+      InputError: the checkpoint's tokenizer is another one, or its vocabulary is too small.
+    """
+    errors = tokenizer_errors(settings.checkpoint)
+    if config.vocab < len(VOCABULARY):
+        errors.append(f"{settings.checkpoint}: expected a vocabulary of {len(VOCABULARY)} tokens, found {config.vocab}")
+    if errors:
+        raise InputError("\n".join(errors))
+    return fresh_problems(settings.seed, settings.problems, settings.low, settings.high)
+
+
+def read_batch(settings: Settings, config: ModelConfig) -> Batch:
+    """The first sequences of the data.
+
+    Raises:
+      InputError: the data cannot be read, or has token ids or a length that the model does not have.
+    """
+    assert settings.data is not None, "checked by settings_errors"
+    if pathlib.Path(settings.data).is_dir():
+        length = read_manifest(settings.data)["length"]
+        sequences = open_records(settings.data)
+        errors = record_errors(settings.data, length, config.vocab, settings.checkpoint)
+    else:
+        sequences = open_tokens(settings.data, settings.length)
+        length = sequences.tokens.shape[1]
+        errors = token_errors(settings.data, length, config.vocab)
     if length > config.max_positions:
-        wrong.append(f"{DATA.value}: sequences of {length} tokens pass the model's {config.max_positions} positions")
-    if wrong:
-        raise app.UsageError("\n".join(wrong))
-    rows = [sequences[i] for i in range(min(SEQUENCES.value, len(sequences)))]
-    return Batch(*(np.stack(field) for field in zip(*rows)))
+        errors.append(
+            f"{settings.data}: expected sequences of at most {config.max_positions} tokens, the model's positions,"
+            f" found {length}"
+        )
+    if errors:
+        raise InputError("\n".join(errors))
+    first = [sequences[i] for i in range(min(settings.sequences, len(sequences)))]
+    return Batch(*(np.stack(field) for field in zip(*first)))
 
 
-def open_data(vocab):
-    """(sequences, their length, what keeps them from a model of that vocabulary); ValueError: data of another form."""
-    if pathlib.Path(DATA.value).is_dir():
-        length = read_manifest(DATA.value)["length"]
-        return open_records(DATA.value), length, record_errors(DATA.value, length, vocab, CHECKPOINT.value)
-    sequences = open_tokens(DATA.value, LENGTH.value)
-    length = sequences.tokens.shape[1]
-    return sequences, length, token_errors(DATA.value, length, vocab)
+def answer_problems(
+    model: LoopedTransformer,
+    problems: Sequence[Problem],
+    chunk_size: int,
+    all_loops: bool,
+    before_piece: BeforePiece = silent,
+) -> dict[int, Answers]:
+    """{loops: answers} of a model with its own number of loops; with `all_loops`, with 1, 2, … T loops."""
+    most = model.config.loops
+    return {
+        loops: exact_answers(reconfigure(model, loops=loops), problems, chunk_size, before_piece=before_piece)
+        for loops in (range(1, most + 1) if all_loops else (most,))
+    }
 
 
-def answer_table(model, problems, chunk_size):
-    """Exact answers by number of definitions, for each number of loops that is asked for."""
-    most = LOOPS.value or model.config.loops
+def answer_table(answers: Mapping[int, Answers], model: LoopedTransformer) -> str:
+    """Exact answers by number of definitions, a row per number of loops."""
     title = "exact answers (whole completions), greedy, by definitions (problems)"
     out = Table(title=title, box=None, title_justify="left", pad_edge=False)
     out.add_column("loops")
-    results = {
-        loops: scoring.exact_answers(model, problems, chunk_size, loops, EXIT_THRESHOLD.value)
-        for loops in (range(1, most + 1) if ALL_LOOPS.value else (most,))
-    }
-    for definitions, count, *_ in results[most].by_definitions():
+    most = answers[max(answers)]
+    for definitions, count, *_ in most.by_definitions():
         out.add_column(f"{definitions} ({count})", justify="right")
-    out.add_column(f"all ({len(problems)})", justify="right")
+    out.add_column(f"all ({len(most.definitions)})", justify="right")
     out.add_column("cache bytes/token", justify="right")
-    for loops, answers in results.items():
-        cells = [f"{exact:.1%} ({whole:.1%})" for _, _, exact, whole in answers.by_definitions()]
-        cells.append(f"{answers.answer_exact.mean():.1%} ({answers.completion_exact.mean():.1%})")
-        out.add_row(str(loops), *cells, f"{scoring.cache_bytes_per_token(model, loops):,}")
-    return scoring.render(out)
+    for loops, scores in answers.items():
+        cells = [f"{exact:.1%} ({whole:.1%})" for _, _, exact, whole in scores.by_definitions()]
+        cells.append(f"{scores.answer_exact.mean():.1%} ({scores.completion_exact.mean():.1%})")
+        size = bytes_per_token(dataclasses.replace(model.config, loops=loops), model.dtype.itemsize)
+        out.add_row(str(loops), *cells, f"{size:,}")
+    return render(out)
 
 
-def loop_table(chunked, decoding):
-    """Perplexity and KL per loop, chunked, decoding and the gap between them."""
+def loop_table(comparison: scoring.Comparison, decoding_tokens: int) -> str:
+    """Perplexity and KL per loop: chunked, in decoding, and the gap between the two on the same tokens."""
+    chunked, start, decoding = comparison.chunked, comparison.chunked_start, comparison.decoding
     title = f"per loop, {chunked.tokens} scored tokens"
+    columns = {f"chunk {chunked.chunk}": chunked}
+    if start is not None and decoding is not None:
+        if start != chunked:
+            title += f", {start.tokens} of them among the first {decoding_tokens} tokens of a sequence"
+            columns["all tokens, " + columns.popitem()[0]] = chunked
+            columns[f"first tokens, chunk {start.chunk}"] = start
+        columns["chunk 1" if start == chunked else "first tokens, chunk 1"] = decoding
     out = Table(title=title, box=None, title_justify="left", pad_edge=False)
-    for heading in ("", "loop", f"chunk {chunked.chunk}", "chunk 1", "gap"):
+    for heading in ("", "loop", *columns, *(["gap"] if decoding is not None else [])):
         out.add_column(heading, justify="right" if heading else "left")
-    measures = {"perplexity": (chunked.perplexity, decoding.perplexity)}
-    if chunked.kl:
-        measures["KL(teacher ‖ model), nats"] = (chunked.kl, decoding.kl)
-    for name, pair in measures.items():
-        for loop, (one, other) in enumerate(zip(*pair), 1):
-            out.add_row(name, str(loop), f"{one:.4f}", f"{other:.4f}", f"{other - one:+.4f}")
-    if chunked.kl:
-        one, other = chunked.final_kl, decoding.final_kl
-        out.add_row("KL of the last loops", "", f"{one:.4f}", f"{other:.4f}", f"{other - one:+.4f}")
-    return scoring.render(out)
+
+    def add(name: str, loop: str, value: Callable[[scoring.LoopScores], Any]) -> None:
+        values = [value(scores) for scores in columns.values()]
+        gap = [f"{values[-1] - values[-2]:+.4f}"] if decoding is not None else []
+        out.add_row(name, loop, *(f"{x:.4f}" for x in values), *gap)
+
+    for loop in range(len(chunked.perplexity)):
+        add("perplexity", str(loop + 1), lambda scores, loop=loop: scores.perplexity[loop])
+    for loop in range(len(chunked.kl)):
+        add("KL(teacher ‖ model), nats", str(loop + 1), lambda scores, loop=loop: scores.kl[loop])
+    if chunked.final_kl is not None:
+        add("KL of the last loops", "", lambda scores: scores.final_kl)
+    return render(out)
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)
-    flags.mark_flag_as_required("checkpoint")
-    app.run(main)
+    define_flags()
+    command_line.run(main)

@@ -1,10 +1,12 @@
-"""Checkpoint folders and files: written whole or not at all, with the files that travel beside the weights."""
+"""Files and folders that are written completely or not at all, and the files that accompany a model's weights."""
 
 import contextlib
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 # Tokenizer files, generation defaults and the model code that auto_map names.
@@ -15,60 +17,83 @@ COMPANIONS = (
 
 
 @contextlib.contextmanager
-def atomic_folder(folder, overwrite=False):
-    """A new folder to fill, which takes the name `folder` when the block ends well and is removed when it fails.
+def atomic_folder(folder: str | pathlib.Path, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a new, empty folder, which is renamed to `folder` at the end of the block and removed if the block fails.
 
     Until then it is a hidden sibling, `.{name}.incomplete`, so that an interrupted writer leaves nothing that looks
-    complete. With several processes each yields the same path; the first creates, renames and removes.
+    complete. For one process; see `collective_atomic_folder`.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is false.
     """
     folder = pathlib.Path(folder).absolute()
-    temporary, replaced = (folder.with_name(f".{folder.name}.{word}") for word in ("incomplete", "replaced"))
     if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists: expected a new folder; remove it, or overwrite it explicitly")
-    first = jax.process_index() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _meet("created")
+        raise _exists(folder)
+    temporary, replaced = _sibling(folder, "incomplete"), _sibling(folder, "replaced")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        _meet("filled")
     except BaseException:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if first:
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    _meet("renamed")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_text(path, text):
-    """Writes a file whole or not at all: whoever reads it, after a kill too, finds the old text or the new."""
+@contextlib.contextmanager
+def collective_atomic_folder(folder: str | pathlib.Path, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """`atomic_folder` for a folder that all processes of a run fill together: each yields the same path.
+
+    Process 0 decides whether the folder exists, creates it, and renames or removes it.
+
+    Raises:
+      FileExistsError: `folder` exists and `overwrite` is false; in every process.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if multihost_utils.broadcast_one_to_all(np.int32(folder.exists())) and not overwrite:
+        raise _exists(folder)
+    with contextlib.ExitStack() as stack:
+        temporary = _sibling(folder, "incomplete")
+        if jax.process_index() == 0:
+            stack.enter_context(atomic_folder(folder, overwrite))
+        _wait_for_all("created")
+        yield temporary
+        _wait_for_all("filled")
+    _wait_for_all("renamed")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file completely or not at all: a reader finds the old text or the new, even after a kill."""
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text(text)
     temporary.replace(path)
 
 
-def copy_companions(source, target):
-    """Copies tokenizer files and the like from one checkpoint folder into another; returns their names."""
+def copy_companions(source: str | pathlib.Path, target: str | pathlib.Path) -> list[str]:
+    """Copies tokenizer files and the like from one model folder into another; returns their names."""
     files = sorted({file for pattern in COMPANIONS for file in pathlib.Path(source).glob(pattern) if file.is_file()})
     for file in files:
         shutil.copyfile(file, pathlib.Path(target) / file.name)
     return [file.name for file in files]
 
 
-def folder_bytes(folder):
-    """The size of all files in a folder, in bytes."""
+def folder_bytes(folder: str | pathlib.Path) -> int:
+    """The size of all files in a folder and its subfolders, in bytes."""
     return sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*") if file.is_file())
 
 
-def _meet(stage):
+def _exists(folder):
+    return FileExistsError(f"{folder}: expected a new folder, found one that exists; remove it or overwrite it")
+
+
+def _sibling(folder, word):
+    return folder.with_name(f".{folder.name}.{word}")
+
+
+def _wait_for_all(stage):
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"melt_jax checkpoint folder {stage}")
+        multihost_utils.sync_global_devices(f"melt_jax folder {stage}")

@@ -1,122 +1,190 @@
-"""Generates text from a checkpoint folder, published or of this package, as it comes.
+"""Generates text from a checkpoint folder, published or of this package.
 
     python -m melt_jax.generate --checkpoint=melt_jax/assets/ouro_nano --prompt="c=b*3;a=4;b=a+2;c?"
     python -m melt_jax.generate --checkpoint=DIR --prompts_file=F --nochat --temperature=1 --top_p=0.7 --seed=3
 
-One prompt streams; several are run together, each giving what it gives alone, and printed one after the other. The last
-lines count: tokens, tokens per second without compilation, the cache's bytes.
+The text of a single prompt is streamed. Several prompts run as one batch, in which each gives what it gives alone. The
+last lines report tokens, tokens per second without compilation, and the size of the KV cache.
 """
 
+import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 
-from melt_jax.checkpoints.orbax import default_chunk, open_model
-from melt_jax.config import GATES
+from melt_jax import command_line
+from melt_jax.checkpoints.orbax import default_chunk
+from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
-from melt_jax.inference.generation import Sampling, generate
+from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, generate
+from melt_jax.inference.loading import open_for_inference
 from melt_jax.model.cache import bytes_per_token
+from melt_jax.model.model import LoopedTransformer
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A file with one prompt a line, added to those of --prompt.")
-CHAT = flags.DEFINE_boolean("chat", True, "Put prompts into the checkpoint's chat template; --nochat: as they are.")
-MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "The most new tokens of each prompt; by default 512, or what the model's positions leave."
-)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that together reach this probability; 1: all.")
-TOP_K = flags.DEFINE_integer("top_k", 0, "Only so many of the likeliest tokens; 0: all.")
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Of sampling; the token drawn depends on it, the prompt's and the token's number."
-)
-LOOPS = flags.DEFINE_integer("loops", None, "T, where it is not the checkpoint's.")
-EXIT_THRESHOLD = flags.DEFINE_float(
-    "exit_threshold", None, "Cumulative exit probability at which a loop's logits are taken; 1: the last loop's."
-)
-PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", None, "Tokens of a chunk of the prefill; by default those a MELT was trained with, or 512."
-)
-GATE = flags.DEFINE_enum("gate", None, GATES, "A gate in place of the checkpoint's; none: the LoopLM inside a MELT.")
-DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the weights and rows; by default as stored.")
+FLAGS = flags.FLAGS
+NEW_TOKENS = 512
 
 
-def main(argv):
-    """Prompts in, text out, and counts."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    texts = list(PROMPT.value)
-    if PROMPTS_FILE.value:
-        texts += [line for line in pathlib.Path(PROMPTS_FILE.value).read_text().splitlines() if line.strip()]
-    if not texts:
-        raise app.UsageError("there is no prompt: give --prompt or --prompts_file")
-    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
-    try:
-        model = open_model(CHECKPOINT.value, dtype=DTYPE.value, gate=GATE.value)
-        tokenizer = Tokenizer(CHECKPOINT.value)
-        chunk = default_chunk(CHECKPOINT.value, model.config) if PREFILL_CHUNK.value is None else PREFILL_CHUNK.value
-        prompts = [encode_prompt(tokenizer, text, CHAT.value) for text in texts]
-        streamer = tokenizer.stream() if len(texts) == 1 else None
-        result = generate(
-            model,
-            prompts,
-            most_new_tokens(model.config, prompts) if MAX_NEW_TOKENS.value is None else MAX_NEW_TOKENS.value,
-            chunk,
-            sampling,
-            stop=tokenizer.stop_ids,
-            loops=LOOPS.value,
-            exit_threshold=EXIT_THRESHOLD.value,
-            block=1 if streamer else 32,
-            on_tokens=printer(streamer, tokenizer.stop_ids) if streamer else None,
-        )
-    except (ValueError, FileNotFoundError) as error:
-        raise app.UsageError(str(error)) from error
-    if streamer:
-        print(streamer.finish())
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to generate. None: the checkpoint's value, or the default named here.
+
+    Attributes:
+      checkpoint: folder of the model and its tokenizer.
+      prompts: one text each.
+      chat: put prompts into the checkpoint's chat template.
+      thinking: render the template with `enable_thinking`; without `chat` it has no effect.
+      max_new_tokens: per prompt; None: 512, or as many as the model has positions for.
+      sampling: how tokens are selected.
+      prefill_chunk: C of the prefill; None: the chunk that a MELT was trained with, or 512.
+      loops: T.
+      exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
+      gate: a gate variant; "none": the LoopLM inside a MELT.
+      dtype: of weights and KV entries.
+    """
+
+    checkpoint: str
+    prompts: Sequence[str]
+    chat: bool = True
+    thinking: bool = True
+    max_new_tokens: int | None = None
+    sampling: Sampling = GREEDY
+    prefill_chunk: int | None = None
+    loops: int | None = None
+    exit_threshold: float | None = None
+    gate: str | None = None
+    dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The completions of prompts, without stop tokens; their `Generation`; and its summary in two lines."""
+
+    completions: list[str]
+    generation: Generation
+    summary: str
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.", required=True)
+    flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+    flags.DEFINE_string("prompts_file", None, "A file with one prompt per line, added to those of --prompt.")
+    flags.DEFINE_boolean("chat", True, "Put prompts into the checkpoint's chat template; --nochat: as they are.")
+    flags.DEFINE_boolean(
+        "thinking",
+        True,
+        "Render the template with enable_thinking, so that a Thinking model's prompt ends in <think>.",
+    )
+    flags.DEFINE_integer(
+        "max_new_tokens", None, f"The most new tokens per prompt. Default: {NEW_TOKENS}, within the model's positions."
+    )
+    flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
+    flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that together reach this probability; 1: all.")
+    flags.DEFINE_integer("top_k", 0, "Sample from this number of most likely tokens; 0: all.")
+    flags.DEFINE_integer("seed", 0, "Seed of sampling. A draw depends on it, the prompt's and the token's number.")
+    flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill chunk. Default: a MELT's training chunk, or 512.")
+    flags.DEFINE_integer("loops", None, "T. Default: the checkpoint's.")
+    flags.DEFINE_float(
+        "exit_threshold",
+        None,
+        "Cumulative exit probability at which a loop's logits are used; 1: the last loop's. Default: the checkpoint's.",
+    )
+    flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
+    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, generates and prints."""
+    del argv
+    prompts = list(FLAGS.prompt)
+    if FLAGS.prompts_file:
+        prompts += [line for line in pathlib.Path(FLAGS.prompts_file).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("--prompt, --prompts_file: expected at least one prompt, found none")
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
+    names = {field.name for field in dataclasses.fields(Settings)} - {"prompts", "sampling"}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    settings = Settings(prompts=prompts, sampling=sampling, **values)
+    streams = len(prompts) == 1
+    texts = generate_text(settings, _write if streams else None)
+    if streams:
+        print()
     else:
-        for text, tokens in zip(texts, result.tokens):
-            print(f"{text}\n{tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids])}\n")
-    print(counts(result, model))
+        for prompt, completion in zip(prompts, texts.completions):
+            print(f"{prompt}\n{completion}\n")
+    print(texts.summary)
 
 
-def encode_prompt(tokenizer, text, chat):
+def generate_text(settings: Settings, on_text: Callable[[str], None] | None = None) -> Texts:
+    """Completes prompts.
+
+    Args:
+      settings: see `Settings`.
+      on_text: called with each piece of the text of a single prompt as soon as it is generated.
+
+    Raises:
+      InputError: values out of range, prompts that cannot be run, or a checkpoint that cannot be opened.
+      FileNotFoundError: the checkpoint has no tokenizer.
+    """
+    if on_text and len(settings.prompts) != 1:
+        raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
+    model = open_for_inference(
+        settings.checkpoint, settings.gate, settings.dtype, settings.loops, settings.exit_threshold
+    )
+    tokenizer = Tokenizer(settings.checkpoint)
+    prompts = [encode_prompt(tokenizer, text, settings.chat, settings.thinking) for text in settings.prompts]
+    new_tokens, chunk = settings.max_new_tokens, settings.prefill_chunk
+    options = GenerationOptions(
+        most_new_tokens(model.config, prompts) if new_tokens is None else new_tokens,
+        default_chunk(settings.checkpoint, model.config) if chunk is None else chunk,
+        settings.sampling,
+        tuple(tokenizer.stop_ids),
+        block=1 if on_text else 32,
+    )
+    streamer, show = tokenizer.stream(), on_text or (lambda text: None)
+
+    def push(new: list[list[int]]) -> None:
+        show("".join(streamer.push(token) for token in new[0] if token not in options.stop))
+
+    generation = generate(model, prompts, options, on_tokens=push if on_text else None)
+    show(streamer.finish())
+    written = ([token for token in tokens if token not in options.stop] for tokens in generation.tokens)
+    return Texts([tokenizer.decode(tokens) for tokens in written], generation, summarize(generation, model))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, thinking: bool = True) -> list[int]:
     """Token ids of a prompt, in the chat template or as it is."""
-    return tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
+    return tokenizer.chat([{"role": "user", "content": text}], thinking) if chat else tokenizer.encode(text)
 
 
-def most_new_tokens(config, prompts):
-    """512, or as many as the model's positions leave beside the longest prompt; at least one."""
-    return max(1, min(512, config.max_positions - max(map(len, prompts))))
+def most_new_tokens(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> int:
+    """512, or as many as the model has positions for after the longest prompt; at least one."""
+    return max(1, min(NEW_TOKENS, config.max_positions - max(map(len, prompts))))
 
 
-def printer(streamer, stop):
-    """A function that prints the one prompt's tokens as text when they come, but no stop token."""
-
-    def show(new):
-        for token in new[0]:
-            if token not in stop:
-                sys.stdout.write(streamer.push(token))
-        sys.stdout.flush()
-
-    return show
-
-
-def counts(result, model):
-    """What says how many tokens there were, how fast, in which cache."""
-    left = [loop for row in result.exit_loops for loop in row]
-    per_token = bytes_per_token(model.config, jnp.dtype(model.dtype).itemsize, result.loops)
+def summarize(generation: Generation, model: LoopedTransformer) -> str:
+    """Tokens, tokens per second, size of the KV cache and mean exit loop, in two lines."""
+    exits = [loop for loops in generation.exit_loops for loop in loops]
+    per_token = bytes_per_token(model.config, jnp.dtype(model.dtype).itemsize)
     return (
-        f"{result.prompt_tokens} prompt tokens at {result.prefill_speed:,.0f}/s, "
-        f"{result.new_tokens} new tokens at {result.decode_speed:,.1f}/s; "
-        f"{result.compile_seconds:.1f} s of compilation not counted\n"
-        f"cache {result.cache_bytes:,} bytes, {per_token:,} bytes a token; {result.loops} loops, "
-        f"left after {sum(left) / len(left):.2f}"
+        f"{generation.prompt_tokens} prompt tokens at {generation.prefill_speed:,.0f}/s, "
+        f"{generation.new_tokens} new tokens at {generation.decode_speed:,.1f}/s; "
+        f"{generation.compile_seconds:.1f} s of compilation excluded\n"
+        f"KV cache {generation.cache_bytes:,} bytes, {per_token:,} bytes per token; {generation.loops} loops, "
+        f"mean exit loop {sum(exits) / len(exits):.2f}"
     )
 
 
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)
-    flags.mark_flag_as_required("checkpoint")
-    app.run(main)
+    define_flags()
+    command_line.run(main)

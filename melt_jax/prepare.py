@@ -4,71 +4,54 @@
         --output=data/traces --length=10000 --long=drop
     python -m melt_jax.prepare … --question=input --answer=output     # two columns, such as AceReason-1.1-SFT's
     python -m melt_jax.prepare … --messages=messages --question=input --answer=output     # files of both forms
-    python -m melt_jax.prepare --verify=data/traces                   # reads the shards, compares their hashes
+    python -m melt_jax.prepare --verify=data/traces                   # compares the shards with their hashes
 
-A row is a conversation (`messages` or `conversations`, with role and content or ShareGPT's from and value), two columns
-of question and answer, or plain `text`; where flags name several of these, the first that it has. Conversations are
-written by the tokenizer's chat template and scored on what the assistant writes; plain text ends with the tokenizer's
-end token and is scored throughout. Documents stay whole, side by side in sequences, and do not see each other. The same
-inputs and flags make the same bytes, on any number of cores. The output appears when it is complete, and not before.
-Train on it with
+A row is a conversation (column `messages` or `conversations`, with role and content or ShareGPT's from and value), a
+question and an answer in two columns, or plain `text`. If flags name several of these, the first in a row applies.
+
+Conversations are rendered with the tokenizer's chat template, and the assistant's answers are scored. With --thinking,
+the default, a Thinking model's generation prompt ends with `<think>`, and answers are scored from there on. Generate
+with the same setting. Plain text ends with the tokenizer's end token and is scored throughout.
+
+Several documents share a sequence but do not attend to each other; none is cut, except with --long=split. The same
+inputs and flags give the same bytes on any number of cores. An interrupted run leaves no output folder. To train on the
+result:
 
     python -m melt_jax.train --config=configs/ouro_1_4b.py --config.data.path=data/traces …
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import os
-import sys
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from melt_jax import __version__
-from melt_jax.data.documents import SCORES, Form, InputRows, Malformed, documents
+from melt_jax import __version__, command_line
+from melt_jax.config import InputError
+from melt_jax.data.documents import SCORES, Document, Form, InputRows, Malformed, documents
 from melt_jax.data.packing import Packer, split
 from melt_jax.data.records import Layout, ShardWriter, verify_shards, write_manifest
 from melt_jax.data.text import Tokenizer
 from melt_jax.files import atomic_folder
 
-SHOWN = 10  # malformed rows that are told one by one when they are counted
-
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Checkpoint folder whose tokenizer and chat template are used.")
-INPUT = flags.DEFINE_multi_string("input", [], "Files, .jsonl or .parquet: patterns, joined by | or given repeatedly.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
-VERIFY = flags.DEFINE_string("verify", None, "Folder of prepared data to check instead of writing one.")
-LENGTH = flags.DEFINE_integer("length", 10_000, "Tokens of a sequence.")
-MESSAGES = flags.DEFINE_string("messages", None, "Column of conversations, if neither messages nor conversations.")
-TEXT = flags.DEFINE_string("text", None, "Column of plain text; by default text, where there are no conversations.")
-QUESTION = flags.DEFINE_string("question", None, "Column of questions, with --answer.")
-ANSWER = flags.DEFINE_string("answer", None, "Column of answers, with --question.")
-SCORE = flags.DEFINE_enum(
-    "score", "assistant", SCORES, "What is scored of conversations: the assistant's turns, or all."
-)
-LONG = flags.DEFINE_enum(
-    "long", "error", ("error", "drop", "split"), "Documents longer than a sequence: stop, leave out, or cut in pieces."
-)
-MALFORMED = flags.DEFINE_enum(
-    "malformed", "stop", ("stop", "count"), "InputRows that are no document: stop, or go on and tell."
-)
-WINDOW = flags.DEFINE_integer(
-    "window", 64, "Sequences open at a time for documents to fit into; 1: one after the other."
-)
-SHARD_SEQUENCES = flags.DEFINE_integer("shard_sequences", 4096, "Sequences of a shard.")
-THREADS = flags.DEFINE_integer("threads", 0, "Cores of the tokenizer; 0: all.")
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace the output folder if it exists.")
+MALFORMED_SHOWN = 10  # malformed rows that are printed one by one
+LONG, MALFORMED = ("error", "drop", "split"), ("stop", "count")
 
 
-class PrepareError(ValueError):
-    """Data that cannot be prepared as asked; the message names file and line."""
+class PrepareError(InputError):
+    """Data that cannot be prepared as requested; the message names file and line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How sequences are made of documents: the flags of these names."""
+    """How documents become sequences: the flags of these names."""
 
     length: int = 10_000
     long: str = "error"
@@ -77,64 +60,95 @@ class Settings:
     shard_sequences: int = 4096
 
 
-def main(argv):
-    """Checks, writes, tells."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}; quote patterns")
-    if wrong := flag_errors():
-        raise app.UsageError("\n".join(wrong))
-    jax.config.update("jax_platforms", "cpu")  # nothing here computes: an accelerator is left to others
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string("tokenizer", None, "Checkpoint folder that has the tokenizer and the chat template.")
+    flags.DEFINE_multi_string("input", [], "Files, .jsonl or .parquet: patterns, joined by | or given repeatedly.")
+    flags.DEFINE_string("output", None, "Folder to write.")
+    flags.DEFINE_string("verify", None, "Folder of prepared data to verify; nothing is written.")
+    flags.DEFINE_integer("length", 10_000, "Tokens of a sequence.")
+    flags.DEFINE_string("messages", None, "Column of conversations; by default messages, else conversations.")
+    flags.DEFINE_string("text", None, "Column of plain text; by default text, in rows without a conversation.")
+    flags.DEFINE_string("question", None, "Column of questions, with --answer.")
+    flags.DEFINE_string("answer", None, "Column of answers, with --question.")
+    flags.DEFINE_enum("score", "assistant", SCORES, "Scored tokens of conversations: the assistant's turns, or all.")
+    flags.DEFINE_boolean("thinking", True, "Render the chat template with enable_thinking.")
+    flags.DEFINE_enum("long", "error", LONG, "Documents longer than a sequence: stop, drop them, or split them.")
+    flags.DEFINE_enum("malformed", "stop", MALFORMED, "Rows that are not documents: stop, or skip and count them.")
+    flags.DEFINE_integer("window", 64, "Sequences open at a time for documents to fit into; 1: one after the other.")
+    flags.DEFINE_integer("shard_sequences", 4096, "Sequences of a shard.")
+    flags.DEFINE_integer("threads", 0, "Cores of the tokenizer; 0: all.")
+    flags.DEFINE_boolean("overwrite", False, "Replace the output folder if it exists.")
+
+
+def main(argv: list[str]) -> None:
+    """Validates the flags, writes the data and prints a summary."""
+    del argv
+    values = flags.FLAGS
+    if errors := flag_errors(values):
+        raise InputError("\n".join(errors))
+    jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to others
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    if THREADS.value:
-        os.environ["RAYON_NUM_THREADS"] = str(THREADS.value)
-    try:
-        if VERIFY.value:
-            return verify(VERIFY.value)
-        form = Form(MESSAGES.value, TEXT.value, QUESTION.value, ANSWER.value, SCORE.value)
-        settings = Settings(LENGTH.value, LONG.value, MALFORMED.value, WINDOW.value, SHARD_SEQUENCES.value)
-        paths = input_files(INPUT.value)
-        manifest = prepare(TOKENIZER.value, paths, OUTPUT.value, form, settings, OVERWRITE.value)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        sys.exit(f"melt_jax.prepare: {error}")
-    print(summary(OUTPUT.value, manifest))
+    if values.threads:
+        os.environ["RAYON_NUM_THREADS"] = str(values.threads)
+    if values.verify:
+        return print(verify(values.verify))
+    form = Form(values.messages, values.text, values.question, values.answer, values.score, values.thinking)
+    settings = Settings(values.length, values.long, values.malformed, values.window, values.shard_sequences)
+    paths = input_files(values.input)
+    manifest = prepare(values.tokenizer, paths, values.output, form, settings, values.overwrite)
+    print(summary(values.output, manifest))
 
 
-def prepare(tokenizer, paths, output, form, settings, overwrite=False):
+def prepare(
+    tokenizer: str | pathlib.Path,
+    paths: Sequence[str | pathlib.Path],
+    output: str | pathlib.Path,
+    form: Form,
+    settings: Settings,
+    overwrite: bool = False,
+) -> dict:
     """Writes prepared data; returns its manifest.
 
     Args:
       tokenizer: checkpoint folder.
-      paths: input files, in their order.
-      output: the folder.
-      form: `melt_jax.data.documents.Form`, what a row holds.
-      settings: `Settings`.
+      paths: input files, read in this order.
+      output: the new folder.
+      form: of the rows.
+      settings: of the sequences.
       overwrite: replace `output` if it exists.
 
     Raises:
-      FileExistsError: `output` exists. FileNotFoundError: no tokenizer. ValueError: inputs that cannot be read.
-      PrepareError: a malformed row or a long document that is to stop the work.
+      FileExistsError: `output` exists. FileNotFoundError: no tokenizer. InputError: the inputs cannot be read.
+      PrepareError: a malformed row or a long document, unless `settings` allow it, or no documents at all.
     """
-    rows, tokenizer = InputRows(paths, form.columns), Tokenizer(tokenizer)
-    if tokenizer.template is None and (form.question or form.messages):
-        raise PrepareError(f"{tokenizer.folder}: no chat template in its tokenizer files; conversations need one")
-    layout, counts = Layout.of(settings.length, tokenizer.vocab), collections.Counter()
+    rows, opened = InputRows(paths, form.columns), Tokenizer(tokenizer)
+    if opened.template is None and (form.question or form.messages):
+        raise PrepareError(f"{opened.folder}: no chat template in its tokenizer files; conversations need one")
+    layout, counts = Layout.of(settings.length, opened.vocab), collections.Counter()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with atomic_folder(output, overwrite) as folder, _progress(console, rows.total) as tell:
+    with atomic_folder(output, overwrite) as folder, _progress(console, rows.total) as show:
         writer = ShardWriter(folder, settings.shard_sequences)
-        for sequence in sequences(documents(rows, tokenizer, form), settings, counts, console):
+        for sequence in sequences(documents(rows, opened, form), settings, counts, console):
             writer.write(layout.encode(sequence))
             counts.update(_sequence_counts(sequence, settings.length))
-            tell(rows.position)
+            show(rows.position)
         writer.close()
         if not counts["sequences"]:
-            raise PrepareError(f"no document to write: {counts['malformed']} malformed, {counts['dropped']} dropped")
-        manifest = _manifest(layout, counts, writer.shards, tokenizer, rows, form, settings)
+            raise PrepareError(
+                f"input: expected documents, found none: {counts['malformed']} malformed rows, {counts['dropped']}"
+                " documents dropped"
+            )
+        data = {"form": dataclasses.asdict(form), "settings": dataclasses.asdict(settings), "shards": writer.shards}
+        manifest = {**dataclasses.asdict(layout), **_manifest(counts, opened, rows, form.thinking), **data}
         write_manifest(folder, manifest)
     return manifest
 
 
-def sequences(found, settings, counts, console):
-    """Packs documents: yields lists of `Document`, and counts into `counts` what was read and what was left out."""
+def sequences(
+    found: Iterable[Document | Malformed], settings: Settings, counts: collections.Counter, console: Console
+) -> Iterator[list[Document]]:
+    """Packs documents: yields sequences as lists of documents, and updates `counts`."""
     packer = Packer(settings.length, settings.window)
     for document in found:
         if isinstance(document, Malformed):
@@ -143,15 +157,15 @@ def sequences(found, settings, counts, console):
         counts["documents"] += 1
         counts["conversations"] += document.traits.conversation
         counts["unprompted"] += document.traits.unprompted
-        counts["further"] += bool(document.traits.further)
-        counts.update(("further", key) for key in document.traits.further)
+        counts["extra_keys"] += bool(document.traits.extra_keys)
+        counts.update(("extra_keys", key) for key in document.traits.extra_keys)
         for piece in _fit(document, settings, counts):
             if (full := packer.add(piece)) is not None:
                 yield full
     yield from packer.finish()
 
 
-def _fit(document, settings, counts):
+def _fit(document: Document, settings: Settings, counts: collections.Counter) -> list[Document]:
     """The pieces of a document that fit into a sequence: itself, none, or several."""
     size = len(document.tokens)
     if size <= settings.length:
@@ -164,116 +178,124 @@ def _fit(document, settings, counts):
         counts["split"] += 1
         return split(document, settings.length)
     raise PrepareError(
-        f"{document.place}: {size} tokens, but a sequence has {settings.length}; lengthen the sequences, or take"
+        f"{document.place}: expected at most --length={settings.length} tokens, found {size}; raise --length, or take"
         " --long=drop or --long=split"
     )
 
 
-def _count_malformed(row, settings, counts, console):
+def _count_malformed(row: Malformed, settings: Settings, counts: collections.Counter, console: Console) -> None:
     if settings.malformed == "stop":
-        raise PrepareError(f"{row.place}: {row.reason}; mend it, or take --malformed=count to leave such rows out")
+        raise PrepareError(f"{row.place}: {row.reason}; correct it, or skip such rows with --malformed=count")
     counts["malformed"] += 1
-    if counts["malformed"] <= SHOWN:
-        console.print(f"left out: {row.place}: {row.reason}", markup=False)
+    if counts["malformed"] <= MALFORMED_SHOWN:
+        console.print(f"skipped: {row.place}: {row.reason}", markup=False)
 
 
-def _sequence_counts(sequence, length):
+def _sequence_counts(sequence: list[Document], length: int) -> dict[str, int]:
     tokens = sum(len(document.tokens) for document in sequence)
     scored = sum(int(document.loss_mask.sum()) for document in sequence)
     return {"sequences": 1, "tokens": tokens, "scored": scored, "padding": length - tokens}
 
 
-COUNTS = ("documents", "conversations", "malformed", "dropped", "dropped_tokens", "split", "unprompted", "further")
+COUNTS = (
+    *("documents", "conversations", "malformed", "dropped", "dropped_tokens", "split", "unprompted", "extra_keys"),
+    *("sequences", "tokens", "scored", "padding"),
+)
 
 
-def _manifest(layout, counts, shards, tokenizer, rows, form, settings):
-    further = {count[1]: counts[count] for count in counts if isinstance(count, tuple)}
+def _manifest(counts: collections.Counter, tokenizer: Tokenizer, rows: InputRows, thinking: bool) -> dict:
+    extra_keys = {key[1]: count for key, count in counts.items() if isinstance(key, tuple)}
+    rendered = bool(counts["conversations"])
     return {
         "package": __version__,
-        **dataclasses.asdict(layout),
-        "counts": {name: counts[name] for name in (*COUNTS, "sequences", "tokens", "scored", "padding")},
-        "further": dict(sorted(further.items())),  # documents by what their messages have besides role and content
-        "shards": shards,
+        "counts": {name: counts[name] for name in COUNTS},
+        "extra_keys": dict(sorted(extra_keys.items())),  # documents by the keys of their messages
         "tokenizer": {"sha256": tokenizer.sha256, "vocab": tokenizer.vocab},
-        "template_sha256": tokenizer.template_sha256 if counts["conversations"] else None,  # of the one that wrote them
+        # None if no conversation was rendered; thinking also if the template does not depend on it.
+        "template_sha256": tokenizer.template_sha256 if rendered else None,
+        "thinking": thinking if rendered and tokenizer.has_thinking else None,
         "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in rows.paths],
-        "form": dataclasses.asdict(form),
-        "settings": dataclasses.asdict(settings),
     }
 
 
-def summary(output, manifest):
-    """What was written and what was left out, as text."""
+def summary(output: str | pathlib.Path, manifest: dict) -> str:
+    """The contents of a manifest as text, with everything that was dropped or needs attention."""
     counts = manifest["counts"]
-    places = counts["sequences"] * manifest["length"]
+    slots = counts["sequences"] * manifest["length"]
     size = sum(shard["bytes"] for shard in manifest["shards"])
     lines = [
         f"{output}: {counts['sequences']:,} sequences of {manifest['length']:,} tokens in {len(manifest['shards'])}"
         f" shard(s), {size:,} bytes",
         f"{counts['documents']:,} documents read; {counts['tokens']:,} tokens written, {counts['scored']:,} of them"
-        f" scored; {counts['padding'] / places:.1%} of the places are padding",
+        f" scored; padding: {counts['padding'] / slots:.1%}",
     ]
+    if manifest["thinking"] is not None:
+        lines.append(f"chat template rendered with enable_thinking={manifest['thinking']}")
     notes = {
-        "malformed": "rows were malformed and left out",
-        "dropped": f"documents were longer than a sequence and dropped, {counts['dropped_tokens']:,} tokens",
-        "split": "documents were longer than a sequence and cut in pieces",
-        "unprompted": "documents have an answer that does not begin as the template's generation prompt does (such as"
-        " without <think>): it is scored from the prompt's first token that it lacks",
-        "further": f"documents' messages have more than role and content ({', '.join(manifest['further'])}): whether it"
-        " is written is the template's choice",
+        "malformed": "malformed rows skipped",
+        "dropped": f"documents longer than a sequence dropped, {counts['dropped_tokens']:,} tokens",
+        "split": "documents longer than a sequence split",
+        "unprompted": "documents have an answer that does not start with the end of the generation prompt (<think> of a"
+        " Thinking model): it is scored from its first token that differs from the prompt",
+        "extra_keys": f"documents have messages with keys other than role and content"
+        f" ({', '.join(manifest['extra_keys'])}); the chat template decides whether to use them",
     }
     return "\n".join([*lines, *(f"{counts[name]:,} {note}" for name, note in notes.items() if counts[name])])
 
 
-def verify(folder):
-    """Checks all shards against the manifest; exits with what is wrong."""
-    if wrong := verify_shards(folder):
-        sys.exit("\n".join(wrong))
-    print(f"{folder}: every shard is as it was written")
+def verify(folder: str | pathlib.Path) -> str:
+    """Compares all shards of prepared data with the manifest; returns a line that confirms it.
+
+    Raises:
+      InputError: lists the shards that differ.
+    """
+    if errors := verify_shards(folder):
+        raise InputError("\n".join(errors))
+    return f"{folder}: every shard matches its sha256"
 
 
-def input_files(patterns):
-    """The files of patterns, each once, sorted by path within a pattern; ValueError names the patterns without any."""
+def input_files(patterns: Sequence[str]) -> list[str]:
+    """The files that match patterns, each once, sorted within a pattern.
+
+    Raises:
+      InputError: lists the patterns without a match.
+    """
     patterns = [part for pattern in patterns for part in pattern.split("|") if part]
-    found = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in patterns}
-    if empty := [pattern for pattern, paths in found.items() if not paths]:
-        raise ValueError(f"--input: no file matches {', '.join(empty)}")
-    return list(dict.fromkeys(path for paths in found.values() for path in paths))
+    matches = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in patterns}
+    if empty := [pattern for pattern, paths in matches.items() if not paths]:
+        raise InputError(f"--input: no file matches {', '.join(empty)}")
+    return list(dict.fromkeys(path for paths in matches.values() for path in paths))
 
 
-def flag_errors():
-    """What is wrong with the flags, a line each."""
-    if VERIFY.value:
+def flag_errors(values: flags.FlagValues) -> list[str]:
+    """Errors in the flags, one line each."""
+    if values.verify:
         return []
-    needed = {"--tokenizer": TOKENIZER.value, "--input": INPUT.value, "--output": OUTPUT.value}
-    wrong = [f"{name} is needed" for name, value in needed.items() if not value]
-    if (QUESTION.value is None) != (ANSWER.value is None):
-        wrong.append("--question and --answer go together")
-    columns = [flag.value for flag in (MESSAGES, QUESTION, ANSWER, TEXT) if flag.value is not None]
+    needed = [name for name in ("tokenizer", "input", "output") if not values[name].value]
+    errors = [f"--{name}: expected a value, found none" for name in needed]
+    if (values.question is None) != (values.answer is None):
+        errors.append("--question, --answer: expected both or neither, found one")
+    columns = [values[name].value for name in ("messages", "question", "answer", "text")]
+    columns = [column for column in columns if column is not None]
     if len(set(columns)) < len(columns):
-        wrong.append(f"--messages, --question, --answer and --text name different columns, found {', '.join(columns)}")
-    for flag, least in ((LENGTH, 2), (WINDOW, 1), (SHARD_SEQUENCES, 1), (THREADS, 0)):
-        if flag.value < least:
-            wrong.append(f"--{flag.name} must be {least} or more, got {flag.value}")
-    return wrong
+        errors.append(
+            f"--messages, --question, --answer, --text: expected different columns, found {', '.join(columns)}"
+        )
+    for name, least in (("length", 2), ("window", 1), ("shard_sequences", 1), ("threads", 0)):
+        if (found := getattr(values, name)) < least:
+            errors.append(f"--{name}: expected at least {least}, found {found}")
+    return errors
 
 
-class _progress:
-    """A progress bar over the bytes of the input where there is a terminal; entering gives its setter."""
-
-    def __init__(self, console, total):
-        columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._total = total
-
-    def __enter__(self):
-        self._bar.start()
-        task = self._bar.add_task("", total=self._total)
-        return lambda position: self._bar.update(task, completed=position)
-
-    def __exit__(self, *_):
-        self._bar.stop()
+@contextlib.contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of the input, if there is a terminal; yields the function that sets it."""
+    columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda position: bar.update(task, completed=position)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    define_flags()
+    command_line.run(main)

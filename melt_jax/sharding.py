@@ -1,15 +1,17 @@
-"""Where arrays lie on many devices: one mesh, one table of rules, and how a step moves weights and gradients.
+"""How arrays are split over devices: one mesh, one table of rules, and how a step moves weights and gradients.
 
-Every weight is declared with a logical name for each of its dimensions (`model.Initializer`); `RULES` says which axis
-of the mesh splits a dimension of that name. The mesh has three axes:
+Every weight is declared with a logical name for each of its dimensions (`model.Initializer`). `RULES` maps each logical
+name to the mesh axis that splits such dimensions. The mesh has three axes:
 
     replica    whole copies of the state; the batch is split over it
-    fsdp       masters, moments and the stored weights are split over it, and the batch too
-    tensor     heads, feed-forward, vocabulary, latents and rows are split over it
+    fsdp       masters, moments and stored weights are split over it, and so is the batch
+    tensor     heads, feed-forward, vocabulary, latents and KV entries are split over it
 """
 
-import itertools
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,11 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 
+from melt_jax.config import InputError, MeshConfig, ModelConfig, TrainConfig
 from melt_jax.model.model import abstract_model
 
 AXES = ("replica", "fsdp", "tensor")
-BATCH = ("replica", "fsdp")  # the axes that split the batch; a group of devices has one index on both
+BATCH = ("replica", "fsdp")  # the axes that split the batch; devices with the same index on both form a group
 RULES = {
     "vocab": "tensor",
     "embed": "fsdp",
@@ -32,37 +35,39 @@ RULES = {
     None: None,
 }
 
-
-class ShardingError(ValueError):
-    """Axes that cannot be laid on a mesh; the message has the numbers."""
+Tree = TypeVar("Tree")
 
 
-def mesh_shape(config, devices):
-    """{axis: (devices within a slice, slices)} of a `MeshConfig` on so many devices.
+class ShardingError(InputError):
+    """A model or batch that cannot be split over a mesh; the message gives the numbers."""
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> dict[str, tuple[int, int]]:
+    """Returns {axis: (devices within a slice, slices)} of a mesh over so many devices.
 
     Raises:
-      ShardingError: the factors do not multiply up to the number of devices.
+      ShardingError: the product of the factors is not the number of devices.
     """
     shape = {axis: (getattr(config, axis), getattr(config, f"{axis}_slices", 1)) for axis in AXES}
     known = math.prod((inner or 1) * outer for inner, outer in shape.values())
     free = [axis for axis, (inner, _) in shape.items() if not inner]
     found = " · ".join(f"{axis} {inner or '?'}×{outer}" for axis, (inner, outer) in shape.items())
     if len(free) > 1:
-        raise ShardingError(f"mesh: expected at most one axis of 0 (what is left), found {found}")
+        raise ShardingError(f"mesh: expected at most one axis of 0 (all remaining devices), found {found}")
     if devices % known or (not free and devices != known):
         raise ShardingError(f"mesh: expected a product of {devices}, the number of devices, found {found} = {known}")
     rest = devices // known
     return {axis: (inner or rest, outer) for axis, (inner, outer) in shape.items()}
 
 
-def make_mesh(config, devices=None):
-    """The mesh (replica, fsdp, tensor) of a `MeshConfig`, its axes explicit.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Builds the mesh (replica, fsdp, tensor) with explicit axes.
 
-    Axes are laid out within slices (ICI) by the devices' coordinates; factors over slices (DCN) come outermost.
+    Axes within a slice (ICI) follow the devices' coordinates; factors over slices (DCN) are outermost.
 
     Args:
-      config: `MeshConfig`.
-      devices: by default all of them; also those of a topology that is only described.
+      config: the factors.
+      devices: all devices by default; devices of a described topology work too.
 
     Raises:
       ShardingError: see `mesh_shape`.
@@ -79,30 +84,30 @@ def make_mesh(config, devices=None):
     return jax.sharding.Mesh(array, AXES, axis_types=explicit)
 
 
-def partition(names):
-    """The `PartitionSpec` of a weight whose dimensions have these logical names.
+def partition(names: Sequence[str | None]) -> jax.P:
+    """Returns the `PartitionSpec` of a weight whose dimensions have these logical names.
 
     Raises:
-      ShardingError: a name without a rule, or two dimensions on one mesh axis.
+      ShardingError: a name has no rule, or two dimensions share a mesh axis.
     """
     if unknown := [name for name in names if name not in RULES]:
         raise ShardingError(f"logical axes: expected some of {sorted(filter(None, RULES))}, found {unknown}")
     axes = [RULES[name] for name in names]
     used = [axis for axis in axes if axis]
     if clash := sorted({axis for axis in used if used.count(axis) > 1}):
-        raise ShardingError(f"logical axes {names} lie on mesh axes {axes}: {', '.join(clash)} can split one of them")
+        raise ShardingError(f"logical axes {names} map to mesh axes {axes}: {', '.join(clash)} can split only one")
     return jax.P(*axes)
 
 
-def weight_shardings(model, mesh):
-    """The `NamedSharding` of each weight of a (possibly abstract) model, as a model.
+def weight_shardings(model: Tree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Tree:
+    """Returns the `NamedSharding` of each weight of a (possibly abstract) model, as a tree like the model.
 
     Raises:
       ShardingError: lists every dimension that its mesh axis does not divide.
     """
     errors = []
 
-    def place(path, weight):
+    def weight_sharding(path, weight):
         spec = partition(weight.axes)
         name = ".".join(key.name for key in path)
         for size, logical, axis in zip(weight.get_value().shape, weight.axes, spec):
@@ -110,105 +115,150 @@ def weight_shardings(model, mesh):
                 errors.append(f"{name}: {logical}, {size}, is not divisible by {axis}, {mesh.shape[axis]}")
         return weight.copy(jax.NamedSharding(mesh, spec))
 
-    is_weight = lambda node: isinstance(node, nnx.Variable)
-    shardings = jax.tree_util.tree_map_with_path(place, model, is_leaf=is_weight)
-    if model.config.width % mesh.shape["tensor"]:  # latents and attention outputs are split, too
-        errors.append(f"width, {model.config.width}, is not divisible by tensor, {mesh.shape['tensor']}")
+    shardings = jax.tree_util.tree_map_with_path(weight_sharding, model, is_leaf=_is_weight)
+    width = model.config.width  # pyright: ignore[reportAttributeAccessIssue]: Tree is a model here
+    if width % mesh.shape["tensor"]:  # latents and attention outputs are split too
+        errors.append(f"width, {width}, is not divisible by tensor, {mesh.shape['tensor']}")
     if errors:
         raise ShardingError("weights cannot be split over the mesh:\n" + "\n".join(errors))
     return shardings
 
 
-def place_weights(model, mesh):
-    """The model with its weights split as `weight_shardings` says; each process holds its own pieces."""
+def place_weights(model: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """Places a model's weights by `weight_shardings`; each process holds its own pieces."""
     return jax.tree.map(place_array, model, weight_shardings(model, mesh))
 
 
-def place_array(array, sharding):
-    """An array, laid out by a sharding. Several processes either share it already or have it whole, each of them."""
+def place_array(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Places an array by a sharding.
+
+    With several processes the array is either global already, or every process holds all of it.
+    """
     if getattr(array, "is_fully_addressable", True) and not sharding.is_fully_addressable:
         whole = np.asarray(array)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
     return jax.device_put(array, sharding)
 
 
-def for_inference(model, dtype):
-    """The model in a dtype, its weights whole over the batch axes and still split over tensor, as prefill takes it."""
+def for_inference(model: Tree, dtype: Any) -> Tree:
+    """Casts a model and gathers its weights over the batch axes; they stay split over tensor, as prefill expects."""
     return jax.jit(lambda model: jax.tree.map(lambda x: _gather(x.astype(dtype)), model))(model)
 
 
-def check_batch(mesh, batch, micro_batches):
-    """ShardingError, with the numbers, where a batch cannot be split over the mesh and into micro-batches."""
+def check_batch(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, batch: int, micro_batches: int) -> None:
+    """Raises ShardingError if a batch cannot be split over the mesh and into micro-batches."""
     groups = math.prod(mesh.shape[axis] for axis in BATCH)
     if batch % (groups * micro_batches):
         found = f"replica {mesh.shape['replica']} · fsdp {mesh.shape['fsdp']} · micro_batches {micro_batches}"
         raise ShardingError(f"data.batch: expected a multiple of {groups * micro_batches} ({found}), found {batch}")
 
 
-def mesh_errors(config, model):
-    """Why devices, a `TrainConfig`'s mesh and batch, and a `ModelConfig`'s weights do not fit: a list of messages."""
+def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """Returns every mismatch between the devices and a run's mesh, batch and weights."""
     try:
         mesh = make_mesh(config.mesh)
     except ShardingError as error:
         return [str(error)]
-    found = []
-    for check in (
-        lambda: check_batch(mesh, config.data.batch, config.micro_batches),
-        lambda: weight_shardings(abstract_model(model), mesh),
-    ):
+    checks = (
+        functools.partial(check_batch, mesh, config.data.batch, config.micro_batches),
+        functools.partial(weight_shardings, abstract_model(model), mesh),
+    )
+    errors = []
+    for check in checks:
         try:
             check()
         except ShardingError as error:
-            found.append(str(error))
-    return found
+            errors.append(str(error))
+    return errors
 
 
-def batch_sharding(mesh):
-    """The `NamedSharding` of [batch, …] arrays."""
+def batch_sharding(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+    """Returns the `NamedSharding` of [batch, …] arrays."""
     return jax.NamedSharding(mesh, jax.P(BATCH))
 
 
-def local_batch_indices(sharding, batch):
-    """The slice of a global batch's rows that this process's devices need; ShardingError where they lie apart."""
-    indices = sharding.addressable_devices_indices_map((batch,)).values()
-    spans = sorted({(index[0].start or 0, index[0].stop or batch) for index in indices})
-    if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise ShardingError(f"batch rows of this process are not consecutive: {spans}; change the mesh's factors")
-    return slice(spans[0][0], spans[-1][1])
+def local_batch_indices(sharding: jax.NamedSharding, batch: int, process: int | None = None) -> np.ndarray:
+    """Returns the indices of the sequences of a global batch that a process's devices need.
+
+    On a real slice they need not be consecutive: a process owns a block of the torus, not a range of the mesh.
+
+    Args:
+      sharding: from `batch_sharding`.
+      batch: sequences of the global batch.
+      process: a process index; this process by default.
+
+    Returns:
+      [n] integers, sorted, without duplicates.
+    """
+    process = jax.process_index() if process is None else process
+    needed = np.zeros(batch, bool)
+    for device, index in sharding.devices_indices_map((batch,)).items():
+        if device.process_index == process:
+            needed[index] = True
+    return np.flatnonzero(needed)
 
 
-def place_batch(batch, sharding, rows, size):
-    """Global arrays of `size` rows from this process's rows of them."""
-    read = lambda x: lambda index: x[(index[0].start or 0) - rows.start : (index[0].stop or size) - rows.start]
-    place = lambda x: jax.make_array_from_callback((size, *x.shape[1:]), sharding, read(x))
+def device_slice(index: slice, indices: np.ndarray) -> slice:
+    """Returns where the sequences `index` of the global batch are among a process's `indices`.
+
+    A device's sequences are consecutive and all of them belong to its process, so they are consecutive there too.
+
+    Raises:
+      ValueError: some of them are not in `indices`.
+    """
+    begin, end, _ = index.indices(int(indices[-1]) + 1 if index.stop is None else index.stop)
+    first = int(np.searchsorted(indices, begin))
+    local = slice(first, first + end - begin)
+    if not np.array_equal(indices[local], np.arange(begin, end)):
+        raise ValueError(f"expected sequences {begin} to {end - 1} of the batch in this process, found {indices}")
+    return local
+
+
+def place_batch(batch: Tree, sharding: jax.NamedSharding, indices: np.ndarray, size: int) -> Tree:
+    """Builds global arrays from this process's part of a batch.
+
+    Args:
+      batch: [n, …] arrays: the sequences `indices` of the global batch.
+      sharding: from `batch_sharding`.
+      indices: from `local_batch_indices`.
+      size: sequences of the global batch.
+
+    Returns:
+      [size, …] arrays.
+    """
+
+    def place(x):
+        read = lambda index: x[device_slice(index[0], indices)]
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, read)
+
     return jax.tree.map(place, batch)
 
 
 # ---- inside a step: no-ops without a mesh
 
 
-def batch_groups():
-    """How many parts the batch axes of the current mesh split a batch into; 1 without a mesh."""
+def batch_groups() -> int:
+    """Returns into how many parts the current mesh splits a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.axis_names)
 
 
-def group_batch(batch, parts):
-    """[batch, …] arrays → [groups, parts, rest, …]: what each group of devices has of a batch, in equal parts."""
+def group_batch(batch: Tree, parts: int) -> Tree:
+    """Splits each device group's share of a batch into equal parts: [batch, …] → [groups, parts, rest, …]."""
     groups = batch_groups()
     shape = lambda x: (groups, parts, x.shape[0] // (groups * parts), *x.shape[1:])
     return jax.tree.map(lambda x: jnp.reshape(x, shape(x), out_sharding=in_mesh(jax.P(BATCH))), batch)
 
 
-def ungroup_batch(grouped):
-    """[groups, parts, rest, …] arrays → [parts, batch of the part, …], each part split over the batch axes."""
+def ungroup_batch(grouped: Tree) -> Tree:
+    """Merges the groups of each part: [groups, parts, rest, …] → [parts, groups · rest, …], split over batch axes."""
     shape = lambda x: (x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
     merge = lambda x: jnp.reshape(jnp.swapaxes(x, 0, 1), shape(x), out_sharding=in_mesh(jax.P(None, BATCH)))
     return jax.tree.map(merge, grouped)
 
 
-def gather_weights(model):
-    """Every weight whole over the batch axes, one copy for each group, [groups, …]: one all-gather each."""
+def gather_weights(model: Tree) -> Tree:
+    """Gathers every weight over the batch axes, a copy per group: … → [groups, …]. One all-gather for each weight."""
 
     def gather(x):
         spec = in_mesh(jax.P(BATCH, *_without_fsdp(x)))
@@ -217,27 +267,30 @@ def gather_weights(model):
     return jax.tree.map(gather, model)
 
 
-def gather_at_use(model):
-    """The model with weights that are gathered whenever one is read, so that few are whole at a time.
+def gather_at_use(model: Tree) -> Tree:
+    """Returns the model with weights that are gathered at each use, so that few are whole at a time.
 
-    A gradient with respect to it is added up over the batch axes at every use.
+    Its gradient is reduced over the batch axes at every use.
     """
     if batch_groups() == 1:
         return model
-    is_weight = lambda node: isinstance(node, nnx.Variable)
-    defer = lambda weight: weight.copy(on_get_value=_gather_hook)  # the hook of a weight sees each layer's slice
-    return jax.tree.map(defer, model, is_leaf=is_weight)
+    defer = lambda weight: weight.copy(on_get_value=_gather_hook)  # the hook receives each layer's slice
+    return jax.tree.map(defer, model, is_leaf=_is_weight)
 
 
-def add_groups(gradients, params):
-    """Adds up the groups' gradients, [groups, …], one reduction each, to the split of `params`."""
+def add_groups(gradients: Tree, params: Tree) -> Tree:
+    """Sums the groups' gradients, [groups, …] → …, sharded like `params`. One reduction for each weight."""
     add = lambda g, p: jnp.einsum("r...->...", g, out_sharding=in_mesh(jax.typeof(p).sharding.spec))
     return jax.tree.map(add, gradients, params)
 
 
-def in_mesh(spec):
-    """The `PartitionSpec`, or None without a mesh."""
+def in_mesh(spec: jax.P) -> jax.P | None:
+    """Returns the `PartitionSpec`, or None without a mesh."""
     return None if jax.sharding.get_abstract_mesh().empty else spec
+
+
+def _is_weight(node):
+    return isinstance(node, nnx.Variable)
 
 
 def _gather_hook(weight, value):

@@ -15,15 +15,16 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 from rich.console import Console
 
+from melt_jax import command_line
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
 from melt_jax.files import write_text
 from melt_jax.inference import scoring
+from melt_jax.inference.results import Results
 from melt_jax.model.model import abstract_model, init_model, parameter_count, reconfigure
 from melt_jax.sharding import (
     batch_sharding,
@@ -42,10 +43,6 @@ from melt_jax.training.processes import broadcast_from_process_0, initialize_dis
 from melt_jax.training.step import init_state, make_train_step, phase_objective
 from melt_jax.training.step_monitor import StepMonitor
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe: a file of configs/; --config.key=value overrides a key."
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is resumed.")
 RESUMABLE_KEYS = {
     "run",
     "mesh",
@@ -54,13 +51,19 @@ RESUMABLE_KEYS = {
 }  # may change in a run: how it is watched, and where its steps run
 
 
-def main(argv):
-    """Reads the flags."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    command_line.define_config_flag()
+    flags.DEFINE_string("workdir", None, "Folder of the run; a run that it holds is resumed.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the flags say."""
+    config = command_line.read_config()
+    freeze(config)  # errors of the config are reported before processes are joined
     initialize_distributed()
     exit_on_sigterm()
-    run(CONFIG.value, pathlib.Path(WORKDIR.value))
+    run(config, pathlib.Path(flags.FLAGS.workdir))
 
 
 def run(config_dict, workdir):
@@ -100,7 +103,7 @@ def _run(config, shape, workdir, mesh, console):
     results = Results(workdir / "results.json")
     if teacher is not None:
         results.measure("teacher", lambda: teacher, teacher, config)
-        results.measure("one shared row, untrained", lambda: reconfigure(teacher, gate="last"), teacher, config)
+        results.measure("single shared KV entry, untrained", lambda: reconfigure(teacher, gate="last"), teacher, config)
 
     # ---- the phases
     first_step = 0
@@ -183,29 +186,6 @@ def make_student(looplm, config, key):
     return reconfigure(looplm, key, student.gate_std, gate=student.gate, first_loop=student.first_loop)
 
 
-class Results:
-    """What was measured of each model, kept in a file so that a run that goes on measures nothing twice."""
-
-    def __init__(self, path):
-        self._path = path
-        self._rows = json.loads(path.read_text()) if path.exists() else {}
-
-    def measure(self, name, make_model, teacher, config):
-        """Scores a model under a name, unless that was done."""
-        evaluation = config.evaluation
-        if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(name in self._rows):
-            return
-        exit_if_preempted()
-        model, teacher = (for_inference(model, config.dtype) for model in (make_model(), teacher))
-        self._rows[name] = scoring.score(model, teacher, config)
-        if jax.process_index() == 0:
-            write_text(self._path, json.dumps(self._rows, indent=1))
-
-    def table(self):
-        """The rows as text; empty if nothing was measured."""
-        return scoring.table(self._rows) if self._rows else ""
-
-
 def _keep_config(config_dict, fingerprints, workdir):
     """Writes the config, and what its prepared data is known by, beside the run.
 
@@ -227,6 +207,5 @@ def _keep_config(config_dict, fingerprints, workdir):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    define_flags()
+    command_line.run(main)

@@ -1,11 +1,28 @@
-"""Settings of every test: JAX on the CPU, one device.
+"""Settings of every test: JAX on the CPU with one device, implicit rank promotion an error, array types checked.
 
 Tests that need several devices start a process of their own with XLA_FLAGS=--xla_force_host_platform_device_count=N,
-which has to be set before JAX starts. MELT_TEST_DEVICES=N does so for a whole run of pytest.
+which must be set before JAX starts. MELT_TEST_DEVICES=N sets it for a whole run of pytest.
 """
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # processes that tests start inherit it
 if count := os.environ.get("MELT_TEST_DEVICES"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+import jax
+import jaxtyping
+import pytest
+
+# The hook applies to modules imported after this line.
+jaxtyping.install_import_hook(
+    ["melt_jax.model", "melt_jax.training.objectives", "melt_jax.inference"], "beartype.beartype"
+)
+
+
+@pytest.fixture
+def float64():
+    """Runs a test in float64, in which mathematical identities hold to a tight bound on every machine."""
+    with jax.enable_x64(True):
+        yield

@@ -1,4 +1,4 @@
-"""Attention block by block is plain softmax attention, and its gradient plain differentiation's."""
+"""Blockwise attention equals plain softmax attention, and so does its gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ B, C, K, G, E = 2, 5, 2, 3, 4
 def plain_attend(query, earlier, own, alpha, mask):
     """All scores at once."""
     slots = mask.cached.shape[1]
-    earlier = blend(*earlier, alpha)
+    earlier = blend(earlier, alpha)
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
     visible = jnp.concatenate([mask.over_cache(0, 0, slots), mask.within_chunk()], axis=-1)[:, None, None]
     scores = jnp.einsum("bckge,bske->bkgcs", query, keys, precision="highest") / E**0.5
@@ -22,18 +22,18 @@ def plain_attend(query, earlier, own, alpha, mask):
     return jnp.einsum("bkgcs,bske->bckge", weights, values, precision="highest")
 
 
-def inputs(slots, start, which="shared", dtype=np.float32, seed=0):
-    """Random arguments of `blockwise_attention`; rows beyond `start` are large, so that seeing one would show."""
+def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0):
+    """Random arguments of `blockwise_attention`; entries from `start` on are large, so that reading one would show."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
-    rows = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
-    beyond = lambda rows: jax.tree.map(lambda x: x.at[:, np.max(start) :].set(100.0), rows)
-    shared, per_loop = (beyond(rows(slots)) if which in (name, "both") else None for name in ("shared", "per_loop"))
-    alpha = jnp.float32(0.3) if which == "both" else None
+    entries = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
+    beyond = lambda kv: jax.tree.map(lambda x: x.at[:, np.max(start) :].set(100.0), kv)
+    shared, per_loop = (beyond(entries(slots)) if which in (name, "both") else None for name in ("shared", "per_loop"))
+    alpha = jnp.asarray(0.3, dtype) if which == "both" else None
     cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
     mask = AttentionMask(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
-    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), rows(C), alpha, mask
+    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), entries(C), alpha, mask
 
 
 CASES = {
@@ -42,16 +42,17 @@ CASES = {
     "blocks that overlap": (13, 13, "per_loop", 4),
     "a block partly empty": (13, 6, "both", 4),
     "nothing before": (12, 0, "shared", 4),
-    "a start for each row": (13, (3, 11), "both", 4),
+    "a start per sequence": (13, (3, 11), "both", 4),
     "no cache": (0, 0, "shared", 4),
 }
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_are_plain_attention(name):
     slots, start, which, block = CASES[name]
-    query, earlier, own, alpha, mask = inputs(slots, start, which)
-    weight = np.random.default_rng(1).standard_normal((B, C, K, G, E)).astype(np.float32)
+    query, earlier, own, alpha, mask = inputs(slots, start, which, jnp.float64)
+    weight = np.random.default_rng(1).standard_normal((B, C, K, G, E))
 
     def outcome(function, *more):
         run = lambda query, earlier, own: function(query, earlier, own, alpha, mask, *more)
@@ -60,10 +61,11 @@ def test_blocks_are_plain_attention(name):
 
     got, want = outcome(blockwise_attention, block), outcome(plain_attend)
     assert max(np.abs(x).max() for x in jax.tree.leaves(want) if x.size) > 0.1
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, want)
 
 
-def test_bfloat16_differs_by_its_rounding_alone():
+def test_bfloat16_differs_by_rounding():
+    """Scores and sums are float32; the weights and the result are rounded to bfloat16, by 2⁻⁹ each."""
     arguments = inputs(13, 11, dtype=jnp.bfloat16)
     got = blockwise_attention(*arguments, 4)
     want = plain_attend(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments))
@@ -71,8 +73,8 @@ def test_bfloat16_differs_by_its_rounding_alone():
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-7 * np.abs(want).max())
 
 
-def test_blocks_that_hold_no_rows_are_not_visited():
-    """Not a number in a slot of an unvisited block cannot come through, as it would through a mask."""
+def test_empty_blocks_are_not_visited():
+    """A nan in an unvisited block changes nothing; a mask alone would let it through."""
     query, earlier, own, alpha, mask = inputs(16, 4)
     poisoned = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
     outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, mask, 4)
@@ -80,7 +82,7 @@ def test_blocks_that_hold_no_rows_are_not_visited():
 
 
 def test_scores_of_one_block_exist_at_a_time():
-    """Temporary memory beyond one block does not grow with the cache, forward; the program neither."""
+    """Temporary memory of the forward pass does not grow with the cache beyond one block."""
 
     def temporary(slots):
         query, earlier, own, alpha, mask = inputs(slots, slots)

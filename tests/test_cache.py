@@ -1,4 +1,4 @@
-"""The cache and who sees whom: sizes, writes, finished rows, causality; rows, documents and padding kept apart."""
+"""The cache and the attention mask: sizes, writes, causality; sequences, documents and padding stay independent."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from melt_jax import ModelConfig, run_chunk
+from melt_jax.config import InputError
 from melt_jax.model.attention import AttentionMask
 from melt_jax.model.cache import KV, ChunkKV, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
@@ -17,25 +18,25 @@ change = dataclasses.replace
 KINDS = {"LoopLM": ("none", None), "MELT": ("elementwise", None), "transition": ("elementwise", 0.4)}
 B, S, CHUNK = 2, 11, 4
 
+float64 = pytest.mark.usefixtures("float64")
 by_kind = pytest.mark.parametrize("gate, alpha", KINDS.values(), ids=KINDS)
 
 
-def row_bytes(cache):
+def cache_bytes(cache):
     return sum(x.nbytes for x in jax.tree.leaves((cache.shared, cache.per_loop)))
 
 
-def test_bytes_do_not_depend_on_the_loops():
+def test_shared_bytes_do_not_depend_on_the_loops():
     for loops in (1, 2, 4, 9):
         for gate in VARIANTS:
             melt = change(TINY, gate=gate, loops=loops)
             assert bytes_per_token(melt) == bytes_per_token(TINY) == 2 * 2 * 2 * 6 * 2
-            assert row_bytes(create_cache(melt, 3, 7)) == 3 * 7 * bytes_per_token(TINY)
+            assert cache_bytes(create_cache(melt, 3, 7)) == 3 * 7 * bytes_per_token(TINY)
         looplm = change(TINY, gate="none", loops=loops)
-        assert row_bytes(create_cache(looplm, 3, 7)) == 3 * 7 * bytes_per_token(looplm)
+        assert cache_bytes(create_cache(looplm, 3, 7)) == 3 * 7 * bytes_per_token(looplm)
         assert bytes_per_token(looplm) == loops * bytes_per_token(TINY)
         both = create_cache(change(TINY, loops=loops), 3, 7, transition=True)
-        assert row_bytes(both) == 3 * 7 * (loops + 1) * bytes_per_token(TINY)
-    assert bytes_per_token(change(TINY, gate="none"), loops=8) == 8 * bytes_per_token(TINY)
+        assert cache_bytes(both) == 3 * 7 * (loops + 1) * bytes_per_token(TINY)
 
 
 def test_bytes_of_the_published_model():
@@ -43,25 +44,25 @@ def test_bytes_of_the_published_model():
     assert bytes_per_token(ModelConfig(gate="none")) == 786_432
 
 
-def test_a_transition_needs_a_gate():
-    with pytest.raises(ValueError, match="gate"):
+def test_transition_needs_a_gate():
+    with pytest.raises(InputError, match="gate"):
         create_cache(change(TINY, gate="none"), 1, 4, transition=True)
 
 
-def random_rows(config, length, seed, lead=()):
+def random_kv(config, length, seed, lead=()):
     rng = np.random.default_rng(seed)
     shape = (*lead, config.layers, B, length, config.kv_heads, config.head_width)
     return KV(*(rng.standard_normal(shape, np.float32) for _ in range(2)))
 
 
-@pytest.mark.parametrize("start", [3, (0, 5)], ids=["one start", "a start per batch row"])
-def test_writes_reach_their_slots_alone(start):
+@pytest.mark.parametrize("start", [3, (0, 5)], ids=["one start", "a start per sequence"])
+def test_write_changes_its_own_slots_only(start):
     cache = create_cache(TINY, B, S, jnp.float32, transition=True)
-    old = ChunkKV(random_rows(TINY, S, 0), random_rows(TINY, S, 1, (TINY.loops,)))
+    old = ChunkKV(random_kv(TINY, S, 0), random_kv(TINY, S, 1, (TINY.loops,)))
     cache = cache.write(jax.tree.map(jnp.asarray, old), jnp.full((B, S), 7), 0)
-    new = ChunkKV(random_rows(TINY, CHUNK, 2), random_rows(TINY, CHUNK, 3, (TINY.loops,)))
+    new = ChunkKV(random_kv(TINY, CHUNK, 2), random_kv(TINY, CHUNK, 3, (TINY.loops,)))
     write = jax.jit(lambda cache, *args: cache.write(*args))
-    written = jax.device_get(write(cache, new, np.full((B, CHUNK), 9), np.asarray(start, np.int32)))
+    written = jax.device_get(write(cache, new, np.full((B, CHUNK), 9, np.int32), np.asarray(start, np.int32)))
     for b, first in enumerate(np.broadcast_to(start, B)):
         inside = (np.arange(S) >= first) & (np.arange(S) < first + CHUNK)
         np.testing.assert_array_equal(written.segments[b], np.where(inside, 9, 7))
@@ -74,11 +75,12 @@ def test_writes_reach_their_slots_alone(start):
             np.testing.assert_array_equal(take(got)[~inside], take(before)[~inside])
 
 
+@float64
 def test_blend():
-    shared, per_loop = random_rows(TINY, 3, 0), random_rows(TINY, 3, 1)
-    for got, s, b in zip(blend(shared, per_loop, 0.25), shared, per_loop):
-        np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, atol=1e-6)
-    assert blend(shared, None, None) is shared and blend(None, per_loop, None) is per_loop
+    shared, per_loop = (jax.tree.map(np.float64, random_kv(TINY, 3, seed)) for seed in (0, 1))
+    for got, s, b in zip(blend(ChunkKV(shared, per_loop), 0.25), shared, per_loop):
+        np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, rtol=1e-14)
+    assert blend(ChunkKV(shared, None), None) is shared and blend(ChunkKV(None, per_loop), None) is per_loop
 
 
 @jax.jit
@@ -88,8 +90,8 @@ def one_chunk(model, tokens, cache, start, alpha):
 
 
 @by_kind
-def test_rows_of_finished_chunks_never_change(gate, alpha):
-    """A chunk writes its own slots and no other, and what later slots hold is not read."""
+def test_entries_of_finished_chunks_never_change(gate, alpha):
+    """A chunk writes its own slots only, and reads no later slot."""
     config = change(TINY, gate=gate)
     model, tokens = make_model(config), random_tokens(B, 12)
     cache = create_cache(config, B, 12, jnp.float32, transition=alpha is not None)
@@ -107,30 +109,30 @@ def test_rows_of_finished_chunks_never_change(gate, alpha):
 
 
 def outputs(model, tokens, alpha, segments=None, chunk=CHUNK):
-    """Everything a run computes, tokens first: {name: [B, S, …]}."""
+    """All outputs of a run, tokens first: {name: [B, S, …]}."""
     out = run(model, tokens, chunk_size=chunk, alpha=alpha, segments=segments)
     found = {"hidden": np.moveaxis(out.hidden, (1, 2), (0, 1))}
     found |= {"attention_output": np.moveaxis(out.attention_output, (2, 3), (0, 1))}
     found |= {"gate_openness": np.moveaxis(out.gate_openness, (2, 3), (0, 1))}
-    for name, rows in (("shared", out.cache.shared), ("per_loop", out.cache.per_loop)):
-        if rows is not None:
-            found |= {f"{name} {part}": np.moveaxis(x, (-4, -3), (0, 1)) for part, x in rows._asdict().items()}
+    for name, kv in (("shared", out.cache.shared), ("per_loop", out.cache.per_loop)):
+        if kv is not None:
+            found |= {f"{name} {part}": np.moveaxis(x, (-4, -3), (0, 1)) for part, x in kv._asdict().items()}
     return found
 
 
 def assert_equal_where(same, one, other, alpha=None):
-    """Equal to the bit at the tokens of the mask [B, S]; and different at others, so that the comparison could fail."""
+    """Bitwise equal at the tokens of the mask [B, S], and different at others, so that the comparison could fail."""
     for name in one:
         np.testing.assert_array_equal(one[name][same], other[name][same], err_msg=name)
     assert np.abs(one["hidden"] - other["hidden"])[~same].max() > 1e-3
 
 
-def test_who_sees_whom():
-    """Slots before the chunk and, causally, the chunk, of the same document; padding is seen by itself alone."""
+def test_attention_mask():
+    """Slots before the chunk and, causally, the chunk, of the same document; padding attends to itself only."""
     rng = np.random.default_rng(0)
-    segments, cached = rng.integers(3, size=(B, CHUNK)), rng.integers(3, size=(B, S))
+    segments, cached = (jnp.asarray(rng.integers(3, size=(B, n)), jnp.int32) for n in (CHUNK, S))
     for start in (0, 5, np.array([2, 7])):
-        mask = AttentionMask(segments, cached, start)
+        mask = AttentionMask(segments, cached, jnp.asarray(start, jnp.int32))
         earlier, own = jax.device_get((mask.over_cache(0, 0, S), mask.within_chunk()))
         for b, q in np.ndindex(B, CHUNK):
             mine, first = segments[b, q], np.broadcast_to(start, B)[b]
@@ -140,7 +142,7 @@ def test_who_sees_whom():
 
 
 @by_kind
-def test_a_later_token_changes_nothing_earlier(gate, alpha):
+def test_later_token_changes_nothing_earlier(gate, alpha):
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
     before = outputs(model, tokens, alpha)
     for changed in (0, 3, 4, 6, 10):
@@ -151,17 +153,17 @@ def test_a_later_token_changes_nothing_earlier(gate, alpha):
 
 
 @by_kind
-def test_gradients_are_zero_after_a_token_and_not_before(gate, alpha):
-    """Every token has an embedding of its own, so a row of the embedding's gradient is a token's."""
+def test_gradient_of_a_token_is_causal(gate, alpha):
+    """Each token has its own embedding, so the gradient of an embedding is that of one token's input."""
     model, tokens = make_model(change(TINY, gate=gate)), np.arange(S)[None]
     weight = np.random.default_rng(0).standard_normal((TINY.loops, 1, S, TINY.width), np.float32)
 
     @jax.jit
     def gradients(model):
-        """[S, S, D]: of the loss at each token, in each token's embedding."""
+        """[S, S, D]: of the loss at each token with respect to each token's embedding."""
         hidden = lambda model: jit_run(model, tokens, chunk_size=CHUNK, alpha=alpha).hidden
         _, pull_back = jax.vjp(hidden, model)
-        at = jnp.eye(S)[:, None, None, :, None] * weight
+        at = jnp.eye(S)[:, None, None, :, None] * weight[None]
         return jax.vmap(lambda bar: pull_back(bar)[0].embed_tokens[...][:S])(at)
 
     size = np.abs(np.asarray(gradients(model))).max(-1)
@@ -169,8 +171,9 @@ def test_gradients_are_zero_after_a_token_and_not_before(gate, alpha):
     assert size[np.tril_indices(S)].min() > 0
 
 
+@float64
 @by_kind
-def test_batch_rows_do_not_influence_each_other(gate, alpha):
+def test_sequences_do_not_influence_each_other(gate, alpha):
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
     other = tokens.copy()
     other[1] = (other[1] + 1) % TINY.vocab
@@ -178,27 +181,28 @@ def test_batch_rows_do_not_influence_each_other(gate, alpha):
     assert_equal_where(same, outputs(model, tokens, alpha), outputs(model, other, alpha))
     alone = outputs(model, tokens[:1], alpha)
     for name, x in outputs(model, tokens, alpha).items():
-        np.testing.assert_allclose(x[:1], alone[name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(x[:1], alone[name], rtol=1e-11, atol=1e-11, err_msg=name)
 
 
+@float64
 @by_kind
-def test_packed_neighbours_do_not_influence_each_other(gate, alpha):
-    """Documents of 4, 5 tokens and padding: exact where a neighbour changes, and a document alone computes the same."""
+def test_packed_documents_do_not_influence_each_other(gate, alpha):
+    """Bitwise if a neighbour changes, and a document alone gives the same result; documents of 4 and 5 tokens."""
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
     segments = np.broadcast_to(np.repeat([1, 2, 0], [4, 5, 2]), (B, S)).astype(np.int32)
     packed = outputs(model, tokens, alpha, segments)
     for document in (1, 2):
         other = np.where(segments == document, (tokens + 1) % TINY.vocab, tokens)
         assert_equal_where(segments != document, packed, outputs(model, other, alpha, segments))
-    # The second document starts with a chunk, so that alone it falls into the same chunks.
+    # The second document starts at a chunk boundary, so that alone it has the same chunks.
     alone = outputs(model, tokens[:, 4:9], alpha)
     for name, x in alone.items():
-        np.testing.assert_allclose(packed[name][:, 4:9], x, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(packed[name][:, 4:9], x, rtol=1e-11, atol=1e-11, err_msg=name)
 
 
 @by_kind
-def test_padding_is_seen_by_nothing(gate, alpha):
-    """Before, between and after documents; nor does a document's gradient reach it."""
+def test_no_token_attends_to_padding(gate, alpha):
+    """Before, between and after documents, and no document's gradient reaches it."""
     model = make_model(change(TINY, gate=gate))
     tokens = np.arange(S)[None]
     segments = np.array([[0, 0, 1, 1, 1, 0, 2, 2, 2, 0, 0]], np.int32)
@@ -210,14 +214,14 @@ def test_padding_is_seen_by_nothing(gate, alpha):
     @jax.grad
     def gradient(model):
         hidden = jit_run(model, tokens, chunk_size=CHUNK, alpha=alpha, segments=segments).hidden
-        return jnp.sum(jnp.sin(hidden) * ~padding[0, :, None])
+        return jnp.sum(jnp.sin(hidden) * ~padding[None, ..., None])
 
     size = np.abs(np.asarray(gradient(model).embed_tokens[...]))[:S].max(-1)
     np.testing.assert_array_equal(size > 0, ~padding[0])
 
 
-def test_documents_of_one_id_that_do_not_touch_are_still_one_id():
-    """Ids, not runs, decide who is seen: a packer must not use an id twice in a sequence."""
+def test_equal_segment_ids_are_one_document():
+    """Even if they are not adjacent: a packer must not use an id twice in a sequence."""
     model, tokens = make_model(TINY), random_tokens(1, 6)
     twice, apart = (
         outputs(model, tokens, None, np.array([ids], np.int32)) for ids in ([1, 1, 2, 2, 1, 1], [1, 1, 2, 2, 3, 3])

@@ -1,4 +1,4 @@
-"""What the commands make of their flags, with the work itself replaced by a record of how it was asked for."""
+"""Every command ends bad input with status 1 and one message; what one command writes, the next one reads."""
 
 import json
 import os
@@ -9,91 +9,129 @@ import sys
 import numpy as np
 import pytest
 
-from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.data.arithmetic import make_problem
-from melt_jax.data.documents import Form
-from melt_jax.model.model import reconfigure
-from melt_jax.prepare import Settings, prepare
+from tests.helpers.run_commands import COMMANDS
 
 TOP = pathlib.Path(__file__).parent.parent
 NANO = "melt_jax/assets/ouro_nano"
+MISSING = "tests/no_such_file"
 
-# Flags belong to the process, and commands share names: each command has a process of its own.
-SCRIPT = """
-import sys
-from absl import app
-from absl.testing import flagsaver
-from melt_jax import {command}
+VALID = {
+    "train": {"config": "configs/nano.py", "workdir": "runs/unused"},
+    "compile": {"config": "configs/nano.py", "topology": "v5e:2x2"},
+    "prepare": {"tokenizer": NANO, "input": MISSING, "output": "data/unused"},
+    "convert": {"input": NANO, "output": "checkpoints/unused", "to": "orbax"},
+    "generate": {"checkpoint": NANO, "prompt": "a=4;a?"},
+    "evaluate": {"checkpoint": NANO},
+    "memory": {},
+    "plot": {"workdir": MISSING, "output": "unused.png"},
+}
+REQUIRED = [
+    (command, flag) for command, flags in VALID.items() for flag in flags if (command, flag) != ("prepare", "input")
+]
+BAD_VALUES = {
+    "train": ("config.chunk_size", "many"),
+    "compile": ("phase", "sleeping"),
+    "prepare": ("length", "many"),
+    "convert": ("to", "paper"),
+    "generate": ("top_k", "many"),
+    "evaluate": ("task", "sleeping"),
+    "memory": ("remat", "all"),
+    "plot": ("output", "curves.doc"),
+}
+MISSING_FILES = {
+    "train": "config",
+    "compile": "config",
+    "prepare": "input",
+    "convert": "input",
+    "generate": "checkpoint",
+    "evaluate": "checkpoint",
+    "plot": "workdir",
+}
 
-class Reached(Exception):
-    pass
 
-def reached(*args, **options):
-    raise Reached(args[{argument}])
-
-{work} = reached
-
-def main(argv):
-    for case in argv[1:]:
-        with flagsaver.as_parsed(**dict(flag.split("=", 1) for flag in case.split())):
-            try:
-                {command}.main([""])
-            except Reached as chunk:
-                print(chunk)
-
-app.run(main)
-"""
+def run_commands(cases: list[list[str]]) -> list[list]:
+    """[status, stdout, stderr] of each command line, run from one process that has imported all of them."""
+    process = [sys.executable, "-m", "tests.helpers.run_commands"]
+    done = subprocess.run(process, input=json.dumps(cases), cwd=TOP, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def evaluate(*flags):
-    """Runs melt_jax.evaluate; returns the finished process."""
-    command = [sys.executable, "-m", "melt_jax.evaluate", f"--checkpoint={NANO}", *flags]
-    return subprocess.run(command, cwd=TOP, env=os.environ, capture_output=True, text=True)
+def command_line(command: str, *extra: str, **changes: str | None) -> list[str]:
+    """A command with its valid flags, some of them changed or, if None, left out."""
+    flags = VALID[command] | changes
+    return [f"melt_jax.{command}", *(f"--{key}={value}" for key, value in flags.items() if value is not None), *extra]
 
 
-def test_what_prepare_writes_is_evaluated_on(tmp_path):
+CASES = (
+    {(command, "unknown flag"): command_line(command, "--no_such_flag=3") for command in COMMANDS}
+    | {(command, "argument"): command_line(command, "extra") for command in COMMANDS}
+    | {(command, flag): command_line(command, **{flag: None}) for command, flag in REQUIRED}
+    | {(command, "bad value"): command_line(command, **dict([pair])) for command, pair in BAD_VALUES.items()}
+    | {(command, "missing file"): command_line(command, **{flag: MISSING}) for command, flag in MISSING_FILES.items()}
+)
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[tuple[str, str], list]:
+    """How each of `CASES` ended."""
+    return dict(zip(CASES, run_commands(list(CASES.values()))))
+
+
+@pytest.mark.parametrize("command, kind", CASES)
+def test_bad_input_ends_with_one_message(ended, command, kind):
+    """Status 1, nothing on standard output, and one line that names the command and the bad input."""
+    status, stdout, stderr = ended[command, kind]
+    named = {
+        "unknown flag": "no_such_flag",
+        "argument": "'extra'",
+        "bad value": BAD_VALUES[command][1],
+        "missing file": MISSING,
+    }
+    lines = stderr.splitlines()
+    if (command, kind) == ("train", "bad value"):
+        assert lines.pop(0) == "melt_jax.train: the configuration has errors:"
+    else:
+        assert stderr.startswith(f"melt_jax.{command}: ")
+    assert status == 1 and stdout == "" and len(lines) == 1 and named.get(kind, f"--{kind}") in lines[0]
+
+
+def test_every_command_has_cases():
+    assert set(VALID) == set(BAD_VALUES) == {*MISSING_FILES, "memory"} == set(COMMANDS)
+
+
+def test_train_reports_all_config_errors():
+    case = command_line("train", "--config.alignmnt.beta=1", "--config.phases=x,y", "--config.seed=-1")
+    [(status, stdout, stderr)] = run_commands([case])
+    assert (
+        status == 1
+        and stdout == ""
+        and stderr.splitlines()
+        == [
+            "melt_jax.train: the configuration has errors:",
+            "  - alignmnt.beta: unknown key; did you mean alignment.beta?",
+            "  - seed: expected at least 0 and at most 4294967295, found -1",
+            "  - phases: expected one of pretraining, transition, alignment, found ('x', 'y')",
+        ]
+    )
+
+
+def test_evaluate_reads_what_prepare_writes(tmp_path):
     problems = [make_problem(np.random.default_rng(i), 2) for i in range(4)]
     rows = [{"question": p.question, "answer": f"{p.steps}</think>{p.answer}"} for p in problems]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    form = Form(question="question", answer="answer")
-    prepare(NANO, [tmp_path / "a.jsonl"], tmp_path / "data", form, Settings(32))
+    data = tmp_path / "data"
+    columns = ("--question=question", "--answer=answer", "--length=32")
+    flags = {"input": str(tmp_path / "a.jsonl"), "output": str(data)}
+    evaluate = command_line("evaluate", "--task=tokens", f"--data={data}")
+    prepared, evaluated = run_commands([command_line("prepare", *columns, **flags), evaluate])
+    assert prepared[0] == 0, prepared
     scored = sum(len(problem.completion) for problem in problems)
-    data = f"--data={tmp_path / 'data'}"
-    done = evaluate("--task=tokens", data)
-    assert done.returncode == 0 and f"per loop, {scored} scored tokens" in done.stdout, done.stderr
+    assert evaluated[0] == 0 and f"{scored} scored tokens" in evaluated[1], evaluated
 
-    shard = next((tmp_path / "data").glob("*.arrayrecord"))
+    shard = next(data.glob("*.arrayrecord"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    for flags, message in (
-        (("--task=tokens", data), "00000.arrayrecord: expected"),
-        (("--task=tokens", data, "--length=32"), "--length goes with a token file"),
-        (("--high=11",), "--low and --high must be 1 <= low <= high <= 10, got 2 and 11"),
-    ):
-        done = evaluate(*flags)
-        assert done.returncode != 0 and message in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "command, flag, work, argument",
-    [
-        ("generate", "prefill_chunk", "generate.generate", 3),
-        ("evaluate", "chunk_size", "evaluate.scoring.exact_answers", 2),
-    ],
-)
-def test_the_chunk_is_the_flags_or_else_that_of_training_or_else_512(command, flag, work, argument, tmp_path):
-    melt, prompt = tmp_path / "melt", "prompt=a=4;a?" if command == "generate" else ""
-    save_model(melt, reconfigure(open_model(NANO), gate="mean"), NANO, chunk_size=3)
-    cases = {
-        f"checkpoint={melt}": 3,
-        f"checkpoint={melt} {flag}=5": 5,
-        f"checkpoint={melt} gate=none": 512,
-        f"checkpoint={NANO}": 512,
-    }
-    script = SCRIPT.format(command=command, work=work, argument=argument)
-    arguments = [f"{case} {prompt}".strip() for case in cases]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=TOP, env=os.environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert [int(line) for line in done.stdout.split()] == list(cases.values())
+    damaged, with_length = run_commands([evaluate, [*evaluate, "--length=32"]])
+    assert damaged[0] == 1 and "00000.arrayrecord: expected" in damaged[2] and "Traceback" not in damaged[2]
+    assert with_length[0] == 1 and "--length" in with_length[2] and "Traceback" not in with_length[2]

@@ -1,95 +1,134 @@
-"""A step compiled for TPUs that are not here: what it gathers, what it computes, whether it fits."""
+"""Programs compiled for TPU topologies: gathers, FLOPs, memory, and one-line errors."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from melt_jax.analysis.chips import find_chip
-from melt_jax.analysis.hlo import Program, innermost
-from melt_jax.compile import SCOPES, Report
+from melt_jax import compile as command
+from melt_jax.analysis.topology import describe_devices
+from melt_jax.command_line import load_config
+from melt_jax.config import InputError, ModelConfig, freeze
+from melt_jax.sharding import ShardingError, make_mesh
+from tests.helpers.topology import topology_devices
+
+# With a compilation cache, JAX tries and fails to load programs for devices that are only described.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry:UserWarning")
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = {
-    "model.vocab": 512, "model.width": 256, "model.layers": 3, "model.heads": 4, "model.kv_heads": 4,
-    "model.head_width": 64, "model.feed_forward": 512, "data.length": 512, "data.batch": 4, "mesh.tensor": 2,
-    "micro_batches": 1, "chunk_size": 128, "attention_block": 128, "teacher": "none-such",
+MODEL = ModelConfig(vocab=512, width=256, layers=3, heads=4, kv_heads=4, head_width=64, feed_forward=512)
+SETTINGS = {
+    "data.length": 512, "data.batch": 4, "mesh.tensor": 2, "micro_batches": 1, "chunk_size": 128,
+    "attention_block": 128, "teacher": "none-such",
 }  # fmt: skip
 
 
-def record(**changes):
-    """What `python -m melt_jax.compile --json` says of a small model on four v5e chips."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: nothing can be compiled for a TPU")
-    phase = changes.pop("phase", "alignment")
-    overrides = [f"--config.{key}={value}" for key, value in (SMALL | changes).items()]
-    command = [sys.executable, "-m", "melt_jax.compile", "--json", "--config=configs/ouro_1_4b.py"]
-    command += ["--topology=v5e:2x2", f"--phase={phase}", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+def compile_small(phase="alignment", model=MODEL, **changes):
+    """Returns the report of a small model's program on four v5e chips, fsdp 2 × tensor 2."""
+    overrides = [(key, str(value)) for key, value in (SETTINGS | changes).items()]
+    config = freeze(load_config("configs/ouro_1_4b.py", overrides))
+    return command.compile_phase(config, model, make_mesh(config.mesh, topology_devices("v5e:2x2")), phase)
 
 
-def test_weights_are_gathered_once_whatever_the_chunks():
-    """With gather "step" one copy of both models moves, in bfloat16, in both phases; with "layer" many do."""
-    once = [record(), record(phase="transition", chunk_size=64)]
-    assert [entry["gathered_ratio"] for entry in once] == pytest.approx([1, 1], abs=0.2)
-    assert all(1 < entry["flops_ratio"] < 2 and entry["fits"] for entry in once)
-    at_use = record(gather="layer")
-    moved = [sum(size for _, size in entry["collectives"].values()) for entry in (at_use, once[0])]
-    assert moved[0] > 2 * moved[1]
+@pytest.mark.parametrize(
+    ("phase", "chunk"), [("alignment", 128), pytest.param("transition", 64, marks=pytest.mark.slow)]
+)
+def test_weights_are_gathered_once_per_step(phase, chunk):
+    """With gather "step" one copy of both models moves, in bfloat16, whatever the chunk size."""
+    report = compile_small(phase, chunk_size=chunk)
+    assert report.gathered_ratio == pytest.approx(1, abs=0.05)
+    assert report.record()["unknown_gathers"] == 0 and not report.program.unknown_loops
+    assert 1 < report.flops_ratio < 2 and report.fits and report.steps > 0
 
 
+@pytest.mark.slow
+def test_gathering_at_each_use_moves_more():
+    report = compile_small(gather="layer")
+    assert report.gathered_ratio > 10 and report.record()["unknown_gathers"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gather", "gathered"), [("step", False), ("layer", True)])
+def test_evaluation_scores_a_micro_batch(gather, gathered):
+    """Weights are whole with gather "step"; with "layer" they are gathered at each use."""
+    report = compile_small("evaluate", gather=gather, **{"data.batch": 8, "micro_batches": 2})
+    assert report.title.splitlines()[1].startswith("4 sequences of 512 tokens")
+    assert 0.9 < report.flops_ratio < 1.5 and report.fits and report.steps == 0
+    assert (report.gathered_ratio is not None) == gathered
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_serving_counts_what_every_group_of_devices_computes(phase):
-    """Two groups run the same sequences: what is computed and what is necessary are both twice one group's."""
-    entry = record(phase=phase)
-    assert entry["fits"] and entry["gathered_ratio"] is None and entry["steps"] == 0
-    assert 0.5 < entry["flops_ratio"] < 1.5
-    assert "in each of 2 group(s)" in entry["title"] and "remat" not in entry["title"]
+def test_serving_counts_all_groups(phase):
+    """Each of the two groups runs all sequences, so computed and necessary FLOPs are both twice those of one group."""
+    report = compile_small(phase)
+    assert report.fits and report.gathered_ratio is None and report.steps == 0
+    assert 0.5 < report.flops_ratio < 1.5 and not report.program.unknown_loops
+    assert "in each of 2 group(s)" in report.title and "remat" not in report.title
 
 
-def test_decoding_several_sequences_keeps_no_copy_of_their_cache():
-    # Heads as wide as Ouro's: narrower ones are laid out anew, whatever writes them.
-    entry = record(phase="decode", **{"data.length": 8192, "model.head_width": 128})
-    cache = 2 * 3 * 4 * 8192 * 4 * 128 * 2 / 2  # keys and values, layers, sequences, slots, heads, width, bytes; tensor
-    assert entry["arguments"] > cache and 0 < entry["temporaries"] < cache / 4
-    assert entry["total"] < 1.5 * entry["arguments"]
+@pytest.mark.slow
+def test_decoding_keeps_no_copy_of_the_cache():
+    # Heads as wide as Ouro's: the compiler copies narrower ones to another layout.
+    model = dataclasses.replace(MODEL, head_width=128)
+    memory = compile_small("decode", model, **{"data.length": 8192}).memory
+    cache = 2 * 3 * 4 * 8192 * 4 * 128 * 2 / 2  # keys and values, L, B, S, K, E, bytes; over tensor
+    assert memory.arguments > cache and 0 < memory.temporaries < cache / 4
+    assert memory.total < 1.5 * memory.arguments
 
 
-def small_report(kind):
-    return Report("a step", find_chip(kind), 4, 1.0, 5, 6, 7, 6, Program((), (), {}, ()), 1.0, 1, 1.0, 300)
+def test_lack_of_memory_is_bad_input(monkeypatch):
+    def refuse(lowered):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, 24.4G of 15.8G.\nBuffers: …")
+
+    monkeypatch.setattr(command, "_compile", refuse)
+    with pytest.raises(InputError, match=r"decode on 4 × TPU v5 lite DOES NOT FIT: RESOURCE_EXHAUSTED.*15.8G.$"):
+        compile_small("decode")
 
 
-def test_what_exceeds_the_chip_does_not_fit():
-    report = small_report("TPU v5 lite")
-    assert report.fits and report.total == 18 and "fits" in report.text()
-    large = dataclasses.replace(report, temporaries=report.chip.device_memory)
-    assert not large.fits and "DOES NOT FIT" in large.text()
+def test_an_indivisible_batch_is_refused():
+    with pytest.raises(ShardingError, match=r"data.batch: expected a multiple of 2 .*found 3"):
+        compile_small(**{"data.batch": 3})
 
 
-def test_a_chip_without_figures_is_reported_without_them():
-    known, unknown = (small_report(kind) for kind in ("TPU v5 lite", "TPU v3"))
-    assert "peak rates" in known.text() and "peak rates" not in unknown.text()
-    missing = {"chip", "chips", "memory", "compute_seconds", "collective_seconds", "chip_hours"}
-    assert known.record().keys() - unknown.record().keys() == missing and unknown.record()["total"] == 18
+def test_unknown_topologies_are_refused():
+    with pytest.raises(
+        InputError, match="topology: expected one such as v5e:4x4 or v5p:2x2x2, found 'v9:1x1'"
+    ) as error:
+        describe_devices("v9:1x1")
+    assert "\n" not in str(error.value)
 
 
-def test_a_scope_is_not_taken_for_the_primitive_of_a_like_name():
-    assert innermost("jit(train_step)/jit(_take)/gather", SCOPES) is None
-    assert innermost("jit(train_step)/gather_weights/reshard", SCOPES) == "gather_weights"
+def run_command(*flags, path=ROOT):
+    """Runs the command; returns the finished process."""
+    line = [sys.executable, "-m", "melt_jax.compile", "--config=configs/ouro_1_4b.py", "--topology=v5e:2x2", *flags]
+    return subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(path)}, capture_output=True, text=True)
 
 
-def test_without_libtpu_it_says_what_to_install(tmp_path):
+@pytest.mark.slow
+def test_the_command_prints_a_record():
+    model = {f"model.{field}": value for field, value in dataclasses.asdict(MODEL).items() if field in SMALL_FIELDS}
+    done = run_command(
+        "--json", "--phase=prefill", *(f"--config.{key}={value}" for key, value in (SETTINGS | model).items())
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert record["fits"] and record["gather_group"] == 1 and record["temporaries"] > 0
+
+
+SMALL_FIELDS = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "feed_forward")
+
+
+def test_a_missing_libtpu_is_one_line(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a)\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "melt_jax.compile", "--config=configs/ouro_1_4b.py", "--topology=v5e:2x2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install 'jax[tpu]'" in done.stderr
+    done = run_command(path=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("melt_jax.compile: libtpu: expected")
+    assert done.stderr.rstrip().endswith("pip install 'jax[tpu]'")

@@ -1,9 +1,12 @@
-"""Model checkpoints in Orbax form, and the converting command: the same bits there and back, or a refusal."""
+"""Model folders in Orbax form, and the converting command: bitwise round trips, or an error."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,35 +15,55 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from melt_jax.checkpoints.orbax import OrbaxFolder, default_chunk, nest, open_model, save_model, write_params
-from melt_jax.checkpoints.published import abstract_model, load_model, module_leaves, to_hf_tensors
-from tests.helpers.synthetic import TOKENIZER_FILES, write_published
-from tests.test_published import MELT, OURO, assert_same_bits, edit_config, stored_tensors
+from melt_jax.checkpoints.orbax import (
+    OrbaxFolder,
+    default_chunk,
+    nest,
+    open_model,
+    save_model,
+    weights_digest,
+    write_params,
+)
+from melt_jax.checkpoints.published import load_model, to_hf_tensors
+from melt_jax.config import InputError
+from melt_jax.convert import Changes, convert
+from melt_jax.model.model import abstract_model, module_leaves
+from tests.helpers.synthetic import (
+    MELT,
+    OURO,
+    TOKENIZER_FILES,
+    assert_same_bits,
+    edit_config,
+    edit_tensors,
+    stored_tensors,
+    write_published,
+)
 
 TOP = pathlib.Path(__file__).parent.parent
+GATED = Changes("elementwise", "gated", seed=3)
 
 
-def convert(source, target, form, *flags):
-    """Runs the command; returns the finished process."""
-    command = [sys.executable, "-m", "melt_jax.convert", f"--input={source}", f"--output={target}", f"--to={form}"]
-    return subprocess.run([*command, *flags], cwd=TOP, env=os.environ, capture_output=True, text=True)
+def run_command(*flags):
+    """Runs the command in a process of its own."""
+    command = [sys.executable, "-m", "melt_jax.convert", *flags]
+    return subprocess.run(command, cwd=TOP, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """Folders: a published Ouro in three files; as Orbax; published again; with gates; that published; as Ouro."""
+    """Folders made one from the other: a published Ouro in three files, Orbax, published, with gates, without."""
     base = tmp_path_factory.mktemp("converted")
     write_published(base / "ouro", OURO, files=3, metadata=True)
-    for source, target, form, *flags in (
-        ("ouro", "looplm", "orbax"),
-        ("looplm", "ouro_again", "published"),
-        ("ouro", "melt", "orbax", "--gate=elementwise", "--first_loop=gated", "--seed=3"),
-        ("melt", "melt_published", "published"),
-        ("melt_published", "ouro_at_last", "published", "--gate=none"),
+    for source, target, form, changes in (
+        ("ouro", "looplm", "orbax", Changes()),
+        ("looplm", "ouro_again", "published", Changes()),
+        ("ouro", "melt", "orbax", GATED),
+        ("melt", "melt_published", "published", Changes()),
+        ("melt_published", "ouro_at_last", "published", Changes("none")),
     ):
-        done = convert(base / source, base / target, form, *flags)
-        assert done.returncode == 0, done.stderr
-        (base / f"{target}.txt").write_text(done.stdout)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            convert(base / source, base / target, form, changes)
+        (base / f"{target}.txt").write_text(printed.getvalue())
     return base
 
 
@@ -48,7 +71,7 @@ def read_json(file):
     return json.loads(file.read_text())
 
 
-def test_there_and_back_is_the_same_bits(converted):
+def test_round_trip_is_bitwise_identical(converted):
     ouro, again = converted / "ouro", converted / "ouro_again"
     assert_same_bits(stored_tensors(ouro), stored_tensors(again))
     assert read_json(ouro / "config.json") == read_json(again / "config.json")
@@ -57,7 +80,7 @@ def test_there_and_back_is_the_same_bits(converted):
             assert (converted / folder / name).read_bytes() == content
 
 
-def test_a_melt_adds_gates_and_changes_nothing_else(converted):
+def test_adding_gates_changes_nothing_else(converted):
     ouro, melt = stored_tensors(converted / "ouro"), stored_tensors(converted / "melt_published")
     assert_same_bits(ouro, {name: melt[name] for name in ouro})
     gates = {name: melt[name].astype(np.float32) for name in sorted(set(melt) - set(ouro))}
@@ -73,40 +96,61 @@ def test_a_melt_adds_gates_and_changes_nothing_else(converted):
     assert_same_bits(ouro, stored_tensors(converted / "ouro_at_last"))
 
 
-def test_the_command_says_what_it_wrote(converted):
-    said = (converted / "melt.txt").read_text()
-    assert "elementwise" in said and "bfloat16" in said and "tokenizer.json" in said
+def test_summary_states_the_output(converted):
+    summary = (converted / "melt.txt").read_text()
+    assert "elementwise" in summary and "bfloat16" in summary and "tokenizer.json" in summary
     count = sum(tensor.size for tensor in stored_tensors(converted / "melt_published").values())
     size = sum(file.stat().st_size for file in (converted / "melt").rglob("*") if file.is_file())
-    assert f"{count:,} parameters, {size:,} bytes" in said
+    assert f"{count:,} parameters, {size:,} bytes" in summary
 
 
-def test_the_seed_decides_the_gates(converted, tmp_path):
+def test_seed_determines_the_gates(converted, tmp_path):
     for seed in (3, 4):
-        flags = ("--gate=elementwise", "--first_loop=gated", f"--seed={seed}")
-        assert convert(converted / "looplm", tmp_path / str(seed), "published", *flags).returncode == 0
+        convert(converted / "looplm", tmp_path / str(seed), "published", dataclasses.replace(GATED, seed=seed))
     assert_same_bits(stored_tensors(converted / "melt_published"), stored_tensors(tmp_path / "3"))
     name = "model.layers.0.self_attn.kv_gate.w_z.weight"
     assert not np.array_equal(stored_tensors(tmp_path / "3")[name], stored_tensors(tmp_path / "4")[name])
 
 
-REFUSED = {
-    "ouro_again exists: expected a new folder": ("melt", "ouro_again"),
-    "no such folder: expected a model checkpoint": ("nowhere", "new"),
-    "first_loop: expected 'copy', unless the gate is elementwise, found 'gated'": ("melt", "new", "--gate=ema"),
-    "the output is a LoopLM, which has no cache recurrence": ("ouro", "new", "--first_loop=gated"),
-}
+@pytest.mark.parametrize(
+    "source, output, changes, existing, message",
+    [
+        ("melt", "ouro_again", Changes(), "refuse", "ouro_again: expected a new folder"),
+        ("nowhere", "new", Changes(), "refuse", "nowhere: expected a model checkpoint"),
+        ("melt", "new", Changes("ema"), "refuse", "first_loop: expected 'copy', unless the gate is elementwise"),
+        ("ouro", "new", Changes(first_loop="gated"), "refuse", "first_loop: expected none for a LoopLM"),
+        ("ouro", "ouro", Changes(), "overwrite", "expected an output that neither is nor contains the input"),
+        ("ouro", ".", Changes(), "overwrite", "expected an output that neither is nor contains the input"),
+        ("ouro", "looplm", Changes(), "keep", "expected a model folder in published form, found orbax form"),
+    ],
+)
+def test_bad_conversions_are_refused(converted, source, output, changes, existing, message):
+    """Nothing is written or lost."""
+    before = sorted(converted.rglob("*"))
+    with pytest.raises((InputError, FileExistsError), match=message):
+        convert(converted / source, converted / output, "published", changes, existing)
+    assert sorted(converted.rglob("*")) == before
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_the_command_says_what_it_refuses_and_writes_nothing(converted, message):
-    source, target, *flags = REFUSED[message]
-    before = stored_tensors(converted / "ouro_again")
-    done = convert(converted / source, converted / target, "published", *flags)
-    assert done.returncode == 1 and message in done.stderr
-    assert done.stderr.startswith("melt_jax.convert: ") and "Traceback" not in done.stderr
-    assert_same_bits(before, stored_tensors(converted / "ouro_again"))
-    assert not (converted / "new").exists()
+def test_existing_outputs_are_kept_or_overwritten(converted, tmp_path, capsys):
+    output = tmp_path / "output"
+    convert(converted / "ouro", output, "published")
+    convert(converted / "melt", output, "published", existing="keep")
+    assert "exists and is kept" in capsys.readouterr().out
+    assert weights_digest(output) == weights_digest(converted / "ouro")
+    convert(converted / "melt", output, "published", existing="overwrite")
+    assert weights_digest(output) == weights_digest(converted / "melt")
+
+
+def test_command_converts_and_reports_errors(converted, tmp_path):
+    """One line and status 1 for bad input; flags reach the conversion."""
+    flags = [f"--input={converted / 'looplm'}", f"--output={tmp_path / 'new'}", "--to=published"]
+    more = ["--gate=elementwise", "--first_loop=gated", "--seed=3"]
+    assert run_command(*flags, *more).returncode == 0
+    assert weights_digest(tmp_path / "new") == weights_digest(converted / "melt")
+    done = run_command(*flags)
+    assert done.returncode == 1 and done.stderr.startswith("melt_jax.convert: ")
+    assert "new: expected a new folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_both_forms_open_alike(converted):
@@ -123,7 +167,7 @@ def test_both_forms_open_alike(converted):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_saved_models_open_as_they_were(tmp_path, dtype):
+def test_saved_models_open_unchanged(tmp_path, dtype):
     config = dataclasses.replace(MELT, tied=True, first_loop="gated")
     source = write_published(tmp_path / "source", config)
     model = load_model(source, dtype)
@@ -135,28 +179,29 @@ def test_saved_models_open_as_they_were(tmp_path, dtype):
     assert read_json(tmp_path / "saved" / "config.json")["torch_dtype"] == dtype
 
 
-def test_the_chunk_of_training_is_kept_in_both_forms_and_is_the_default_to_run_with(tmp_path):
+def test_training_chunk_is_the_default_chunk(tmp_path):
+    """Both forms keep it; a LoopLM and a folder without it have 512."""
     model = load_model(write_published(tmp_path / "source", MELT))
     save_model(tmp_path / "melt", model, chunk_size=7)
-    assert convert(tmp_path / "melt", tmp_path / "published", "published").returncode == 0
-    assert convert(tmp_path / "published", tmp_path / "again", "orbax").returncode == 0
-    assert convert(tmp_path / "again", tmp_path / "ouro", "published", "--gate=none").returncode == 0
+    convert(tmp_path / "melt", tmp_path / "published", "published")
+    convert(tmp_path / "published", tmp_path / "again", "orbax")
+    convert(tmp_path / "again", tmp_path / "ouro", "published", Changes("none"))
     for name in ("melt", "published", "again"):
         config = open_model(tmp_path / name).config
         assert config == MELT and default_chunk(tmp_path / name, config) == 7
-        assert default_chunk(tmp_path / name, OURO) == 512  # the LoopLM inside
-    assert default_chunk(tmp_path / "source", MELT) == 512  # nothing recorded
+        assert default_chunk(tmp_path / name, OURO) == 512
+    assert default_chunk(tmp_path / "source", MELT) == 512
     assert "chunk_size" not in read_json(tmp_path / "ouro" / "config.json")
 
 
-def test_a_dtype_that_is_asked_for_casts_to_the_nearest(tmp_path):
+def test_given_dtype_casts_to_nearest(tmp_path):
     model = load_model(write_published(tmp_path / "source", OURO, dtype="float32"))
     save_model(tmp_path / "saved", model)
     expected = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model)
     assert_same_bits(to_hf_tensors(expected), to_hf_tensors(open_model(tmp_path / "saved", dtype="bfloat16")))
 
 
-def test_weights_go_where_their_shardings_say(converted):
+def test_weights_have_the_given_shardings(converted):
     device = jax.local_devices()[-1]
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=[device]), jax.P())
     for name in ("looplm", "ouro"):
@@ -166,15 +211,15 @@ def test_weights_go_where_their_shardings_say(converted):
         assert_same_bits(to_hf_tensors(open_model(converted / name)), to_hf_tensors(opened))
 
 
-def test_models_spread_over_devices_come_back_to_their_places(tmp_path):
+def test_sharded_models_are_restored_in_place(tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(TOP)}
     command = [sys.executable, "-m", "tests.helpers.shard_round_trip", tmp_path]
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
-    assert done.returncode == 0 and "the same weights in the same places" in done.stdout, done.stderr
+    assert done.returncode == 0 and "same weights, same shardings" in done.stdout, done.stderr
 
 
-def test_weights_are_written_from_where_they_lie(tmp_path):
-    """A dimension of 1, which makes TensorStore copy, costs no memory: the largest resident set stays what it was."""
+def test_writing_copies_no_weights(tmp_path):
+    """A dimension of 1, which makes TensorStore copy, costs no memory: the peak resident set does not grow."""
     code = f"""
 import resource
 import numpy as np
@@ -192,38 +237,38 @@ print((peak() - before) / weight.nbytes)
     assert float(done.stdout) < 0.25
 
 
-def test_every_weight_that_disagrees_with_config_json_is_listed(tmp_path):
+def test_all_weight_errors_are_listed(tmp_path):
     model = load_model(write_published(tmp_path / "source", OURO))
     save_model(tmp_path / "saved", model)
     edit_config(tmp_path / "saved", num_hidden_layers=2, tie_word_embeddings=True, model_type="melt")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         open_model(tmp_path / "saved")
     lines = str(error.value).splitlines()
     stacked = [path for path, _ in module_leaves(model) if path.startswith("layers.")]
     for path in stacked:
-        assert any(f"{path} has shape (3," in line and "expected (2," in line for line in lines), path
-    assert any("lm_head" in line and "unknown" in line for line in lines)
-    assert sum("kv_gate" in line and "is missing" in line for line in lines) == 3
+        assert any(f"{path}: expected shape (2," in line and "found (3," in line for line in lines), path
+    assert any("lm_head: expected no such weight" in line for line in lines)
+    assert sum("kv_gate" in line and line.endswith("found none") for line in lines) == 3
     assert len(lines) == 1 + len(stacked) + 1 + 3
 
 
-def test_weights_of_integers_and_unfinished_checkpoints_are_refused(tmp_path):
+def test_incomplete_and_integer_checkpoints_are_refused(tmp_path):
     model = load_model(write_published(tmp_path / "source", OURO))
     save_model(tmp_path / "saved", model)
     weights = dict(module_leaves(model)) | {"norm": np.ones(OURO.width, np.int32)}
     (tmp_path / "saved" / "params").rename(tmp_path / "aside")
     write_params(tmp_path / "saved" / "params", weights)
-    with pytest.raises(ValueError, match="norm has dtype int32: expected one of bfloat16"):
+    with pytest.raises(InputError, match="norm: expected dtype bfloat16, float16, float32, found int32"):
         OrbaxFolder(tmp_path / "saved")
     (tmp_path / "half" / "params").mkdir(parents=True)
     (tmp_path / "half" / "config.json").write_bytes((tmp_path / "saved" / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="no complete Orbax checkpoint"):
+    with pytest.raises(InputError, match="expected a complete Orbax checkpoint"):
         open_model(tmp_path / "half")
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(InputError, match="found no such folder"):
         open_model(tmp_path / "nowhere")
 
 
-def test_an_interrupted_save_leaves_nothing_that_opens(tmp_path, monkeypatch):
+def test_interrupted_saves_leave_no_folder(tmp_path, monkeypatch):
     model = load_model(write_published(tmp_path / "source", OURO))
 
     def interrupted(folder, weights):
@@ -235,13 +280,39 @@ def test_an_interrupted_save_leaves_nothing_that_opens(tmp_path, monkeypatch):
         save_model(tmp_path / "saved", model)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
     monkeypatch.undo()
-    # What a killed process leaves, a hidden folder without config.json, does not open, and the next save replaces it.
+    # A killed process leaves a hidden folder without config.json: it does not open, and the next save replaces it.
     write_params(tmp_path / ".saved.incomplete" / "params", dict(module_leaves(model)))
-    with pytest.raises(ValueError, match=r"config.json is missing"):
+    with pytest.raises(InputError, match=r"config.json: expected a model checkpoint"):
         open_model(tmp_path / ".saved.incomplete")
     save_model(tmp_path / "saved", model)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["saved", "source"]
 
 
-def test_nest_undoes_paths():
+def test_digest_identifies_weights_in_either_form(converted, tmp_path):
+    """Form, folder, files and config do not change it; one changed bit and another dtype do."""
+    ouro = weights_digest(converted / "ouro")
+    assert len(ouro) == 64
+    assert {weights_digest(converted / name) for name in ("looplm", "ouro_again", "ouro_at_last")} == {ouro}
+    assert weights_digest(converted / "melt") == weights_digest(converted / "melt_published") != ouro
+    changed = shutil.copytree(converted / "ouro_again", tmp_path / "changed")
+    edit_config(changed, eos_token_id=3)
+    assert weights_digest(changed) == ouro
+
+    def flip(tensors):
+        tensors["lm_head.weight"].view(np.uint16)[0, 0] ^= 1
+
+    edit_tensors(changed / "model.safetensors", flip)
+    save_model(tmp_path / "wide", open_model(converted / "ouro", dtype="float32"))
+    assert len({ouro, weights_digest(changed), weights_digest(tmp_path / "wide")}) == 3
+
+
+def test_digest_reads_mixed_dtypes(tmp_path):
+    folder = write_published(tmp_path / "a", OURO)
+    before = weights_digest(folder)
+    name = "model.layers.1.input_layernorm.weight"
+    edit_tensors(folder / "model.safetensors", lambda x: x.update({name: x[name].astype(np.float32)}))
+    assert weights_digest(folder) != before
+
+
+def test_nest_makes_a_tree_of_paths():
     assert nest({"a": 1, "b.c": 2, "b.d.e": 3}) == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}

@@ -1,7 +1,7 @@
-"""The training stream: a function of (seed, step), whole documents, nothing scored that cannot be known."""
+"""The training stream: a function of (seed, step), whole documents, only predictable tokens scored."""
 
 import dataclasses
-import pathlib
+import json
 
 import numpy as np
 import pytest
@@ -9,21 +9,12 @@ import pytest
 from configs import base, nano
 from melt_jax.config import DataConfig, ModelConfig, freeze
 from melt_jax.data import arithmetic
-from melt_jax.data.stream import batch_maker, batches, data_errors, evaluation_data, run_errors
-from melt_jax.data.token_files import open_tokens, token_errors
+from melt_jax.data.stream import batch_maker, batches, data_errors, dataset_size, evaluation_batch, run_errors
+from tests.test_token_files import write
 
 NANO = ModelConfig(
     vocab=64, width=96, layers=2, heads=6, kv_heads=6, head_width=16, feed_forward=256, max_positions=512
 )
-
-
-def write(path, **arrays):
-    """Writes an .npz of those arrays, or a .npy of `tokens`; returns the path as text."""
-    if pathlib.Path(path).suffix == ".npy":
-        np.save(path, arrays["tokens"])
-    else:
-        np.savez(path, **arrays)
-    return str(path)
 
 
 @pytest.fixture(params=["arithmetic", "tokens"])
@@ -57,12 +48,12 @@ def test_seeds_and_steps_differ(data):
     assert len({x.tobytes() for x in first}) == len(first)
 
 
-def test_batches_are_int32_of_the_configured_shape(data):
+def test_batches_have_shape_and_dtype(data):
     for field in next(batches(data, 0, 0, 1)):
         assert field.shape == (3, data.length) and field.dtype == np.int32
 
 
-def test_every_epoch_shows_every_sequence_once_in_another_order(tmp_path):
+def test_every_epoch_is_another_permutation(tmp_path):
     tokens = np.arange(8 * 4).reshape(8, 4)
     data = DataConfig("tokens", write(tmp_path / "x.npy", tokens=tokens), length=4, batch=4)
     orders = []
@@ -73,7 +64,7 @@ def test_every_epoch_shows_every_sequence_once_in_another_order(tmp_path):
     assert len(set(orders)) == 6
 
 
-def test_batches_run_over_the_end_of_an_epoch(tmp_path):
+def test_batches_may_span_epochs(tmp_path):
     data = DataConfig("tokens", write(tmp_path / "x.npy", tokens=np.arange(10).reshape(5, 2)), length=2, batch=4)
     seen = np.concatenate([b.tokens[:, 0] // 2 for b in batches(data, 0, 0, 5)])
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in seen.reshape(4, 5))
@@ -89,7 +80,7 @@ def test_seed_and_steps_out_of_range(seed, start, stop, message):
 
 
 def evaluate(question):
-    """The answer to a question text, by substitution until nothing is left to replace."""
+    """The answer to a question, by recursive substitution."""
     *definitions, asked = question.split(";")
     meaning = dict(text.split("=") for text in definitions)
     value = lambda text: int(text) if text.isdigit() else compute(meaning[text])
@@ -106,7 +97,7 @@ def evaluate(question):
 
 
 def documents(row):
-    """[(segment, slice)] of the documents of one row of a batch, by its segments alone."""
+    """[(segment, indices)] of the documents of a sequence."""
     return [(s, np.flatnonzero(row.segments == s)) for s in np.unique(row.segments) if s]
 
 
@@ -121,7 +112,7 @@ def as_text(ids):
     return "".join(names[i] for i in ids)
 
 
-def test_problems_are_whole_and_answered_correctly():
+def test_problems_are_whole_and_correct():
     lengths = set()
     for row in arithmetic_rows():
         for _, where in documents(row):
@@ -168,7 +159,7 @@ def test_definitions_stay_within_their_bounds():
 
 
 def test_the_task_does_not_change():
-    # The embedded checkpoint was trained on it: another order of random draws would make another task of the same seed.
+    """The published results depend on the problems of a seed and step."""
     batch = arithmetic.arithmetic_batch(0, 7, batch=1, length=64)
     assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == FIRST_PROBLEM
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
@@ -182,157 +173,37 @@ def test_unknown_score():
         arithmetic.arithmetic_batch(0, 0, 1, 64, score="completions")
 
 
-# Token files
-
-
-def test_stream_is_cut_and_the_rest_is_told(tmp_path, caplog):
-    path = write(tmp_path / "x.npy", tokens=np.arange(23, dtype=np.uint16))
-    sequences = open_tokens(path, 5)
-    assert "4 sequences of 5 tokens; the last 3 are left out" in caplog.text
-    assert len(sequences) == 4 and sequences.dropped == 3
-    np.testing.assert_array_equal(sequences[2].tokens, [10, 11, 12, 13, 14])
-    np.testing.assert_array_equal(sequences[2].targets, [11, 12, 13, 14, 0])
-    np.testing.assert_array_equal(sequences[2].loss_mask, [1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(sequences[2].segments, np.ones(5))
-
-
-def test_npy_is_mapped_not_loaded(tmp_path):
-    sequences = open_tokens(write(tmp_path / "x.npy", tokens=np.arange(20)), 5)
-    assert not sequences.tokens.flags.owndata and not sequences.tokens.flags.writeable
-    assert isinstance(sequences.tokens, np.memmap)
-
-
-def test_segments_bound_targets_and_mask(tmp_path):
-    path = write(tmp_path / "x.npz", tokens=[[3, 4, 5, 6, 7, 8]], segments=[[1, 1, 2, 2, 2, 0]])
-    row = open_tokens(path)[0]
-    np.testing.assert_array_equal(row.targets, [4, 0, 6, 7, 0, 0])
-    np.testing.assert_array_equal(row.loss_mask, [1, 0, 1, 1, 0, 0])
-    masked = write(tmp_path / "y.npz", tokens=[[3, 4, 5, 6]], loss_mask=np.array([[False, True, True, False]]))
-    np.testing.assert_array_equal(open_tokens(masked)[0].loss_mask, [0, 1, 1, 0])
-    assert token_errors(path, 6, 64) == token_errors(masked, 4, 64) == []
-
-
-GOOD = np.arange(12).reshape(3, 4)
-FORM = {
-    "no such file": ("a.npy", None),
-    'expected a .npy or .npz file, found ".txt"': ("a.txt", b"1 2 3"),
-    "cannot be read as .npy": ("a.npy", b"not an array"),
-    "cannot be read as .npz": ("a.npz", b"PK not an archive"),
-    'expected an array "tokens", found ids': ("a.npz", {"ids": GOOD}),
-    "unknown arrays mask; expected tokens, segments, loss_mask": ("a.npz", {"tokens": GOOD, "mask": GOOD}),
-    "tokens: expected integers, found float64": ("a.npy", {"tokens": GOOD * 1.0}),
-    "segments: expected the tokens' shape [3, 4], found [3, 3]": ("a.npz", {"tokens": GOOD, "segments": GOOD[:, 1:]}),
-    "tokens: expected [sequences, length], found shape [12]": ("a.npz", {"tokens": GOOD.ravel()}),
-    "tokens: expected [tokens] or [sequences, length], found shape [1, 3, 4]": ("a.npy", {"tokens": GOOD[None]}),
-    "expected at least one sequence of 4 tokens, found a stream of 3": ("a.npy", {"tokens": np.arange(3)}),
-    "expected at least one sequence, found shape [0, 4]": ("a.npy", {"tokens": GOOD[:0]}),
-    "expected sequences of 4 tokens, found 2; set the length to 2": ("a.npy", {"tokens": GOOD[:, :2]}),
-}
-
-
-@pytest.mark.parametrize("message", FORM)
-def test_files_of_another_form(tmp_path, message):
-    name, content = FORM[message]
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        write(path, **content)
-    with pytest.raises(ValueError) as error:
-        open_tokens(path, 4)
-    assert message in str(error.value) and str(path) in str(error.value)
-    assert token_errors(path, 4, 64) == str(error.value).split("\n")
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_damaged_archive_is_told_as_such(tmp_path, save):
-    path = tmp_path / "x.npz"
-    save(path, tokens=np.arange(4000).reshape(40, 100) % 97, segments=np.ones((40, 100), np.int32))
-    whole = path.read_bytes()
-    overwritten = whole[:200] + bytes(60) + whole[260:]
-    for content in (whole[: len(whole) // 2], whole[:-1], whole[:3], b"", overwritten):
-        path.write_bytes(content)
-        (message,) = token_errors(path, 100, 97)
-        assert message.startswith(f"{path}: cannot be read as .npz: ")
-
-
-def test_stream_without_a_length(tmp_path):
-    with pytest.raises(ValueError, match="give the length of a sequence"):
-        open_tokens(write(tmp_path / "x.npy", tokens=np.arange(8)))
-
-
-def test_all_problems_of_a_form_come_at_once(tmp_path):
-    path = write(tmp_path / "x.npz", tokens=GOOD * 1.0, segments=GOOD[:2], loss_mask=GOOD * 1.0, more=GOOD)
-    found = "\n".join(token_errors(path, 5, 64))
-    for part in (
-        "unknown arrays more",
-        "tokens: expected int",
-        "segments: expected the",
-        "loss_mask: expected int",
-        "of 5",
-    ):
-        assert part in found
-
-
-VALUES = {
-    "token ids run from 0 to 11, but the model's vocabulary from 0 to 10": {},
-    "token ids run from -1 to 10": {"tokens": GOOD - 1},
-    "segments: expected ids of 0 (padding) or more": {"segments": np.where(GOOD == 6, -1, 1)},
-    "segments: expected ids below 2³¹, found a larger one": {"segments": np.where(GOOD > 5, 2**31, 1)},
-    "a document's tokens must stand together": {"segments": [[1, 1, 1, 1], [1, 2, 1, 1], [0, 0, 0, 0]]},
-    "loss_mask: expected 0 and 1": {"loss_mask": np.where(GOOD == 5, 2, 0)},
-    "loss_mask: padding (segment 0) is scored": {"segments": np.where(GOOD == 6, 0, 1), "loss_mask": GOOD == 6},
-    "loss_mask: the last token of a document is scored": {"loss_mask": GOOD == 7},
-}
-
-
-@pytest.mark.parametrize("message", VALUES)
-def test_values_that_cannot_be(tmp_path, message):
-    path = write(tmp_path / "x.npz", **{"tokens": GOOD, **VALUES[message]})
-    found = token_errors(path, 4, 11)
-    matching = [text for text in found if message in text]
-    assert len(matching) == 1 and path in matching[0]
-    if message.startswith(("segments", "loss_mask", "a document")):
-        assert matching[0].endswith("first in sequence 1")
-
-
-def test_good_values_are_not_complained_about(tmp_path):
-    segments = [[1, 1, 2, 2], [0, 7, 7, 0], [5, 5, 3, 0]]
-    path = write(
-        tmp_path / "x.npz", tokens=GOOD, segments=segments, loss_mask=[[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
-    )
-    assert token_errors(path, 4, 12) == []
-
-
 # Configurations
 
 CONFIGS = {
     "data.batch: expected at least 1 sequence, found 0": DataConfig(batch=0),
     "data.length: expected at least 2 tokens, found 1": DataConfig(length=1),
-    "data.length: 1024 tokens exceed the model's max_positions, 512": DataConfig(length=1024),
-    'unknown "arithmetics", expected one of arithmetic, tokens, records; did you mean "arithmetic"?': DataConfig(
+    "data.length: expected at most the model's max_positions, 512, found 1024": DataConfig(length=1024),
+    'expected one of arithmetic, tokens, records, found "arithmetics"; did you mean "arithmetic"?': DataConfig(
         "arithmetics"
     ),
-    'data.path: source "arithmetic" reads no file; drop x.npy': DataConfig(path="a/x.npy"),
-    'data.score: unknown "al", expected one of completion, all; did you mean "all"?': DataConfig(score="al"),
+    'data.path: expected none for source "arithmetic", found a/x.npy; drop it': DataConfig(path="a/x.npy"),
+    'data.score: expected one of completion, all, found "al"; did you mean "all"?': DataConfig(score="al"),
     "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
-    "data.high: a problem of 5 definitions takes 70 tokens, but data.length is 69": DataConfig(length=69),
-    'data.path: source "tokens" needs a .npy or .npz file; none is given': DataConfig("tokens"),
+    "data.high: expected a problem within data.length, 69 tokens, found 70 tokens for 5": DataConfig(length=69),
+    'data.path: expected a .npy or .npz file for source "tokens", found none': DataConfig("tokens"),
     "data.path: nowhere.npy: no such file": DataConfig("tokens", "nowhere.npy"),
 }
 
 
 @pytest.mark.parametrize("message", CONFIGS)
-def test_config_problems(message):
+def test_config_errors(message):
     assert any(message in text for text in data_errors(CONFIGS[message], NANO))
 
 
-def test_config_problems_come_at_once():
+def test_all_config_errors_are_listed():
     found = data_errors(DataConfig(length=1, batch=0, low=0, score="x", path="y.npy"), ModelConfig(vocab=40))
-    assert len(found) == 6 and any("arithmetic uses 52 token ids, but the model has 40" in text for text in found)
+    assert len(found) == 6 and any(
+        "expected at least the 52 token ids of arithmetic, found 40" in text for text in found
+    )
 
 
-def test_good_configs_have_no_problems(data):
+def test_good_configs_have_no_errors(data):
     assert data_errors(data, NANO) == []
 
 
@@ -353,38 +224,75 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
     np.save(other, np.arange(24, 36).reshape(3, 4))
     config = run_config(train, sequences=3, path=other)
     assert run_errors(config, NANO) == []
-    (batch,) = batches(evaluation_data(config), config.evaluation.seed, 0, 1)
+    batch = evaluation_batch(config)
+    assert dataset_size(config.data) == 6 and dataset_size(DataConfig()) is None
     assert sorted(batch.tokens.ravel()) == list(range(24, 36))
 
     np.save(tmp_path / "longer.npy", np.zeros((3, 5), np.int32))
     for evaluation, message in (
-        ({"sequences": 3}, 'source "tokens" needs sequences kept from training; none are given'),
-        ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "is data.path: expected sequences kept from training"),
-        ({"sequences": 4, "path": other}, "evaluation.sequences: expected at most 3"),
+        ({"sequences": 3}, 'expected sequences kept from training for source "tokens", found none'),
+        ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "expected sequences kept from training, found data.path"),
+        ({"sequences": 4, "path": other}, "evaluation.sequences: expected at most the 3 sequences"),
         ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: no such file"),
         ({"sequences": 3, "path": f"{tmp_path}/longer.npy"}, "expected sequences of 4 tokens, found 5"),
-        ({"path": other}, "goes unused, evaluation.sequences is 0"),
+        ({"path": other}, "drop it, or set evaluation.sequences above 0"),
     ):
         (found,) = run_errors(run_config(train, **evaluation), NANO)
         assert message in found and found.startswith("evaluation.")
 
 
 @pytest.mark.parametrize("gate", ["elementwise", "last"])
-def test_a_melt_is_no_teacher_and_is_told_with_everything_else(gate):
+def test_melt_is_no_teacher(gate):
     config = nano.get_config()
     config.data.length = 20
     melt = dataclasses.replace(NANO, gate=gate)
     teacher, data = run_errors(freeze(config), melt)
     assert teacher == (
-        f"teacher: melt_jax/assets/ouro_nano is a MELT (gate {gate}); expected a LoopLM, such as melt_jax.convert"
-        " --gate=none writes"
+        f"teacher: expected a LoopLM, such as melt_jax.convert --gate=none writes, found a MELT (gate {gate}) in"
+        " melt_jax/assets/ouro_nano"
     )
     assert data.startswith("data.high")
 
 
-def test_made_problems_need_no_file_to_evaluate_on():
+def test_arithmetic_evaluation_needs_no_file():
     config = nano.get_config()
     assert run_errors(freeze(config), NANO) == []
     config.evaluation.path = "x.npy"
     (found,) = run_errors(freeze(config), NANO)
-    assert found == 'evaluation.path: "x.npy" goes unused, source "arithmetic" reads no file; drop it'
+    assert found == 'evaluation.path: expected none, found "x.npy"; drop it: source "arithmetic" reads no file'
+
+
+@pytest.mark.parametrize("score", ["completion", "all"])
+def test_evaluation_sequences_are_no_training_sequences(score):
+    """With equal seeds too: no step trains on the arithmetic stream of the evaluation."""
+    config = dataclasses.replace(
+        freeze(nano.get_config()), data=DataConfig(length=64, batch=4, low=3, high=4, score=score)
+    )
+    evaluation = dataclasses.replace(config.evaluation, seed=5, sequences=4)
+    config = dataclasses.replace(config, seed=5, evaluation=evaluation)
+    batch = evaluation_batch(config)
+    assert_same(batch, evaluation_batch(dataclasses.replace(config, seed=6)))
+    rows = {row.tobytes() for training in batches(config.data, 5, 0, 20) for row in training.tokens}
+    assert batch.tokens.shape == (4, 64) and not rows & {row.tobytes() for row in batch.tokens}
+    some = np.array([0, 3])
+    assert_same(type(batch)(*(field[some] for field in batch)), evaluation_batch(config, some))
+
+
+def test_arithmetic_needs_its_own_tokenizer(tmp_path):
+    """Training and evaluation on arithmetic are refused for a checkpoint with another tokenizer."""
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(
+            {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+        )
+    )
+    config = freeze(nano.get_config())
+    assert run_errors(config, NANO, "melt_jax/assets/ouro_nano") == []
+    (message,) = run_errors(config, NANO, tmp_path)
+    assert message.startswith(f"data.source: {tmp_path}: expected the tokenizer of the arithmetic task")
+    train = str(tmp_path / "train.npy")
+    np.save(train, np.arange(24).reshape(6, 4))
+    for evaluation in ({"problems": 3}, {"sample": True}):
+        assert run_errors(run_config(train, **evaluation), NANO) == []
+        (message,) = run_errors(run_config(train, **evaluation), NANO, tmp_path)
+        assert message.startswith(f"evaluation.problems or sample: {tmp_path}: expected the tokenizer")
+    assert run_errors(run_config(train), NANO, tmp_path) == []

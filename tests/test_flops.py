@@ -1,4 +1,4 @@
-"""Necessary FLOPs against sums over weights and against what compiled programs do; the table of chips."""
+"""Necessary FLOPs against sums over weights and against compiled programs; the table of chips."""
 
 import dataclasses
 import functools
@@ -18,15 +18,15 @@ from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import abstract_model, module_leaves
 from melt_jax.training.objectives import distillation_loss, distillation_sums, normalize, scored_tokens
 from tests.helpers.tiny import TINY as TINY_BLOCKS
-from tests.test_hlo import topology_devices
+from tests.helpers.topology import topology_devices
 
 OURO = ModelConfig()
 MELT = dataclasses.replace(OURO, gate="elementwise")
-TINY = dataclasses.replace(TINY_BLOCKS, attention_block=512)  # one block: no loop with trips unknown to the text
+TINY = dataclasses.replace(TINY_BLOCKS, attention_block=512)  # one block: the text has all trip counts
 
 
 def weight_flops(config, loops=None):
-    """2 FLOPs for each number of a layer's matrices in each loop, and of the head's: all but attention."""
+    """2 FLOPs for each element of a layer's matrices in each loop, and of the head's: all but attention."""
     leaves = module_leaves(abstract_model(config))
     layers = sum(leaf.size for path, leaf in leaves if path.startswith("layers.") and leaf.ndim > 2)
     gates = sum(leaf.size for path, leaf in leaves if path.endswith((".w_z", ".u_z")))
@@ -36,17 +36,18 @@ def weight_flops(config, loops=None):
 
 @pytest.mark.parametrize("config", [OURO, MELT, TINY, dataclasses.replace(TINY, first_loop="gated", tied=True)])
 @pytest.mark.parametrize("logits", [None, 1])
-def test_a_token_multiplies_every_matrix_once_a_loop(config, logits):
-    flops = forward_flops(config, rows=0, logits=logits)
+def test_a_token_multiplies_each_matrix_once_per_loop(config, logits):
+    flops = forward_flops(config, entries=0, logits=logits)
     assert flops.total == weight_flops(config, logits) and flops.attention == 0
     width = config.heads * config.head_width
-    more = forward_flops(config, rows=10, logits=logits).total - flops.total
+    more = forward_flops(config, entries=10, logits=logits).total - flops.total
     assert more == config.loops * config.layers * 2 * 2 * width * 10
 
 
-def test_the_transition_projects_rows_twice_and_variants_without_weights_have_no_gate():
-    rows = 2 * 2 * OURO.width * OURO.kv_heads * OURO.head_width * OURO.loops * OURO.layers
-    assert forward_flops(MELT, 1, transition=True).total - forward_flops(MELT, 1).total == rows
+def test_flops_of_the_transition_and_of_gate_variants():
+    """The transition projects KV entries of h and of u; gate variants without weights take no FLOPs."""
+    projections = 2 * 2 * OURO.width * OURO.kv_heads * OURO.head_width * OURO.loops * OURO.layers
+    assert forward_flops(MELT, 1, transition=True).total - forward_flops(MELT, 1).total == projections
     assert forward_flops(MELT, 1).gate == 3 * OURO.layers * 4 * OURO.width**2
     assert forward_flops(dataclasses.replace(OURO, gate="scalar"), 1).gate == 3 * OURO.layers * 4 * OURO.width
     assert forward_flops(dataclasses.replace(OURO, gate="mean"), 1) == forward_flops(OURO, 1)
@@ -54,10 +55,11 @@ def test_the_transition_projects_rows_twice_and_variants_without_weights_have_no
         forward_flops(OURO, 1, transition=True)
 
 
-def test_a_step_is_a_teacher_and_three_or_four_students():
-    tokens, rows = 32 * 10_000, causal_entries(10_000)
-    assert rows == sum(range(1, 10_001)) / 10_000 and causal_entries(1, earlier=99) == 100
-    teacher, student = forward_flops(OURO, rows).total, forward_flops(MELT, rows).total
+def test_a_step_counts_teacher_and_student_passes():
+    """One pass of the teacher, and three of the student; four if chunks are recomputed."""
+    tokens, entries = 32 * 10_000, causal_entries(10_000)
+    assert entries == sum(range(1, 10_001)) / 10_000 and causal_entries(1, earlier=99) == 100
+    teacher, student = forward_flops(OURO, entries).total, forward_flops(MELT, entries).total
     step = step_flops(MELT, "alignment", 32, 10_000, chunk_size=500)
     assert step.total == tokens * (teacher + 4 * student)
     assert step.mfu_flops == tokens * (teacher + 3 * student)
@@ -71,8 +73,8 @@ def test_a_step_is_a_teacher_and_three_or_four_students():
 
 @pytest.mark.parametrize("gate", ["none", "elementwise"])
 @pytest.mark.parametrize("first_loop", ["copy", "gated"])
-def test_a_compiled_chunk_does_what_is_needed_and_what_it_masks(gate, first_loop):
-    """Every query meets all slots and all of the chunk, and the gate runs in loop 1 whether or not it is used."""
+def test_flops_of_a_compiled_chunk(gate, first_loop):
+    """The formula's, with every slot and the whole chunk as entries, and the gate run in loop 1 even if unused."""
     config = dataclasses.replace(TINY, gate=gate, first_loop=first_loop)
     batch, chunk, slots = 2, 8, 24
 
@@ -82,7 +84,7 @@ def test_a_compiled_chunk_does_what_is_needed_and_what_it_masks(gate, first_loop
 
     tokens = jax.ShapeDtypeStruct((batch, chunk), "int32")
     program = analyse(jax.jit(chunk_logits).lower(abstract_model(config), tokens).compile().as_text())
-    needed = forward_flops(dataclasses.replace(config, first_loop="gated"), rows=slots + chunk)
+    needed = forward_flops(dataclasses.replace(config, first_loop="gated"), entries=slots + chunk)
     assert program.flops == batch * chunk * needed.total
     assert set(program.flops_by_precision()) == {"f32 highest"}
     scopes = program.flops_by_scope(("gate", "attention", "mlp"))
@@ -91,7 +93,7 @@ def test_a_compiled_chunk_does_what_is_needed_and_what_it_masks(gate, first_loop
 
 @functools.cache
 def alignment_program(length, chunk):
-    """What the compiled gradient of the alignment's loss does for one sequence."""
+    """Returns the student's config and the compiled gradient of the alignment's loss of one sequence."""
     student = dataclasses.replace(TINY, first_loop="gated")
 
     def loss(student, teacher, batch):
@@ -104,19 +106,22 @@ def alignment_program(length, chunk):
     return student, analyse(text)
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_a_compiled_step_does_the_necessary_and_known_extras(chunks):
-    """The extras. KV that a query does not see are computed and masked: those of the chunk, and of all slots (a
-    student's sequence in one chunk has none, its teacher's always has). The backward pass computes both models' logits
-    again, so that one loop's exist at a time; in several chunks that replaces the student's from the recomputation.
-    And attention's backward pass computes the scores again, half of its forward pass."""
+@pytest.mark.parametrize("chunks", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_flops_of_a_compiled_step(chunks):
+    """The formula's and three known extras.
+
+    Scores of unseen KV entries are computed and masked: those of the chunk and of all slots. A student whose sequence
+    is one chunk has no slots; its teacher always has. The backward pass recomputes both models' logits, so that one
+    loop's exist at a time; with several chunks this replaces the student's in the recomputation. The backward pass of
+    attention recomputes the scores, which is half of its forward pass.
+    """
     chunk = 8
     length = chunk * chunks
     student, program = alignment_program(length, chunk)
     teacher = dataclasses.replace(student, gate="none")
     step = step_flops(student, "alignment", 1, length, chunk)
-    attention = lambda config, rows: length * (forward_flops(config, rows).attention)
-    unseen = lambda config, rows: attention(config, rows) - attention(config, causal_entries(length))
+    attention = lambda config, entries: length * (forward_flops(config, entries).attention)
+    unseen = lambda config, entries: attention(config, entries) - attention(config, causal_entries(length))
     masked = unseen(teacher, length + chunk)
     masked += 3 * unseen(student, length) if chunks == 1 else 4 * unseen(student, length + chunk)
     logits = length * forward_flops(teacher, 1).head * (2 if chunks == 1 else 1)
@@ -139,16 +144,17 @@ def test_a_compiled_step_does_the_necessary_and_known_extras(chunks):
         ("NVIDIA H100 80GB HBM3", "H100", 989e12),
     ],
 )
-def test_a_device_finds_its_chip(kind, name, flops):
+def test_chips_of_device_kinds(kind, name, flops):
     chip = find_chip(kind)
     assert chip.name == name and chip.device_flops == flops
 
 
-def test_chips_are_told_apart_and_a_cpu_is_none():
+def test_chips_have_distinct_kinds():
+    """A CPU has no chip."""
     kinds = [kind for chip in CHIPS for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))
     assert find_chip(jax.devices("cpu")[0].device_kind) is None
-    for chip in CHIPS:  # a figure in the wrong unit would put the ridge of the roofline elsewhere
+    for chip in CHIPS:  # a figure in the wrong unit would move the ridge of the roofline
         assert 100 < chip.flops / chip.memory_bandwidth < 600
         assert math.isclose(chip.device_memory * chip.devices, chip.memory)
 
@@ -157,5 +163,5 @@ def test_chips_are_told_apart_and_a_cpu_is_none():
     ("topology", "name"),
     [("v4:2x2x1", "v4"), ("v5e:2x2", "v5e"), ("v5p:2x2x1", "v5p"), ("v6e:2x2", "v6e"), ("tpu7x:2x2x1", "tpu7x")],
 )
-def test_described_devices_find_their_chips(topology, name):
+def test_described_devices_have_chips(topology, name):
     assert find_chip(topology_devices(topology)[0].device_kind).name == name

@@ -1,11 +1,10 @@
-"""FLOPs and collectives read from compiled programs, against numbers worked out by hand from the shapes.
+"""FLOPs and collectives of compiled programs, against numbers computed by hand from the shapes.
 
-Programs are compiled for the CPU and, where libtpu is installed, for TPU topologies, which needs no TPU. Those of
-several CPU devices are compiled by a process of its own: `python tests/test_hlo.py FOLDER` writes their texts.
+Programs are compiled for the CPU and for TPU topologies, which needs libtpu but no TPU. Programs for several CPU
+devices are compiled in a process of their own: `python tests/test_hlo.py FOLDER` writes their texts.
 """
 
 import functools
-import importlib.util
 import math
 import os
 import pathlib
@@ -18,20 +17,13 @@ import pytest
 from jax import lax
 
 from melt_jax.analysis.hlo import analyse
+from tests.helpers.topology import topology_devices
+
+# With a compilation cache, JAX tries and fails to load programs for devices that are only described.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry:UserWarning")
 
 LAYERS = 6
 SIZES = {"tokens": 64, "width": 128, "hidden": 256}
-
-
-@functools.cache
-def topology_devices(name):
-    """The devices of a TPU topology; the test is skipped where they cannot be described."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: nothing can be compiled for a TPU")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # read when libtpu is loaded
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 @pytest.fixture(params=["cpu", "v5e:2x2"])
@@ -40,7 +32,7 @@ def device(request):
 
 
 def compiled(function, device, *arrays):
-    """The text of a function of arrays given as (dtype, *shape)."""
+    """Returns the compiled text of a function of arrays (dtype, *shape)."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     structs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype, *shape in arrays]
     return jax.jit(function).lower(*structs).compile().as_text()
@@ -50,7 +42,7 @@ def compiled(function, device, *arrays):
 
 EINSUMS = (
     "bckge,bske->bkgcs",  # scores
-    "bkgcs,bske->bckge",  # mixed values
+    "bkgcs,bske->bckge",  # weighted values
     "bcd,dkge->bckge",
     "bckge,kged->bcd",
     "tbcd,dv->tbcv",
@@ -63,7 +55,8 @@ LETTERS = dict(zip("abcdegijkstv", (2, 3, 16, 24, 32, 2, 8, 12, 4, 40, 3, 48)))
 
 @pytest.mark.parametrize("equation", EINSUMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_an_einsum_takes_two_flops_for_every_combination_of_its_letters(equation, dtype, device):
+def test_flops_of_an_einsum(equation, dtype, device):
+    """Two for every combination of its letters."""
     left, right = equation.split("->")[0].split(",")
     shapes = [[LETTERS[letter] for letter in letters] for letters in (left, right)]
     product = functools.partial(jnp.einsum, equation, precision="highest")
@@ -75,7 +68,7 @@ def test_an_einsum_takes_two_flops_for_every_combination_of_its_letters(equation
 
 
 def nested(x, w, trips):
-    """3 times (5 times `inner`, then one product more), `trips` times over."""
+    """Runs `inner` 5 times and then one product more; 3 times that, `trips` times over."""
 
     def inner(x, _):
         with jax.named_scope("inner"):
@@ -88,7 +81,8 @@ def nested(x, w, trips):
         return lax.fori_loop(0, trips, lambda _, x: lax.scan(outer, x, None, length=3)[0], x)
 
 
-def test_loops_multiply_and_a_traced_bound_is_asked_for(device):
+def test_nested_loops_multiply(device):
+    """The trips of a loop with a traced bound come from the caller; without them its body counts once."""
     text = compiled(nested, device, ("bfloat16", 64, 128), ("bfloat16", 128, 128), ("int32",))
     once = 3 * (5 + 1) * 2 * 64 * 128 * 128
     unknown = analyse(text)
@@ -104,7 +98,7 @@ def test_loops_multiply_and_a_traced_bound_is_asked_for(device):
         analyse(text, {"dynamic": -1})
 
 
-def test_bounds_and_steps_of_all_kinds(device):
+def test_trip_counts_of_all_kinds_of_loops(device):
     def several(x, w):
         product = lambda x: jnp.tanh(x @ w)
         down = lambda state: (state[0] - 2, product(state[1]))
@@ -127,7 +121,7 @@ def test_the_larger_branch_counts(device):
     assert analyse(text).flops == 2 * 2 * 16 * 128 * 128
 
 
-def test_a_backward_pass_is_twice_its_forward_pass_in_every_scope(device):
+def test_a_backward_pass_doubles_its_forward_pass(device):
     def loss(ws, x):
         def layer(x, w):
             with jax.named_scope("mlp"):
@@ -156,10 +150,10 @@ def test_a_kernel_is_listed_by_name():
     assert "tpu_custom_call double, 7 times" in program.summary()
 
 
-def test_what_moves_data_alone_is_no_unknown_call():
-    """A TPU's compiler says by a custom call that it packed the indices of a gather."""
-    rows = lambda x, index: jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
-    text = compiled(rows, topology_devices("v5e:2x2")[0], ("bfloat16", 4, 128, 256), ("int32", 4))
+def test_markers_are_no_unknown_calls():
+    """The TPU's compiler marks the packed indices of a gather with a custom call."""
+    pick = lambda x, index: jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+    text = compiled(pick, topology_devices("v5e:2x2")[0], ("bfloat16", 4, 128, 256), ("int32", 4))
     assert "GatherScatterIndicesBitpacked" in text and analyse(text).custom_calls == {}
 
 
@@ -167,7 +161,7 @@ def test_what_moves_data_alone_is_no_unknown_call():
 
 
 def every_collective(mesh):
-    """A scan of one collective of each kind over shards of 128 × 256 float32, and two in one."""
+    """A scan of one collective of each kind over shards of 128 × 256 float32, with two all-reduces in one."""
     data, model = mesh.axis_sizes
 
     def shard(x):
@@ -195,7 +189,7 @@ def every_collective(mesh):
 
 
 def gathered_weights(mesh, tokens=SIZES["tokens"], width=SIZES["width"], hidden=SIZES["hidden"]):
-    """A scan over feed-forward layers, their weights sharded over both axes and gathered over `data` one by one."""
+    """A scan over feed-forward layers whose weights are split over both axes and gathered over `data` one by one."""
     data, model = mesh.axis_sizes
 
     def function(x, ups, downs):
@@ -206,7 +200,7 @@ def gathered_weights(mesh, tokens=SIZES["tokens"], width=SIZES["width"], hidden=
 
         return lax.scan(layer, x, (ups, downs))[0]
 
-    product = functools.partial(jnp.einsum, precision="highest")  # else a TPU gathers bfloat16
+    product = functools.partial(jnp.einsum, precision="highest")  # otherwise a TPU gathers bfloat16
 
     arguments = [
         ((tokens, width), jax.P("data")),
@@ -221,7 +215,7 @@ def gathered_weights(mesh, tokens=SIZES["tokens"], width=SIZES["width"], hidden=
 
 
 def sharded_text(make, devices, shape, dtype="float32"):
-    """(the text of a program on a mesh, its FLOPs a device, {(kind, group): bytes})."""
+    """Returns (the text of a program on a mesh, its FLOPs per device, {(kind, group): bytes})."""
     mesh = jax.make_mesh(shape, ("data", "model"), devices=devices)
     function, arguments, flops, expected = make(mesh)
     with jax.set_mesh(mesh):
@@ -268,8 +262,8 @@ def test_collectives_of_a_scan(make, target, cpu_texts):
         assert permute.sent_bytes == permute.bytes
 
 
-def test_a_collective_that_runs_beside_products_counts_once():
-    """Large ones are begun, carried on and ended by three fusions on a TPU, each with a copy of the collective."""
+def test_an_overlapped_collective_counts_once():
+    """A TPU starts, continues and ends large ones in three fusions, each with a copy of the collective."""
     make = functools.partial(gathered_weights, tokens=4096, width=2048, hidden=8192)
     text, flops, expected = sharded_text(make, topology_devices("v5e:4x4"), (4, 4), "bfloat16")
     assert "AsyncCollectiveStart" in text and "%async_collective_fusion" in text
@@ -277,7 +271,7 @@ def test_a_collective_that_runs_beside_products_counts_once():
 
 
 def test_a_gradient_is_reduced_and_scattered():
-    """On a TPU that is a fusion of an all-reduce and a slice; the CPU's compiler reduces without scattering."""
+    """On a TPU this is a fusion of an all-reduce and a slice; the CPU's compiler does not scatter."""
 
     def make(mesh):
         function, arguments, flops, expected = gathered_weights(mesh)

@@ -1,19 +1,27 @@
-"""The text of compiled programs, written by hand: shapes, groups, convolutions, trip counts."""
+"""Parsing of program text written by hand: shapes, groups, convolutions, trip counts."""
 
 import numpy as np
 import pytest
 
 from melt_jax.analysis.hlo import analyse
 from melt_jax.analysis.hlo_loops import count_trips
-from melt_jax.analysis.hlo_text import Instruction, arrays, convolution_flops, group_size, tuple_elements
+from melt_jax.analysis.hlo_text import (
+    Instruction,
+    arrays,
+    convolution_flops,
+    group_size,
+    replica_groups,
+    tuple_elements,
+)
 
 
-def brute_meetings(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate):
+def brute_force_multiplications(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate):
     places = {i * lhs_dilate for i in range(numbers)}
     return sum(o * stride + k * rhs_dilate - pad in places for o in range(outputs) for k in range(window))
 
 
-def test_a_convolution_counts_what_meets_a_number():
+def test_a_convolution_counts_elements_only():
+    """Padding and the holes of a dilation take no FLOPs."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         numbers, window, outputs, stride, lhs_dilate, rhs_dilate = (int(n) for n in rng.integers(1, 7, 6))
@@ -21,9 +29,9 @@ def test_a_convolution_counts_what_meets_a_number():
         line = f"window={{size={window} stride={stride} pad={pad}_{pad} "
         line += f"lhs_dilate={lhs_dilate} rhs_dilate={rhs_dilate}}}, dim_labels=b0f_0io->b0f"
         instruction = Instruction("c", f"f32[5,{outputs},11]{{2,1,0}}", "convolution", "%a, %b", f", {line}")
-        meetings = brute_meetings(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate)
+        multiplications = brute_force_multiplications(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate)
         flops = convolution_flops(instruction, ("f32", (5, numbers, 7)), ("f32", (window, 7, 11)))
-        assert flops == 2 * 5 * 7 * 11 * meetings, line
+        assert flops == 2 * 5 * 7 * 11 * multiplications, line
 
 
 LIMITS_IN_THE_STATE = """HloModule by_hand, is_scheduled=true, replica_count=1, num_partitions=2
@@ -86,8 +94,8 @@ ENTRY %main (x: f32[4,4]) -> (s32[], s32[], /*a comment*/f32[4,4]) {
 """
 
 
-def test_a_limit_may_come_from_the_state_of_a_loop_around():
-    """The inner loop counts 0, 3, 6, 9 up to a 10 that the outer loop carries, through the inner one, unchanged."""
+def test_a_limit_in_the_outer_loops_state():
+    """The inner loop counts 0, 3, 6, 9; its limit 10 is an element of the state that both loops leave unchanged."""
     program = analyse(LIMITS_IN_THE_STATE)
     assert [loop.trips for loop in program.loops] == [2, 4]
     assert program.flops == 2 * 4 * 2 * 4**3
@@ -110,8 +118,31 @@ def test_a_limit_may_come_from_the_state_of_a_loop_around():
         ("source_target_pairs={{2,4},{0,2},{1,3}}, metadata={op_name={{7,8}}}", 3),
     ],
 )
-def test_the_size_of_a_group(attributes, size):
+def test_group_sizes(attributes, size):
     assert group_size(Instruction("c", "f32[]", "all-reduce", "", f", {attributes}"), 16) == size
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, dimensions={0}", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
+        ("replica_groups=[1,4]<=[4]", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, dimensions={0}", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+        ("dimensions={0}", [[0, 1, 2, 3]]),
+        ("replica_groups=another_format", None),
+        ("source_target_pairs={{0,1},{1,0}}", None),
+    ],
+)
+def test_devices_of_groups(attributes, groups):
+    expected = groups and frozenset(map(frozenset, groups))
+    assert replica_groups(Instruction("c", "f32[]", "all-gather", "", f", {attributes}"), 4) == expected
 
 
 def test_shapes_as_a_tpu_prints_them():
@@ -131,7 +162,7 @@ def test_shapes_as_a_tpu_prints_them():
         (0, 3, "NE", 9, 3), (0, 2, "NE", 9, None), (5, 1, "LT", 5, 0), (0, 0, "LT", 5, None), (0, 1, "EQ", 5, None),
     ],
 )  # fmt: skip
-def test_trips(start, step, direction, limit, trips):
+def test_trip_counts(start, step, direction, limit, trips):
     assert count_trips(start, step, direction, limit) == trips
 
 

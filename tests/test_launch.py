@@ -1,4 +1,4 @@
-"""The launch scripts: what they run, on which status they start it again, with stand-ins for what they drive."""
+"""The launch scripts: the commands they run and the statuses on which they restart, with stand-ins for programs."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ import sys
 import pytest
 import yaml
 
-from launch import compile_table
+from melt_jax.checkpoints.orbax import open_model, weights_digest
 from melt_jax.config import freeze
 from melt_jax.training.preemption import PREEMPTED, STALLED
 
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(tmp_path, command, **programs):
-    """Runs a script with stand-ins first on the PATH; returns (status, output, calls of the stand-ins)."""
+    """Runs a script with stand-ins first on the PATH; returns its status, its output and the stand-ins' calls."""
     for name, text in programs.items():
         path = tmp_path / name
         path.write_text(f'#!/bin/bash\necho "{name} $*" >>{tmp_path}/calls\n{text}')
@@ -34,15 +34,15 @@ def run(tmp_path, command, **programs):
 
 
 @pytest.mark.parametrize("status, again", [(0, False), (1, False), (PREEMPTED, True), (STALLED, True), (134, True)])
-def test_slurm_requeues(tmp_path, status, again):
+def test_slurm_requeues_on_restart_statuses(tmp_path, status, again):
     command = ["bash", "launch/slurm.sbatch", "--workdir=a b"]
     left, output, calls = run(tmp_path, command, srun=f"exit {status}", scontrol="exit 0")
     assert f"status {status}: " in output and left == (0 if again else status)
     assert ("scontrol requeue 7" in calls) == again
 
 
-def test_queued_resource_is_asked_for_again_when_it_is_taken(tmp_path):
-    """States and statuses one after the other: taken while training, stalled once, then to the end."""
+def test_preempted_queued_resource_is_requested_again(tmp_path):
+    """The machines are preempted while training, then the run stalls once, then it ends."""
     (tmp_path / "states").write_text("\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDED\nSUSPENDED\nACTIVE\nACTIVE\nACTIVE\n")
     (tmp_path / "statuses").write_text("0\n75\n0\n76\n0\n0\n")
     take = "head -1 {0}/{1}; sed -i 1d {0}/{1}"
@@ -52,7 +52,7 @@ def test_queued_resource_is_asked_for_again_when_it_is_taken(tmp_path):
     esac"""
     command = ["launch/tpu_queued_resource.sh", "melt-1", "--workdir=a b"]
     left, output, calls = run(tmp_path, command, gcloud=gcloud, git="")
-    assert left == 0 and "the run has ended" in output
+    assert left == 0 and "the run is complete" in output
     verbs = [line.split()[4] for line in calls.splitlines() if line.startswith("gcloud compute tpus queued-resources")]
     start = ["scp", "ssh", "ssh"]
     taken, stalled = ["list"] * 2 + ["delete"], ["list"]
@@ -64,7 +64,7 @@ def test_queued_resource_is_asked_for_again_when_it_is_taken(tmp_path):
 def test_queued_resource_stops_on_an_error(tmp_path):
     gcloud = "case $4 in list) echo ACTIVE ;; ssh) exit 1 ;; esac"
     left, output, _ = run(tmp_path, ["launch/tpu_queued_resource.sh", "melt-1"], gcloud=gcloud, git="")
-    assert left == 1 and "left with status 1" in output
+    assert left == 1 and "exited with status 1" in output
 
 
 def test_jobset_restarts_on_the_same_statuses():
@@ -76,7 +76,7 @@ def test_jobset_restarts_on_the_same_statuses():
 
 
 @pytest.mark.parametrize("statuses, left", [((0, 0), 0), ((75, 75), 75), ((0, 1), 1), ((76, 134), 76)])
-def test_local_processes_report_and_leave_with_what_asks_for_a_new_start(tmp_path, statuses, left):
+def test_local_processes_exit_with_the_restart_status(tmp_path, statuses, left):
     python = f"""
     [ "$1" != -c ] || {{ echo 1234; exit; }}
     statuses=({statuses[0]} {statuses[1]})
@@ -87,8 +87,8 @@ def test_local_processes_report_and_leave_with_what_asks_for_a_new_start(tmp_pat
 
 
 @pytest.mark.parametrize("script", ["tpu_queued_resource.sh", "gke_jobset.yaml", "slurm.sbatch"])
-def test_the_command_of_a_launcher_fits_its_config(script):
-    """Every override is a key that the config accepts, and the data is of the form that its source reads."""
+def test_launcher_command_fits_its_config(script):
+    """Every override is a key of the config, and the data path suits the data source."""
     text = (ROOT / "launch" / script).read_text()
     (name,) = re.findall(r"--config=configs/(\w+)\.py", text)
     config = importlib.import_module(f"configs.{name}").get_config()
@@ -104,12 +104,14 @@ def test_the_command_of_a_launcher_fits_its_config(script):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A folder with the launch scripts, a requirements.txt, and `python`: a Python as PYTHON names it, of its version.
+    """A folder with the launch scripts and a stand-in for Python, and a function that runs a script there.
 
-    The environment that it makes has a Python that writes down its arguments and fails where `broken` is a file.
+    The virtual environments that the stand-in makes have a Python that records its arguments, and fails if the file
+    `broken` exists.
     """
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "requirements.txt").write_text("jax\n")
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
     made = '#!/bin/bash\necho "$*" >>calls\n[ ! -e broken ]\n'
     (tmp_path / "python").write_text(f"""#!/bin/bash
     case $1 in
@@ -130,11 +132,11 @@ def repository(tmp_path):
     return tmp_path, run
 
 
-def test_setup_wants_a_python_that_is_new_enough_and_is_done_only_when_whole(repository):
+def test_setup_checks_python_and_restarts_when_interrupted(repository):
     folder, run = repository
     status, output, _ = run("main_job.sh", version="3.10")
     assert status == 1 and not (folder / ".venv").exists()
-    assert "expected Python 3.11 or later, found Python 3.10; PYTHON=" in output
+    assert "expected Python 3.11 or later, found Python 3.10; choose another with PYTHON=" in output
     (folder / "broken").touch()
     status, _, calls = run("main_job.sh")
     assert status != 0 and "-m venv --clear .venv" in calls and "melt_jax" not in calls
@@ -158,96 +160,65 @@ def test_setup_wants_a_python_that_is_new_enough_and_is_done_only_when_whole(rep
         ('"a": 1', "float32"),
     ],
 )
-def test_the_main_job_publishes_in_the_dtype_that_the_looplm_states(repository, stated, dtype):
+def test_main_job_publishes_in_the_stated_dtype(repository, stated, dtype):
     folder, run = repository
     (folder / "ouro").mkdir()
     (folder / "ouro/config.json").write_text(f"{{{stated}}}")
     status, output, calls = run("main_job.sh", "configs/ouro_1_4b.py", "ouro", "runs/a b", "--config.seed=3")
     assert status == 0, output
     first, train, last = (line for line in calls.splitlines() if "melt_jax" in line)
-    assert "--input=ouro --output=runs/a b/teacher --to=orbax" in first
+    assert first.endswith("--input=ouro --output=runs/a b/teacher --to=orbax --keep_existing")
     assert train.endswith("--config.teacher=runs/a b/teacher --config.seed=3") and "configs/ouro_1_4b.py" in train
     assert last.endswith(f"--input=runs/a b/alignment/model --output=runs/a b/melt --to=published --dtype={dtype}"
                          " --overwrite")  # fmt: skip
 
 
-def sweep(*arguments):
-    command = [sys.executable, "launch/sweep.py", "--config=configs/nano.py", "--workdir=runs/w", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+def test_test_tools_are_added_once(repository):
+    """The checks run before pytest, which gets the arguments; a main job before or after needs no new setup."""
+    folder, run = repository
+    (folder / "tests").mkdir()
+    assert "[test]" not in run("main_job.sh")[2]
+    _, _, calls = run("test.sh", "-m", "not slow")
+    assert "-m venv" not in calls and "pip install --quiet --disable-pip-version-check -e .[test]" in calls
+    assert [line.split()[1] for line in calls.splitlines()[1:]] == ["ruff", "ruff", "pyright", "pytest"]
+    assert calls.endswith("-m pytest -n 2 -m not slow\n")
+    assert "pip" not in run("test.sh")[2] and "pip" not in run("main_job.sh")[2]
+    (folder / "pyproject.toml").write_text("[project]\nname = 'a'\n")
+    assert "[test]" in run("test.sh")[2]
 
 
-def test_a_sweep_prints_a_command_for_every_combination():
-    done = sweep("--print", "a=1,2", "b=3")
-    commands = [shlex.split(line)[1:] for line in done.stdout.splitlines()]
-    train = ["-m", "melt_jax.train", "--config=configs/nano.py"]
-    assert done.returncode == 0 and commands == [
-        [*train, f"--workdir=runs/w/a={a},b=3", f"--config.a={a}", "--config.b=3"] for a in (1, 2)
-    ]
+def on_two_processes(logs, *command):
+    """Runs a command on two processes; returns their statuses and outputs."""
+    environment = os.environ | {"PYTHON_RUN": sys.executable, "LOGS": str(logs)}
+    environment.pop("XLA_FLAGS", None)
+    command = ["launch/local_processes.sh", "2", *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    statuses = [int(status) for status in re.findall(r"^process \d: status (\d+)$", done.stdout, re.MULTILINE)]
+    return statuses, done.stdout + done.stderr, (logs / "process1.log").read_text()
 
 
-@pytest.mark.parametrize("override, found", [("a", "found 'a'"), ("a=1,", "found 'a=1,'"), ("b=1", "b is given twice")])
-def test_a_sweep_refuses_what_is_no_override(override, found):
-    done = sweep("--print", "b=2", override)
-    assert done.returncode == 2 and found in done.stderr and not done.stdout
+@pytest.mark.slow
+def test_main_job_runs_on_several_processes(tmp_path):
+    """Process 0 alone converts and publishes; both train; a second start keeps and trains nothing again."""
+    overrides = {"data.batch": 2, "data.length": 32, "data.high": 2, "chunk_size": 16}
+    overrides |= {"evaluation.problems": 0, "evaluation.sequences": 0, "evaluation.sample": False}
+    overrides |= {f"{phase}.{key}": 1 for phase in ("transition", "alignment") for key in ("steps", "warmup_steps")}
+    command = ["launch/main_job.sh", "configs/nano.py", "melt_jax/assets/ouro_nano", tmp_path / "run"]
+    command += [f"--config.{key}={value}" for key, value in overrides.items()]
+    statuses, first, second = on_two_processes(tmp_path / "logs", *command)
+    assert statuses == [0, 0], first + second
+    assert first.count("melt: published, gate elementwise") == 1 and "published, gate" not in second
+    assert "on 2 × cpu" in first and "MELT published in" in first
+    assert weights_digest(tmp_path / "run/teacher") == weights_digest(ROOT / "melt_jax/assets/ouro_nano")
+    assert open_model(tmp_path / "run/melt").config.gate == "elementwise"
+    statuses, first, second = on_two_processes(tmp_path / "logs", *command)
+    assert statuses == [0, 0] and "teacher: exists and is kept" in first, first + second
 
 
-RECORD = {
-    "total": 12e9, "memory": 17e9, "fits": True, "temporaries": 1e9, "chip_hours": 2.0, "batch": 4, "flops_ratio": 1.1,
-    "gathered_ratio": None, "collectives": {"all-gather": [3, 5e9]}, "compute_seconds": 1, "collective_seconds": 2,
-    "compile_seconds": 60,
-}  # fmt: skip
-
-
-def test_rows_of_the_table_have_a_cell_for_each_column():
-    columns = (*compile_table.MEMORY, compile_table.HOURS, *compile_table.WORK, compile_table.COMPILED)
-    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
-    title, rule = compile_table.head(("choice",), columns).splitlines()
-    assert cells(title) == ["choice", *columns] and len(cells(rule)) == 1 + len(columns)
-    found = dict(zip(cells(title), cells(compile_table.row(("a",), columns, RECORD)), strict=True))
-    assert found["GB a device"] == "12.0 of 17.0" and found["chip-hours"] == "16"
-    assert found["weights gathered, copies"] == "none" and found["collectives, GB"] == "5"
-    assert cells(compile_table.row(("a",), columns, RECORD | {"fits": False}))[1] == "**12.0 of 17.0**"
-    assert cells(compile_table.row(("a",), columns, None)) == ["a", "does not fit", *[""] * (len(columns) - 1)]
-
-
-@pytest.mark.parametrize(
-    "status, stdout, stderr, found",
-    [
-        (1, 'noise\n{"total": 3, "fits": false}', "", {"total": 3, "fits": False, "batch": 4}),
-        (1, "alignment on v5e:2x2 DOES NOT FIT: RESOURCE_EXHAUSTED", "", None),
-        (1, "", "ConfigError: --topology: expected one such as v5e:4x4", "expected one such as"),
-        (-11, "", "", "left with status -11"),
-    ],
-)
-def test_only_what_has_no_place_does_not_fit(monkeypatch, status, stdout, stderr, found):
-    done = subprocess.CompletedProcess((), status, stdout, stderr)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    compiled = lambda: compile_table.compile_step("configs/ouro_1_4b.py", "v5e:2x2", "alignment", **{"data.batch": 4})
-    if isinstance(found, str):
-        with pytest.raises(compile_table.Failed, match=found):
-            compiled()
-    else:
-        assert compiled() == found
-
-
-def test_rows_are_chosen_by_their_names():
-    assert len(compile_table.steps(False, "")) == len(compile_table.TOPOLOGIES)
-    assert [names[:3] for names, _ in compile_table.steps(False, "1.4B v6e")] == [
-        ("1.4B", "v6e:4x4", "alignment"),
-        ("1.4B", "v6e:4x4", "transition"),
-    ]
-    assert [names for names, _ in compile_table.steps(True, "^chunks")] == [("chunks of 512",)]
-
-
-def test_topologies_make_two_tables_of_the_same_rows(monkeypatch, capsys):
-    """The second has what was compiled before a step failed, too."""
-    records = iter((RECORD, None))
-    monkeypatch.setattr(compile_table, "compile_step", lambda **_: next(records))
-    monkeypatch.setattr(sys, "argv", ["compile_table.py", "--only=v5p:2x2x"])
-    with pytest.raises(StopIteration):
-        compile_table.main()
-    first, second = (table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n"))
-    assert [len(lines) for lines in (first, second)] == [4, 4]
-    assert first[2] == "| 1.4B | v5p:2x2x2 | alignment | 8 | 1 | 1 | 12.0 of 17.0 | 1.0 | 16 | 60 |"
-    assert second[2] == "| 1.4B | v5p:2x2x2 | alignment | 1.10 | none | 5 | 1.00 + 2.00 |"
-    assert "transition" in first[3] and "does not fit" in first[3] and "transition" in second[3]
+@pytest.mark.slow
+def test_failed_conversion_fails_in_all_processes(tmp_path):
+    flags = ["--input=melt_jax/assets/nowhere", f"--output={tmp_path / 'output'}", "--to=orbax"]
+    statuses, first, second = on_two_processes(tmp_path / "logs", sys.executable, "-m", "melt_jax.convert", *flags)
+    assert statuses == [1, 1]
+    assert "nowhere: expected a model checkpoint" in first and "found that it failed" in second
+    assert "Traceback" not in first + second and not list(tmp_path.glob("*output*"))

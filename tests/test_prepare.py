@@ -1,4 +1,4 @@
-"""Preparing data: what is scored is what the assistant writes, nothing is lost untold, the same bytes every time."""
+"""Preparing data: the assistant's text is scored, everything dropped is reported, the bytes are reproducible."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ import tokenizers
 
 from melt_jax import prepare as command
 from melt_jax.data.documents import Document, Form, InputRows, Malformed, documents
-from melt_jax.data.packing import Packer, split
-from melt_jax.data.records import open_records, read_manifest, record_errors
+from melt_jax.data.records import compatibility_errors, open_records, read_manifest, record_errors
 from melt_jax.data.text import Tokenizer
 from melt_jax.prepare import PrepareError, Settings, input_files, prepare, summary
 
-# Ouro's form of ChatML: the generation prompt opens the assistant's thoughts.
+# The published Thinking template's form: the generation prompt ends with <think> only with enable_thinking=True.
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is true %}{{ '<think>\\n' }}{% endif %}{% endif %}"
 )
-# As some published templates: thoughts of earlier turns are left out once the conversation goes on.
+# As in some published templates, earlier answers lose their thoughts.
 FORGETFUL = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ '<|im_end|>\\n' }}"
@@ -38,7 +38,7 @@ END, STOP = 0, 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint folder's tokenizer: byte-level BPE in which a newline pair is one token, as it would be Ouro's."""
+    """A tokenizer as Ouro's: byte-level BPE in which a pair of newlines is one token."""
     folder = tmp_path_factory.mktemp("tokenizer")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,7 +72,7 @@ def with_template(tmp_path, folder, template):
 
 
 def chat(*turns):
-    """Messages of turns: user, assistant, user, …"""
+    """The messages of turns: user, assistant, user, …"""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
@@ -86,7 +86,7 @@ def only(row, tokenizer, form=Form()):  # noqa: B008, frozen
 
 
 def scored_texts(document, tokenizer):
-    """The texts of the runs of tokens whose prediction is scored."""
+    """The texts of the runs of scored tokens."""
     predicted = np.flatnonzero(document.loss_mask) + 1
     runs = np.split(predicted, np.flatnonzero(np.diff(predicted) > 1) + 1)
     return [tokenizer.decode(document.tokens[run]) for run in runs]
@@ -95,7 +95,7 @@ def scored_texts(document, tokenizer):
 # Documents
 
 
-def test_exactly_what_the_assistant_writes_is_scored(tokenizer):
+def test_only_the_assistants_text_is_scored(tokenizer):
     document = only(
         {"messages": chat("1+1?", "<think>\n\nsum</think>2", "and 2+2?", "<think>\nsum</think>4")}, tokenizer
     )
@@ -103,8 +103,8 @@ def test_exactly_what_the_assistant_writes_is_scored(tokenizer):
     assert not document.traits.unprompted and not document.loss_mask[-1]
 
 
-def test_a_prompt_has_the_tokens_that_generation_gives_it(tokenizer):
-    # A newline pair is one token; it would span the prompt's end and the answer's start if they were encoded together.
+def test_prompt_tokens_equal_those_of_generation(tokenizer):
+    # Encoded together, the pair of newlines across the prompt's end would be one token.
     assert len(tokenizer.encode("\n\n")) == 1
     messages = chat("1+1?", "<think>\n\nsum</think>2")
     document = only({"messages": messages}, tokenizer)
@@ -114,16 +114,44 @@ def test_a_prompt_has_the_tokens_that_generation_gives_it(tokenizer):
     assert tokenizer.decode(document.tokens) == tokenizer.render(messages, False)
 
 
-def test_an_answer_unlike_its_prompt_is_scored_from_where_it_differs_and_told(tokenizer):
+def test_unprompted_answer_is_scored_and_counted(tokenizer):
     document = only({"messages": chat("1+1?", "2")}, tokenizer)
     assert scored_texts(document, tokenizer) == ["2<|im_end|>"] and document.traits.unprompted
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("answer", ["<think>\nsum</think>2", "2"])
+def test_thinking_and_answers(tokenizer, thinking, answer):
+    """The scored text is the part of the answer that the generation prompt does not give."""
+    messages = chat("1+1?", answer)
+    document = only({"messages": messages}, tokenizer, Form(thinking=thinking))
+    prompted = thinking and answer.startswith("<think>")
+    expected = answer.removeprefix("<think>\n") if prompted else answer
+    assert scored_texts(document, tokenizer) == [expected + "<|im_end|>"]
+    assert document.traits.unprompted == (thinking and not prompted)
+    text = tokenizer.decode(document.tokens)
+    assert text == tokenizer.render(messages, False) and text.count("<think>") == answer.count("<think>")
+    prompt = tokenizer.chat(messages[:1], thinking)
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n" + "<think>\n" * thinking)
+    if prompted or not thinking:
+        assert document.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_think_is_never_written_twice(tmp_path, folder):
+    """A template that opens the thoughts of every assistant turn does not fit answers that open them too."""
+    opening = "{{ '<|im_start|>' + m.role + '\\n' + ('<think>\\n' if m.role == 'assistant' else '') + m.content }}"
+    template = CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
+                              opening + "{{ '<|im_end|>\\n' }}")  # fmt: skip
+    tokenizer = with_template(tmp_path, folder, template)
+    assert "<think> would be written twice" in only({"messages": chat("1+1?", "<think>\nsum")}, tokenizer).reason
+    assert scored_texts(only({"messages": chat("1+1?", "sum")}, tokenizer), tokenizer) == ["sum<|im_end|>"]
+
+
 @pytest.mark.parametrize("answer", ["<thought>sum</thought>2", "\n\nsum", "<think>sum", "<", "🙂"])
-def test_an_answer_unlike_its_prompt_begins_behind_whole_tokens_of_the_prompt(tokenizer, answer):
+def test_unprompted_answer_starts_at_a_token_boundary(tokenizer, answer):
     messages = chat("1+1?", answer)
     document = only({"messages": messages}, tokenizer)
-    # Of the prompt's text "<think>", a token, an answer may share a few characters; of its tokens those before.
+    # <think> is one token: an answer that shares only some of its characters does not share the token.
     rest = answer.removeprefix("<think>")
     assert scored_texts(document, tokenizer) == [rest + "<|im_end|>"] and document.traits.unprompted
     first = np.flatnonzero(document.loss_mask)[0] + 1
@@ -131,27 +159,27 @@ def test_an_answer_unlike_its_prompt_begins_behind_whole_tokens_of_the_prompt(to
     assert document.tokens[first:].tolist() == tokenizer.encode(rest + "<|im_end|>\n")
 
 
-def test_a_conversation_that_the_assistant_opens_is_told(tokenizer):
+def test_conversation_opened_by_the_assistant_is_malformed(tokenizer):
     messages = [{"role": "assistant", "content": "hello"}, *chat("1+1?", "<think>\n2")]
     found = only({"messages": messages}, tokenizer)
     assert isinstance(found, Malformed) and "the assistant opens the conversation" in found.reason
     assert isinstance(only({"messages": messages}, tokenizer, Form(score="all")), Document)
-    # What a template puts before the first turn, here of the system, is no opening.
+    # After a system message the assistant does not open the conversation.
     system = [{"role": "system", "content": "be brief"}, *messages]
     assert scored_texts(only({"messages": system}, tokenizer), tokenizer) == ["hello<|im_end|>", "2<|im_end|>"]
 
 
-def test_a_generation_prompt_that_does_not_go_on_from_its_messages_is_told(tmp_path, folder):
+def test_generation_prompt_must_extend_the_messages(tmp_path, folder):
     tokenizer = with_template(tmp_path, folder, "{% if add_generation_prompt %}now{% endif %}" + CHATML)
     found = only({"messages": chat("a", "b")}, tokenizer)
-    assert "the chat template's generation prompt does not go on from the messages before it" in found.reason
+    assert "the chat template's generation prompt does not extend the messages before it" in found.reason
 
 
-# A template that writes thoughts which messages hold beside their content.
+# Writes thoughts from a key of their own.
 THOUGHTFUL = CHATML.replace("m.content", "('<think>\\n' + m.thinking if m.thinking else '') + m.content")
 
 
-def test_the_template_gets_all_that_messages_have_and_what_they_have_is_counted(tmp_path, folder):
+def test_extra_keys_reach_the_template_and_are_counted(tmp_path, folder):
     tokenizer = with_template(tmp_path, folder, THOUGHTFUL)
     question, answer = chat("1+1?", "2")
     rows = [{"messages": [question, {**answer, "thinking": "sum</think>"}]} for _ in range(2)]
@@ -160,16 +188,18 @@ def test_the_template_gets_all_that_messages_have_and_what_they_have_is_counted(
     (tmp_path / "a.jsonl").write_bytes(b"".join(map(line, rows)))
     found = list(documents(InputRows([tmp_path / "a.jsonl"], Form().columns), tokenizer, Form()))
     assert scored_texts(found[0], tokenizer) == ["sum</think>2<|im_end|>"] and not found[0].traits.unprompted
-    assert [document.traits.further for document in found] == [("thinking",)] * 2 + [("weight",), (), ("weight",)]
-    np.testing.assert_array_equal(found[2].tokens, found[3].tokens)  # null is nothing
+    assert [document.traits.extra_keys for document in found] == [("thinking",)] * 2 + [("weight",), (), ("weight",)]
+    np.testing.assert_array_equal(found[2].tokens, found[3].tokens)  # a null is dropped
     np.testing.assert_array_equal(found[4].tokens, found[3].tokens)
 
     manifest = prepare(tmp_path, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(64))
-    assert manifest["counts"]["further"] == 4 and manifest["further"] == {"thinking": 2, "weight": 2}
-    assert "4 documents' messages have more than role and content (thinking, weight)" in summary("out", manifest)
+    assert manifest["counts"]["extra_keys"] == 4 and manifest["extra_keys"] == {"thinking": 2, "weight": 2}
+    assert "4 documents have messages with keys other than role and content (thinking, weight)" in summary(
+        "out", manifest
+    )
 
 
-def test_everything_is_scored_if_asked(tokenizer):
+def test_score_all(tokenizer):
     document = only({"messages": chat("1+1?", "2")}, tokenizer, Form(score="all"))
     assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]
     assert document.tokens.tolist() == tokenizer.chat(chat("1+1?", "2"))
@@ -181,7 +211,7 @@ def test_plain_text_ends_with_the_end_token(tokenizer):
     assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]
 
 
-def test_the_forms_of_a_conversation_are_one(tokenizer):
+def test_forms_of_a_conversation_are_equivalent(tokenizer):
     share = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
     pair = {"input": "1+1?", "output": "2", "text": "other"}
     found = [
@@ -195,7 +225,7 @@ def test_the_forms_of_a_conversation_are_one(tokenizer):
         np.testing.assert_array_equal(other.loss_mask, found[0].loss_mask)
 
 
-def test_a_row_is_the_first_of_the_named_columns_that_it_has(tokenizer):
+def test_first_of_the_named_columns_applies(tokenizer):
     form = Form("messages", "text", "question", "answer")
     pair, text = {"question": "1+1?", "answer": "2"}, {"text": "the sum"}
     conversation = only({"messages": chat("1+1?", "2")}, tokenizer).tokens
@@ -209,28 +239,28 @@ def test_a_row_is_the_first_of_the_named_columns_that_it_has(tokenizer):
     assert only({"conversations": []}, tokenizer, form).reason == reason
 
 
-def test_a_template_that_forgets_is_told(tmp_path, folder):
+def test_template_that_drops_thoughts_is_reported(tmp_path, folder):
     tokenizer = with_template(tmp_path, folder, FORGETFUL)
     messages = chat("a", "<think>b</think>c", "d", "<think>e</think>f")
     found = only({"messages": messages}, tokenizer)
-    assert isinstance(found, Malformed) and "renders the first 2 messages otherwise alone" in found.reason
+    assert isinstance(found, Malformed) and "renders the first 2 messages differently" in found.reason
     assert isinstance(only({"messages": messages[:2]}, tokenizer), Document)
     assert isinstance(only({"messages": messages}, tokenizer, Form(score="all")), Document)
 
 
 MALFORMED = {
-    "no JSON in UTF-8": b'{"text": "a"\n',
-    "no JSON in UTF-8: 'utf-8'": b'{"text": "\xff"}\n',
+    "expected JSON in UTF-8": b'{"text": "a"\n',
+    "expected JSON in UTF-8: 'utf-8'": b'{"text": "\xff"}\n',
     "expected an object of columns, found [1, 2]": b"[1, 2]\n",
     "expected one of the columns messages, conversations, text, found body": {"body": "a"},
     "messages: expected a list of messages, found": {"messages": "a"},
     "text: expected text, found 3": {"text": 3},
     "text: empty": {"text": ""},
-    "messages: no messages": {"messages": []},
+    "messages: expected at least one message, found none": {"messages": []},
     "messages[0]: expected an object, found": {"messages": ["a"]},
-    "messages[0]: expected role and content, or from and value; found speaker": {"messages": [{"speaker": "a"}]},
+    "messages[0]: expected role and content, or from and value, found speaker": {"messages": [{"speaker": "a"}]},
     "messages[1]: expected content to be text, found null": {"messages": [*chat("a"), {"role": "assistant"}]},
-    "no assistant's turn, so nothing would be scored; found the roles user": {"messages": chat("a")},
+    "expected a turn of the assistant to score, found only the roles user": {"messages": chat("a")},
 }
 
 
@@ -240,20 +270,20 @@ def test_malformed_rows_say_why(message, tokenizer):
     assert isinstance(found, Malformed) and found.place == "x:1" and message in found.reason
 
 
-def test_a_column_that_is_not_there(tokenizer):
+def test_missing_column(tokenizer):
     found = only({"input": "a"}, tokenizer, Form(question="input", answer="output"))
     assert found.reason == 'no column "output"; found input'
 
 
-def test_a_template_refuses(tmp_path, folder):
+def test_template_rejects_a_conversation(tmp_path, folder):
     tokenizer = with_template(tmp_path, folder, "{{ raise_exception('no such role') }}")
     assert (
-        "the chat template refuses the conversation: no such role"
+        "the chat template rejects the conversation: no such role"
         in only({"messages": chat("a", "b")}, tokenizer).reason
     )
 
 
-def test_one_text_without_tokens_spoils_no_other(tmp_path):
+def test_text_without_tokens_affects_only_its_row(tmp_path):
     from melt_jax.data.arithmetic_tokenizer import write_tokenizer
 
     write_tokenizer(tmp_path)
@@ -269,7 +299,7 @@ def test_rows_of_several_blocks_keep_their_order(tokenizer, monkeypatch):
     assert [document.place for document in documents(rows, tokenizer, Form())] == [place for place, _ in rows]
 
 
-def test_rows_are_read_only_as_they_are_needed(tokenizer, monkeypatch):
+def test_rows_are_read_lazily(tokenizer, monkeypatch):
     monkeypatch.setattr("melt_jax.data.documents.BLOCK_ROWS", 1)
     read = []
     rows = ((f"x:{i}", read.append(i) or line({"text": "a"})) for i in range(1000))
@@ -282,7 +312,7 @@ def test_rows_are_read_only_as_they_are_needed(tokenizer, monkeypatch):
 
 def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
     table = [{"messages": chat(f"{i}?", "<think>\n2"), "source": "x"} for i in range(150)]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(line, table)))  # blank lines are no rows, but count as lines
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(line, table)))  # blank lines are counted, not read
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "b.parquet", row_group_size=40)
     found = []
     for name in ("a.jsonl", "b.parquet"):
@@ -299,16 +329,20 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as error:
         InputRows([tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "folder"], ["text"])
-    messages = ("a.txt: expected .jsonl or .parquet", "b.jsonl: no such file", "folder: a folder: expected a file")
+    messages = (
+        "a.txt: expected .jsonl or .parquet",
+        "b.jsonl: no such file",
+        "folder: expected a file, found a folder",
+    )
     lines = str(error.value).splitlines()
     assert len(lines) == 3 and all(message in line for message, line in zip(messages, lines))
-    with pytest.raises(ValueError, match="no input files"):
+    with pytest.raises(ValueError, match="expected at least one file, found none"):
         InputRows([], ["text"])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"c.parquet: cannot be read as parquet, after row 0"):
         list(InputRows([tmp_path / "c.parquet"], ["text"]))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"d.parquet: none of the columns text; it has body"):
+    with pytest.raises(ValueError, match=r"d.parquet: expected one of the columns text, found body"):
         list(InputRows([tmp_path / "d.parquet"], ["text"]))
 
 
@@ -319,37 +353,6 @@ def test_patterns(tmp_path):
     assert [pathlib.Path(path).name for path in found] == ["a.jsonl", "b.jsonl", "c.parquet"]
     with pytest.raises(ValueError, match=r"no file matches .*\*\.x"):
         input_files([f"{tmp_path}/*.x"])
-
-
-# Packing
-
-
-def sized(size):
-    return Document("x:1", np.arange(size, dtype=np.int32), np.arange(size) < size - 1)
-
-
-@pytest.mark.parametrize("window", [1, 3, 100])
-def test_every_document_is_packed_once_and_whole(window):
-    sizes = np.random.default_rng(window).integers(1, 21, 200)
-    packer = Packer(20, window)
-    packed = [full for size in sizes if (full := packer.add(sized(size)))] + packer.finish()
-    assert sorted(len(d.tokens) for sequence in packed for d in sequence) == sorted(sizes)
-    assert all(1 <= sum(len(d.tokens) for d in sequence) <= 20 for sequence in packed)
-    if window == 1:
-        assert [len(d.tokens) for sequence in packed for d in sequence] == list(sizes)
-
-
-def test_a_wider_window_wastes_less():
-    sizes = np.random.default_rng(0).integers(1, 21, 400)
-    count = lambda window: len([1 for s in sizes if packers[window].add(sized(s))]) + len(packers[window].finish())
-    packers = {window: Packer(20, window) for window in (1, 64)}
-    assert count(64) < 0.85 * count(1)
-
-
-def test_pieces_of_a_long_document():
-    pieces = split(sized(25), 10)
-    assert np.concatenate([piece.tokens for piece in pieces]).tolist() == list(range(25))
-    assert [int(piece.loss_mask.sum()) for piece in pieces] == [9, 9, 4]
 
 
 # The command
@@ -366,7 +369,7 @@ def write_input(path, count=60, seed=0):
     return count
 
 
-def test_the_whole_way(tmp_path, folder, tokenizer):
+def test_prepare_end_to_end(tmp_path, folder, tokenizer):
     count = write_input(tmp_path / "a.jsonl")
     manifest = prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(256, shard_sequences=8))
     counts = manifest["counts"]
@@ -385,37 +388,38 @@ def test_the_whole_way(tmp_path, folder, tokenizer):
     assert written == {
         row.tokens[row.segments == s].tobytes() for row in rows for s in range(1, row.segments.max() + 1)
     }
-    assert counts["conversations"] == count and counts["further"] == 0 and manifest["further"] == {}
+    assert counts["conversations"] == count and counts["extra_keys"] == 0 and manifest["extra_keys"] == {}
     assert manifest["tokenizer"] == {"sha256": tokenizer.sha256, "vocab": tokenizer.vocab}
     assert manifest["template_sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
-    assert "60 documents read" in summary("out", manifest)
+    assert manifest["thinking"] is True
+    assert "60 documents read" in summary("out", manifest) and "enable_thinking=True" in summary("out", manifest)
 
 
 def test_long_documents(tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}) + line({"text": "x" * 40}))
     run = lambda long: prepare(folder, [tmp_path / "a.jsonl"], tmp_path / long, Form(), Settings(16, long=long))
-    with pytest.raises(PrepareError, match=r"a.jsonl:2: 41 tokens, but a sequence has 16"):
+    with pytest.raises(PrepareError, match=r"a.jsonl:2: expected at most --length=16 tokens, found 41"):
         run("error")
     assert not (tmp_path / "error").exists()
     dropped, cut = run("drop"), run("split")
     assert dropped["counts"]["dropped"] == 1 and dropped["counts"]["dropped_tokens"] == 41
-    assert "1 documents were longer than a sequence and dropped, 41 tokens" in summary("out", dropped)
+    assert "1 documents longer than a sequence dropped, 41 tokens" in summary("out", dropped)
     assert cut["counts"]["split"] == 1 and cut["counts"]["tokens"] == dropped["counts"]["tokens"] + 41
 
 
-def test_malformed_rows_stop_or_are_counted(tmp_path, folder, capsys):
+def test_malformed_rows_stop_or_count(tmp_path, folder, capsys):
     (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}) + b"\n{\n" + line({"text": "two"}))
     run = lambda malformed: prepare(
         folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(16, malformed=malformed)
     )
-    with pytest.raises(PrepareError, match=r"a.jsonl:3: no JSON"):
+    with pytest.raises(PrepareError, match=r"a.jsonl:3: expected JSON"):
         run("stop")
     assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
     assert run("count")["counts"]["malformed"] == 1
-    assert "a.jsonl:3: no JSON" in capsys.readouterr().err
+    assert "a.jsonl:3: expected JSON" in capsys.readouterr().err
 
 
-def test_data_of_another_chat_template_does_not_fit(tmp_path, folder):
+def test_data_of_another_chat_template_is_refused(tmp_path, folder):
     other = tmp_path / "other"
     other.mkdir()
     with_template(other, folder, FORGETFUL)
@@ -423,18 +427,41 @@ def test_data_of_another_chat_template_does_not_fit(tmp_path, folder):
         (tmp_path / f"{name}.jsonl").write_bytes(line(row))
         prepare(folder, [tmp_path / f"{name}.jsonl"], tmp_path / name, Form(), Settings(32))
         assert record_errors(tmp_path / name, 32, 300, folder) == []
-    assert record_errors(tmp_path / "text", 32, 300, other) == []  # no template wrote it
+    assert record_errors(tmp_path / "text", 32, 300, other) == []  # it was not rendered with a template
     (message,) = record_errors(tmp_path / "turns", 32, 300, str(other))
-    assert "written with another chat template than that of" in message and f"--tokenizer={other}" in message
+    assert "expected data written with the chat template of" in message and f"--tokenizer={other}" in message
     save_config(other, None)
     (message,) = record_errors(tmp_path / "turns", 32, 300, other)
-    assert "there, none here" in message
+    assert "sha256 none, found" in message
     (other / "tokenizer_config.json").unlink()
     (message,) = record_errors(tmp_path / "turns", 32, 300, other)
     assert "cannot be read" in message and "no tokenizer_config.json" in message
 
 
-def test_an_output_that_exists_is_kept(tmp_path, folder):
+def test_thinking_is_part_of_prepared_data(tmp_path, folder):
+    """Data of another `thinking`, or of an unknown one, is refused; without a template that has it, it is None."""
+    (tmp_path / "a.jsonl").write_bytes(line({"messages": chat("1+1?", "<think>\nsum</think>2")}))
+    inputs = [tmp_path / "a.jsonl"]
+    manifests = {
+        thinking: prepare(folder, inputs, tmp_path / str(thinking), Form(thinking=thinking), Settings(64))
+        for thinking in (True, False)
+    }
+    assert [manifests[thinking]["thinking"] for thinking in manifests] == [True, False]
+    assert record_errors(tmp_path / "False", 64, 300, folder) == []
+    (message,) = compatibility_errors(manifests[False], manifests[True], "train")
+    assert message.startswith("expected data rendered with --thinking as train is")
+    assert compatibility_errors(manifests[True], manifests[True], "train") == []
+    old = {key: value for key, value in read_manifest(tmp_path / "True").items() if key != "thinking"}
+    (tmp_path / "True/manifest.json").write_text(json.dumps(old))
+    (message,) = record_errors(tmp_path / "True", 64, 300, folder)
+    assert "found data of an earlier version" in message
+    other = tmp_path / "other"
+    other.mkdir()
+    with_template(other, folder, FORGETFUL)
+    assert prepare(other, inputs, tmp_path / "out", Form(), Settings(64))["thinking"] is None
+
+
+def test_existing_output_is_kept(tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}))
     run = lambda **kwargs: prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(16), **kwargs)
     run()
@@ -445,16 +472,19 @@ def test_an_output_that_exists_is_kept(tmp_path, folder):
 
 def test_nothing_to_write_is_an_error(tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(b"\n")
-    with pytest.raises(PrepareError, match="no document to write"):
+    with pytest.raises(PrepareError, match="expected documents, found none"):
         prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(16))
     assert not (tmp_path / "out").exists()
 
 
 def start(tmp_path, folder, output, *more):
-    """The command in a process of its own, with one core for the tokenizer and small blocks."""
+    """Starts the command with one core for the tokenizer and small blocks."""
     flags = {"tokenizer": folder, "input": tmp_path / "*.jsonl", "output": output, "length": 256, "threads": 1}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    code = "import melt_jax.prepare as p, melt_jax.data.documents as d; d.BLOCK_BYTES = 3000; p.app.run(p.main)"
+    code = (
+        "import melt_jax.prepare as p, melt_jax.data.documents as d; d.BLOCK_BYTES = 3000; p.define_flags();"
+        " p.command_line.run(p.main)"
+    )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(command.__file__).parents[1])}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments, *more],
@@ -465,7 +495,7 @@ def start(tmp_path, folder, output, *more):
     )
 
 
-def test_the_same_bytes_on_any_number_of_cores(tmp_path, folder):
+def test_bytes_do_not_depend_on_the_cores(tmp_path, folder):
     write_input(tmp_path / "a.jsonl", 120)
     prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "all", Form(), Settings(256))
     process = start(tmp_path, folder, tmp_path / "one")
@@ -475,7 +505,7 @@ def test_the_same_bytes_on_any_number_of_cores(tmp_path, folder):
     assert one == other and sorted(one) == ["00000.arrayrecord", "manifest.json"]
 
 
-def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, folder):
+def test_killed_run_leaves_no_output(tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum " * 50}) * 100_000)
     process = start(tmp_path, folder, tmp_path / "out", "--window=1", "--shard_sequences=1")
     unfinished = tmp_path / ".out.incomplete"
@@ -485,5 +515,5 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, folder):
     out, _ = process.communicate()
     assert list(unfinished.glob("*.arrayrecord")), out
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("manifest.json"))
-    with pytest.raises(ValueError, match="no finished data"):
+    with pytest.raises(ValueError, match="unfinished"):
         open_records(unfinished)

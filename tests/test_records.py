@@ -1,11 +1,13 @@
-"""Prepared data: read by index as it was written, refused when it does not fit, the same global batch on any hosts."""
+"""Prepared data: sequences round-trip, mismatches are refused, the global batch does not depend on the processes."""
 
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from melt_jax.config import DataConfig, ModelConfig
+from melt_jax.config import DataConfig, InputError, ModelConfig
 from melt_jax.data.documents import Document
 from melt_jax.data.records import (
     Layout,
@@ -65,7 +67,7 @@ def assert_same(one, other):
 # A folder
 
 
-def test_sequences_come_back_as_they_were_written(tmp_path):
+def test_sequences_round_trip(tmp_path):
     written = write(tmp_path / "data")
     records = open_records(tmp_path / "data")
     assert len(records) == len(written) == 11
@@ -82,21 +84,39 @@ def test_sequences_come_back_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("length, vocab", [(9, 2**16), (9, 2**16 + 1), (2**16, 10)])
-def test_no_id_is_too_large_for_its_layout(length, vocab):
+def test_layout_holds_the_largest_ids(length, vocab):
     layout = Layout.of(length, vocab)
     sizes = [1] * length if length < 100 else [2] * (length // 2)
     documents = [Document("", np.full(n, vocab - 1, np.int32), np.zeros(n, bool)) for n in sizes]
     row = layout.decode(layout.encode(documents))
     assert (row.tokens == vocab - 1).all() and row.segments[-1] == len(sizes)
-    assert layout.bytes == len(layout.encode(documents))
+    assert layout.size == len(layout.encode(documents))
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.integers(2, 40), st.data())
+def test_record_keeps_segments_and_scores(length, data):
+    """Decoding gives back the documents: their tokens, targets within them, and scores; the rest is zero."""
+    sizes = data.draw(st.lists(st.integers(1, length), min_size=1).filter(lambda sizes: sum(sizes) <= length))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    documents = [make_document(rng, size) for size in sizes]
+    row = (layout := Layout.of(length, VOCAB)).decode(layout.encode(documents))
+    end = np.cumsum(sizes)
+    for i, document in enumerate(documents):
+        where = slice(end[i] - sizes[i], end[i])
+        np.testing.assert_array_equal(row.segments[where], i + 1)
+        np.testing.assert_array_equal(row.tokens[where], document.tokens)
+        np.testing.assert_array_equal(row.targets[where], [*document.tokens[1:], 0])
+        np.testing.assert_array_equal(row.loss_mask[where], document.loss_mask)
+    assert not any(field[end[-1] :].any() for field in row)
 
 
 def test_a_record_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="a record of 3 bytes: expected 50 by the manifest"):
+    with pytest.raises(InputError, match="record: expected 50 bytes as the manifest states, found 3"):
         Layout.of(12, 50).decode(b"abc")
 
 
-def test_damage_is_found(folder):
+def test_damaged_shards_are_reported(folder):
     assert verify_shards(folder) == []
     shard = folder / "00001.arrayrecord"
     content = bytearray(shard.read_bytes())
@@ -113,18 +133,18 @@ def test_damage_is_found(folder):
     assert "00002.arrayrecord: missing" in str(error.value)
 
 
-def test_without_a_manifest_there_is_no_data(folder):
+def test_missing_manifest(folder):
     (folder / "manifest.json").rename(folder / "manifest.incomplete")
-    with pytest.raises(ValueError, match="no finished data"):
+    with pytest.raises(ValueError, match="unfinished"):
         open_records(folder)
 
 
-def test_a_manifest_of_another_kind(folder):
+def test_malformed_manifest(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for change, message in (
-        ({"format": "melt_jax records 9"}, 'expected format "melt_jax records 1", found "melt_jax records 9"'),
-        ({"length": "12", "shards": None}, "length is no int; shards is no list"),
+        ({"format": "melt_jax records 9"}, 'format: expected "melt_jax records 1", found "melt_jax records 9"'),
+        ({"length": "12", "shards": None}, "length: expected int, found '12'; shards: expected list, found None"),
     ):
         path.write_text(json.dumps({**manifest, **change}))
         with pytest.raises(ValueError, match=message):
@@ -159,23 +179,25 @@ def test_every_epoch_shows_every_sequence_once(folder):
 
 
 def share(batch, process, processes):
-    return slice(batch * process // processes, batch * (process + 1) // processes)
+    """The rows of a process, not consecutive."""
+    return np.arange(process, batch, processes)
 
 
 @pytest.mark.parametrize("source", ["records", "arithmetic"])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_one_global_batch(folder, source, processes):
     data = data_config(folder) if source == "records" else DataConfig(length=64, batch=4, high=3)
+    order = np.argsort(np.concatenate([share(4, i, processes) for i in range(processes)]))
     for step in (0, 5):
         parts = [batch_maker(data, 3, share(4, i, processes))(step) for i in range(processes)]
-        joined = type(parts[0])(*(np.concatenate(field) for field in zip(*parts)))
+        joined = type(parts[0])(*(np.concatenate(field)[order] for field in zip(*parts)))
         assert len(parts[0].tokens) == 4 // processes
         assert_same(joined, batch_maker(data, 3)(step))
     rows = share(4, processes - 1, processes)
     assert_same(next(batches(data, 3, 5, 6, rows)), parts[-1])
 
 
-def test_a_process_reads_its_own_rows_alone(folder, monkeypatch):
+def test_process_reads_only_its_rows(folder, monkeypatch):
     data, read = data_config(folder, 8), []
     decode = Layout.decode
     monkeypatch.setattr(Layout, "decode", lambda self, record: read.append(record) or decode(self, record))
@@ -183,7 +205,7 @@ def test_a_process_reads_its_own_rows_alone(folder, monkeypatch):
     assert len(read) == 2
 
 
-def test_data_that_does_not_fit_the_model_is_refused(folder, tmp_path):
+def test_mismatched_data_is_refused(folder, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     assert data_errors(data_config(folder), MODEL, teacher) == data_errors(data_config(folder), MODEL) == []
@@ -195,9 +217,9 @@ def test_data_that_does_not_fit_the_model_is_refused(folder, tmp_path):
     )
     assert len(found) == 3
     for part in (
-        "sequences of 12 tokens, but data.length is 16",
-        "a tokenizer of 50 ids, but the model has 49",
-        "another tokenizer than",
+        "expected sequences of data.length, 16 tokens, found 12",
+        "at most the model's 49 ids, found 50",
+        "expected data written with the tokenizer of",
     ):
         assert sum(part in message for message in found) == 1
-    assert "needs a folder that melt_jax.prepare wrote" in data_errors(DataConfig("records"), MODEL)[0]
+    assert "expected a folder written by melt_jax.prepare" in data_errors(DataConfig("records"), MODEL)[0]

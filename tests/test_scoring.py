@@ -1,136 +1,154 @@
-"""Scoring: exact answers, perplexity and KL per loop, the table."""
+"""Perplexity and KL per loop: their values, and that nothing but the model and the tokens changes them."""
 
 import dataclasses
 import json
-import types
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from melt_jax import ModelConfig
-from melt_jax.data import arithmetic
+from melt_jax.config import InputError
+from melt_jax.data.batch import Batch
 from melt_jax.inference import scoring
-from tests.helpers.tiny import TINY, make_model, random_batch, run, with_config
+from melt_jax.model.model import reconfigure
+from tests.helpers.tiny import TINY, looplm, make_model, random_batch, run
 
-LOOPLM = dataclasses.replace(TINY, gate="none")
-BATCH = random_batch(3, 11)
-CHUNK = 4
+ROOT = pathlib.Path(__file__).parent.parent
+LENGTH, CHUNK = 11, 4
+BATCH = random_batch(3, LENGTH)
 
 
 def teacher():
-    return with_config(make_model(), LOOPLM)
+    return looplm(make_model())
 
 
-def log_probabilities(model, chunk, loops=None):
-    """[T, B, S, V] float64 of `BATCH`."""
-    hidden = run(model, BATCH.tokens, chunk_size=chunk, segments=BATCH.segments, loops=loops).hidden
-    logits = np.asarray(model.logits(hidden), np.float64)
+def log_probabilities(model, batch, chunk):
+    """[T, B, S, V] of whole sequences."""
+    hidden = run(model, batch.tokens, chunk_size=chunk, segments=batch.segments).hidden
+    logits = np.asarray(model.logits(hidden))
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def kl(log_p, log_q):
-    """Mean KL of each loop over the scored tokens of `BATCH`."""
-    divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-    return (divergence * BATCH.loss_mask).sum((-1, -2)) / BATCH.loss_mask.sum()
+def mean(values, batch):
+    """The mean of [T, B, S] values over the scored tokens."""
+    return (values * batch.loss_mask).sum((-1, -2)) / batch.loss_mask.sum()
 
 
-@pytest.mark.parametrize("rows", [2, 16])
-def test_perplexity_and_kl_are_what_the_distributions_say(rows):
-    """However many sequences run at once: two leave a last row of padding, which counts nothing."""
-    scores = scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=rows)
-    log_p, log_q = log_probabilities(teacher(), 11), log_probabilities(make_model(), CHUNK)
-    np.testing.assert_allclose(scores.kl, kl(log_p, log_q), rtol=1e-4)
-    assert scores.final_kl == pytest.approx(scores.kl[-1], rel=1e-6)
-    told = np.take_along_axis(log_q, BATCH.targets[None, ..., None], axis=-1)[..., 0]
-    mean = (told * BATCH.loss_mask).sum((-1, -2)) / BATCH.loss_mask.sum()
-    np.testing.assert_allclose(scores.perplexity, np.exp(-mean), rtol=1e-4)
+def kl(log_p, log_q, batch):
+    return mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1), batch)
+
+
+def test_perplexity_and_kl_match_the_distributions(float64):
+    scores = scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=2)
+    log_p, log_q = log_probabilities(teacher(), BATCH, LENGTH), log_probabilities(make_model(), BATCH, CHUNK)
+    np.testing.assert_allclose(scores.kl, kl(log_p, log_q, BATCH), rtol=1e-10)
+    assert scores.final_kl == pytest.approx(scores.kl[-1], rel=1e-12)
+    at_target = np.take_along_axis(log_q, BATCH.targets[None, ..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores.perplexity, np.exp(-mean(at_target, BATCH)), rtol=1e-10)
     assert scores.tokens == BATCH.loss_mask.sum()
 
 
-def test_the_gap_between_chunks_is_a_melts_and_not_a_looplms():
-    melt, looplm = (
-        [scoring.perplexity_and_kl(model, teacher(), BATCH, chunk, rows=2) for chunk in (CHUNK, 1)]
-        for model in (make_model(), teacher())
-    )
-    assert abs(melt[0].final_kl - melt[1].final_kl) > 1e-3
-    np.testing.assert_allclose(looplm[0].perplexity, looplm[1].perplexity, rtol=1e-4)
-    for scores in looplm:
-        np.testing.assert_allclose(scores.kl, 0, atol=1e-5)
+def test_rows_at_a_time_do_not_matter(float64):
+    """Two leave a last piece of one sequence and one of padding; sixteen are more than there are."""
+    two, all_at_once = (scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=n) for n in (2, 16))
+    np.testing.assert_allclose(two.kl, all_at_once.kl, rtol=1e-10)
+    np.testing.assert_allclose(two.perplexity, all_at_once.perplexity, rtol=1e-10)
 
 
-def test_a_teacher_that_leaves_after_one_loop():
-    """Loop by loop it is the teacher; its last loop is compared with the teacher's last."""
-    scores = scoring.perplexity_and_kl(teacher(), teacher(), BATCH, 11, loops=1, rows=2)
-    np.testing.assert_allclose(scores.kl, [0], atol=1e-5)
-    log_p = log_probabilities(teacher(), 11)
-    assert scores.final_kl == pytest.approx(kl(log_p[-1], log_p[0]), rel=1e-4)
+@pytest.mark.parametrize(("length", "chunk", "size"), [(10_000, 500, 500), (512, 1, 512), (600, 1, 300), (11, 4, 12)])
+def test_pieces_hold_whole_chunks(length, chunk, size):
+    assert scoring._piece_size(length, chunk) == size
+
+
+def test_both_chunks_match_the_distributions_on_the_first_tokens(float64, monkeypatch):
+    """In pieces of one chunk of four tokens and of three chunks of one. A MELT has a gap between the two."""
+    monkeypatch.setattr(scoring, "PIECE_TOKENS", 4)
+    melt = scoring.compare(make_model(), teacher(), BATCH, CHUNK, 6, rows=2)
+    first = Batch(*(field[:, :6] for field in BATCH))
+    assert melt.chunked.tokens == BATCH.loss_mask.sum()
+    assert melt.chunked_start.tokens == melt.decoding.tokens == first.loss_mask.sum()
+    log_p = log_probabilities(teacher(), first, LENGTH)
+    for scores in (melt.chunked_start, melt.decoding):
+        want = kl(log_p, log_probabilities(make_model(), first, scores.chunk), first)
+        np.testing.assert_allclose(scores.kl, want, rtol=1e-10)
+    assert abs(melt.chunked_start.final_kl - melt.decoding.final_kl) > 1e-3
+
+
+def test_decoding_is_measured_as_asked(monkeypatch):
+    """Not at all for 0 tokens; and no tokens are scored twice if a sequence has no more than those."""
+    asked = []
+
+    def perplexity_and_kl(model, teacher, batch, chunk, *_):
+        asked.append((batch.tokens.shape[1], chunk))
+        return scoring.LoopScores(chunk, 1, [], [], None)
+
+    monkeypatch.setattr(scoring, "perplexity_and_kl", perplexity_and_kl)
+    for tokens, want in ((0, [(11, 4)]), (6, [(11, 4), (6, 4), (6, 1)]), (512, [(11, 4), (11, 1)])):
+        asked.clear()
+        found = scoring.compare(make_model(), None, BATCH, CHUNK, tokens)
+        assert asked == want
+        assert (found.decoding is None) == (tokens == 0)
+    assert found.chunked_start is found.chunked
+
+
+def test_what_is_raised_before_a_piece_leaves(float64):
+    pieces = []
+
+    def leave(piece):
+        pieces.append(piece)
+        if len(pieces) == 2:
+            raise SystemExit(75)
+
+    with pytest.raises(SystemExit):
+        scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=2, before_piece=leave)
+    assert pieces == [f"chunk 4, 11 tokens of sequences {which} of 3" for which in ("1 to 2", "3 to 3")]
+
+
+def test_models_with_different_loop_counts(float64):
+    """Common loops are compared one by one, and the last loop of each with the other's."""
+    scores = scoring.perplexity_and_kl(reconfigure(teacher(), loops=1), teacher(), BATCH, LENGTH, rows=2)
+    np.testing.assert_allclose(scores.kl, [0], atol=1e-12)
+    log_p = log_probabilities(teacher(), BATCH, LENGTH)
+    assert scores.final_kl == pytest.approx(kl(log_p[-1], log_p[0], BATCH), rel=1e-10)
 
 
 def test_what_cannot_be_compared_is_an_error():
-    other = jax.eval_shape(lambda: make_model())
-    other.config = dataclasses.replace(LOOPLM, vocab=31)
-    with pytest.raises(ValueError, match="the teacher has 31 tokens, the model 29"):
+    other = jax.eval_shape(make_model)
+    other.config = dataclasses.replace(TINY, gate="none", vocab=31)
+    with pytest.raises(InputError, match=r"expected a vocabulary of 29 tokens.*found 31"):
         scoring.perplexity_and_kl(make_model(), other, BATCH, CHUNK)
-    with pytest.raises(ValueError, match="no token of the batch is scored"):
-        scoring.perplexity_and_kl(make_model(), None, BATCH._replace(loss_mask=np.zeros_like(BATCH.tokens)), CHUNK)
+    unscored = BATCH._replace(loss_mask=np.zeros_like(BATCH.tokens))
+    with pytest.raises(InputError, match="expected at least one scored token"):
+        scoring.perplexity_and_kl(make_model(), None, unscored, CHUNK)
 
 
-def test_fresh_problems_are_a_function_of_the_seed_and_of_no_training_step():
-    problems = scoring.fresh_problems(1, 12, 2, 4)
-    assert problems == scoring.fresh_problems(1, 12, 2, 4)
-    assert problems != scoring.fresh_problems(2, 12, 2, 4)
-    assert [problem.question.count(";") for problem in problems] == [2, 3, 4] * 4
-    trained = [arithmetic.make_problem(np.random.Generator(np.random.Philox(key=[1, step])), 2) for step in range(50)]
-    assert not {problem.question for problem in problems} & {problem.question for problem in trained}
+def test_memory_is_linear_in_the_sequence(monkeypatch):
+    """Longer sequences add KV entries and tokens to the temporaries, but no hidden states or logits."""
+    model = make_model()
+    monkeypatch.setattr(scoring, "PIECE_TOKENS", 32)
+
+    def temporaries(length):
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, length), x.dtype), BATCH)
+        compiled = scoring.comparison_sums.lower(model, teacher(), batch, 32).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Keys and values of one position of two sequences: one shared entry and a per-loop entry for each loop.
+    entries = 2 * 2 * TINY.layers * TINY.kv_heads * TINY.head_width * 4 * (1 + TINY.loops)
+    tokens = 2 * 4 * len(BATCH)
+    assert (temporaries(64 + 512) - temporaries(64)) / 512 < 2 * entries + 2 * tokens
 
 
-def test_answers_are_compared_with_the_truth(monkeypatch):
-    problems = scoring.fresh_problems(1, 8, 2, 3)
-    stop, answer = arithmetic.STOP, arithmetic.ANSWER
-    made = [problem.completion for problem in problems]
-    made[0] = [answer, *made[0][-2:]]  # the answer alone
-    made[1] = [*made[1][:-2], arithmetic.VOCABULARY["x"], stop]  # another answer
-    made[2] = made[2][:-1]  # no end
-    made[3] = [*made[3][:-1], made[3][-2], stop]  # more than the answer
-    asked = []
-
-    def generate(model, prompts, limit, prefill_chunk, stop, loops, exit_threshold):
-        first = sum(asked)
-        asked.append(len(prompts))
-        assert limit > max(map(len, made))
-        return types.SimpleNamespace(tokens=made[first : first + len(prompts)])
-
-    monkeypatch.setattr(scoring, "generate", generate)
-    answers = scoring.exact_answers(None, problems, 4, batch=5)
-    assert asked == [5, 3]
-    assert answers.answer_exact.tolist() == [True, False, False, False, True, True, True, True]
-    assert answers.completion_exact.tolist() == [False, False, False, False, True, True, True, True]
-    assert answers.by_definitions() == [(2, 4, 0.75, 0.5), (3, 4, 0.5, 0.5)]
-
-
-def test_a_batch_of_problems_scores_their_completions():
-    problems = scoring.fresh_problems(3, 4)
-    batch = scoring.problem_batch(problems)
-    for row, problem in enumerate(problems):
-        scored = batch.loss_mask[row].astype(bool)
-        assert batch.targets[row][scored].tolist() == problem.completion
-        assert batch.tokens[row][batch.segments[row] == 1].tolist() == problem.prompt + problem.completion
-
-
-def test_a_row_is_measured_and_printed():
-    config = ModelConfig(
-        vocab=64, width=8, layers=1, loops=2, heads=2, kv_heads=2, head_width=4, feed_forward=8, max_positions=256
-    )
-    looplm = make_model(config)
-    problems = scoring.fresh_problems(1, 2, 2, 2)
-    scores = scoring.measure(looplm, looplm, problems, scoring.problem_batch(problems), 8)
-    assert scores.cache_bytes_per_token == 2 * 2 * 2 * 4 * 4
-    assert scores.problems == 2
-    rows = {"teacher": json.loads(json.dumps(dataclasses.asdict(scores))), "same": scores}
-    lines = scoring.table(rows).splitlines()
-    assert len(lines) == 3
-    assert lines[1].split()[1:] == lines[2].split()[1:]
-    assert lines[1].split()[-4:] == ["2", "0.0000", "0.0000", "128"]
-    assert "–" in scoring.table({"empty": scoring.measure(looplm, None)})
-    assert "<think>" in scoring.sample(looplm, 1, 8)
+@pytest.mark.slow
+def test_meshes_give_the_single_device_result():
+    """Weights split over fsdp and tensor, gathered at each use or before; sequences split over the batch axes."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.helpers.mesh_scores"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    gaps = json.loads(done.stdout.splitlines()[-1])
+    assert set(gaps) == {"gathered at use", "gathered before"}
+    assert all(gap < 1e-10 for gap in gaps.values()), gaps

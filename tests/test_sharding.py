@@ -1,4 +1,4 @@
-"""On many devices a step is the one device's, and what does not fit the mesh is refused with its numbers."""
+"""Meshes, shardings, and the sequences that each process reads."""
 
 import dataclasses
 import json
@@ -8,17 +8,31 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from melt_jax.config import MeshConfig
 from melt_jax.model.model import abstract_model
-from melt_jax.sharding import AXES, ShardingError, check_batch, make_mesh, mesh_shape, partition, weight_shardings
+from melt_jax.sharding import (
+    AXES,
+    ShardingError,
+    batch_sharding,
+    check_batch,
+    device_slice,
+    local_batch_indices,
+    make_mesh,
+    mesh_shape,
+    partition,
+    place_batch,
+    weight_shardings,
+)
 from tests.helpers.tiny import TINY
+from tests.helpers.topology import topology_devices
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_a_mesh_takes_all_devices():
+def test_a_mesh_uses_all_devices():
     shape = lambda devices, *factors: mesh_shape(MeshConfig(*factors), devices)
     assert shape(16, 2, 0, 4) == {"replica": (2, 1), "fsdp": (2, 1), "tensor": (4, 1)}
     assert shape(16, 1, 0, 2, 2, 2) == {"replica": (1, 2), "fsdp": (2, 2), "tensor": (2, 1)}
@@ -28,9 +42,9 @@ def test_a_mesh_takes_all_devices():
             shape(devices, *factors)
 
 
-def test_rules_collide_or_are_unknown():
+def test_colliding_and_unknown_rules_are_refused():
     assert partition(("layers", "embed", "heads", None)) == jax.P(None, "fsdp", "tensor", None)
-    with pytest.raises(ShardingError, match=r"tensor can split one"):
+    with pytest.raises(ShardingError, match=r"tensor can split only one"):
         partition(("heads", "mlp"))
     with pytest.raises(ShardingError, match=r"found.*'head'"):
         partition(("head", "embed"))
@@ -40,7 +54,7 @@ def abstract_mesh(replica=1, fsdp=1, tensor=1):
     return jax.sharding.AbstractMesh((replica, fsdp, tensor), AXES)
 
 
-def test_what_a_mesh_does_not_divide_is_listed():
+def test_indivisible_dimensions_are_listed():
     model = abstract_model(TINY)
     with pytest.raises(ShardingError) as error:
         weight_shardings(model, abstract_mesh(tensor=4, fsdp=3))
@@ -54,18 +68,66 @@ def test_what_a_mesh_does_not_divide_is_listed():
     check_batch(abstract_mesh(fsdp=2, replica=3), 24, 2)
 
 
-def test_one_device_is_a_mesh():
+def test_one_device_forms_a_mesh():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert dict(mesh.shape) == {"replica": 1, "fsdp": 1, "tensor": 1}
     assert {axis_type.name for axis_type in mesh.axis_types} == {"Explicit"}
 
 
+# (topology, tensor): in the first six, the sequences of a process are not consecutive.
+SLICES = [
+    ("v5p:2x2x2", 1), ("v5p:2x2x2", 2), ("v5p:2x4x4", 4), ("v4:2x2x2", 1), ("v4:2x2x4", 2), ("v6e:4x4", 1),
+    ("v6e:4x4", 4), ("v5e:4x4", 8), ("tpu7x:2x2x2", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("topology", "tensor"), SLICES)
+@pytest.mark.parametrize("replica", [1, 2])
+def test_processes_have_their_devices_sequences(topology, tensor, replica):
+    """Together the processes read the whole batch, and devices of one group find the same sequences."""
+    devices = topology_devices(topology)
+    mesh = make_mesh(MeshConfig(replica, 0, tensor), devices)
+    groups, size = mesh.size // tensor, 2 * mesh.size // tensor
+    sharding = batch_sharding(mesh)
+    indices = {p: local_batch_indices(sharding, size, p) for p in {device.process_index for device in devices}}
+    assert set(np.concatenate([*indices.values()]).tolist()) == set(range(size))
+    for group, members in enumerate(mesh.devices.reshape(groups, tensor)):
+        for device in members:
+            (index,) = sharding.devices_indices_map((size,))[device]
+            local = indices[device.process_index]
+            assert local[device_slice(index, local)].tolist() == [2 * group, 2 * group + 1]
+
+
+def test_some_processes_have_scattered_sequences():
+    """Else the test above would not cover them."""
+    for topology, tensor in SLICES[:6]:
+        sharding = batch_sharding(make_mesh(MeshConfig(tensor=tensor), topology_devices(topology)))
+        assert np.any(np.diff(local_batch_indices(sharding, 64, process=0)) > 1)
+
+
+def test_sequences_of_other_processes_are_refused():
+    indices = np.array([0, 1, 4, 5])
+    assert device_slice(slice(4, 6), indices) == slice(2, 4)
+    for index in (slice(2, 4), slice(4, 7), slice(1, 3)):
+        with pytest.raises(ValueError, match="expected sequences"):
+            device_slice(index, indices)
+
+
+def test_a_placed_batch_is_the_global_batch():
+    sharding = batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1]))
+    batch, indices = {"tokens": np.arange(12).reshape(4, 3)}, local_batch_indices(sharding, 4)
+    assert indices.tolist() == [0, 1, 2, 3]
+    placed = place_batch(batch, sharding, indices, 4)["tokens"]
+    np.testing.assert_array_equal(placed, batch["tokens"])
+    assert placed.sharding == sharding
+
+
 def test_steps_on_eight_devices_are_the_one_device_step():
-    """Both phases; data-, fsdp-, tensor- and mixed meshes; weights gathered once a step and at each use."""
+    """In float64, for both phases, several meshes, and weights gathered once per step or at each use."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.helpers.mesh_steps", "--quick", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     gaps = json.loads(done.stdout.splitlines()[-1])
-    assert len(gaps) == 7 and all(gap < 1e-5 for gap in gaps.values()), gaps
+    assert len(gaps) == 7 and all(gap < 1e-12 for gap in gaps.values()), gaps
     assert any(gap > 0 for gap in gaps.values())

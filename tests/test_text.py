@@ -1,19 +1,21 @@
-"""Tokenizers: the arithmetic one is exactly the task's vocabulary; any one streams whole characters."""
+"""Tokenizers: the arithmetic one has exactly the task's vocabulary; streaming gives whole characters."""
 
 import hashlib
 import json
 import pathlib
-import random
 
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import melt_jax
 from melt_jax.data import arithmetic
-from melt_jax.data.arithmetic_tokenizer import tokenizer_files, write_tokenizer
+from melt_jax.data.arithmetic_tokenizer import tokenizer_errors, tokenizer_files, write_tokenizer
 from melt_jax.data.text import Tokenizer
 
+PROPERTY = settings(deadline=None, derandomize=True, database=None)
 NANO = pathlib.Path(melt_jax.__file__).parent / "assets/ouro_nano"
 
 
@@ -24,7 +26,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """A byte-level BPE tokenizer, as Ouro's, with few merges: most characters beyond ASCII take several tokens."""
+    """A byte-level BPE tokenizer as Ouro's, with few merges: most non-ASCII characters take several tokens."""
     folder = tmp_path_factory.mktemp("byte_level")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +37,7 @@ def byte_level(tmp_path_factory):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(["the looped transformer keeps one row for each token and layer"] * 4, trainer)
+    bpe.train_from_iterator(["the looped transformer keeps one entry for each token and layer"] * 4, trainer)
     bpe.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -50,28 +52,36 @@ def make_problem(seed, definitions=3):
 
 
 @pytest.mark.parametrize("name", tokenizer_files())
-def test_committed_files_are_what_the_function_makes(name):
+def test_committed_files_match_the_generator(name):
     assert json.loads((NANO / name).read_text()) == json.loads(tokenizer_files()[name])
 
 
-def test_write_tokenizer_makes_a_folder_that_opens(tmp_path):
+def test_written_tokenizer_opens(tmp_path):
     write_tokenizer(tmp_path / "new")
     assert Tokenizer(tmp_path / "new").encode("a=4") == arithmetic.encode("a=4")
 
 
-def test_one_token_per_character_with_the_ids_of_the_vocabulary(nano):
+def test_one_token_per_character(nano):
     assert nano.vocab == len(arithmetic.VOCABULARY)
     for token, i in arithmetic.VOCABULARY.items():
         assert nano.encode(token) == [i] and nano.decode([i]) == token
     assert nano.encode(arithmetic.CHARACTERS) == arithmetic.encode(arithmetic.CHARACTERS)
 
 
-def test_any_text_of_the_vocabulary_goes_there_and_back(nano):
-    rng = random.Random(0)
-    for _ in range(200):
-        pieces = rng.choices(list(arithmetic.VOCABULARY), k=rng.randrange(30))
-        ids = [arithmetic.VOCABULARY[piece] for piece in pieces]
-        assert nano.encode("".join(pieces)) == ids and nano.decode(ids) == "".join(pieces)
+@PROPERTY
+@given(st.lists(st.sampled_from(list(arithmetic.VOCABULARY)), max_size=30))
+def test_arithmetic_text_round_trips(nano, pieces):
+    ids = [arithmetic.VOCABULARY[piece] for piece in pieces]
+    assert nano.encode("".join(pieces)) == ids and nano.decode(ids) == "".join(pieces)
+
+
+def test_other_tokenizers_are_no_arithmetic(nano, byte_level, tmp_path):
+    assert tokenizer_errors(NANO) == tokenizer_errors(tmp_path) == []
+    (message,) = tokenizer_errors(byte_level.folder)
+    assert message.startswith(f"{byte_level.folder}: expected the tokenizer of the arithmetic task")
+    (tmp_path / "tokenizer.json").write_text("{")
+    (message,) = tokenizer_errors(tmp_path)
+    assert message.startswith(f"{tmp_path}/tokenizer.json: cannot be read")
 
 
 def test_skipping_special_tokens(nano):
@@ -88,7 +98,7 @@ def test_characters_without_a_token_are_named(nano):
 
 
 @pytest.mark.parametrize("definitions", [1, 2, 5])
-def test_chat_gives_the_prompt_of_the_task(nano, definitions):
+def test_chat_renders_the_prompt_of_the_task(nano, definitions):
     problem = make_problem(definitions, definitions)
     user = {"role": "user", "content": problem.question}
     assert nano.chat([user]) == problem.prompt
@@ -114,7 +124,7 @@ def test_chat_errors(nano, byte_level):
 # Any tokenizer
 
 
-def test_stop_ids_come_from_all_places(nano, byte_level, tmp_path):
+def test_stop_ids_come_from_all_files(nano, byte_level, tmp_path):
     assert nano.stop_ids == (arithmetic.STOP,)
     assert byte_level.stop_ids == (0, 2)
     write_tokenizer(tmp_path)
@@ -123,7 +133,7 @@ def test_stop_ids_come_from_all_places(nano, byte_level, tmp_path):
 
 
 class ReadOnly:
-    """A tokenizer, or its backend, of which nothing is called that would change it."""
+    """A tokenizer, or its backend, that fails on calls which would change it."""
 
     def __init__(self, part):
         self._part = part
@@ -137,21 +147,21 @@ class ReadOnly:
         return getattr(self._part, name)
 
 
-def test_truncation_and_padding_of_the_files_are_off_from_the_start(tmp_path):
+def test_truncation_and_padding_are_disabled(tmp_path):
     write_tokenizer(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     backend.enable_truncation(3)
     backend.enable_padding(length=5)
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path)
-    # A backend that one thread changes while another encodes raises "Already borrowed".
+    # Changing a backend while another thread encodes raises "Already borrowed".
     tokenizer._tokenizer = ReadOnly(tokenizer._tokenizer)
     texts = ["a=4;b=a+2;b?", "a"]
     assert tokenizer.encode_many(texts) == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_many(texts) == [arithmetic.encode(text) for text in texts]
 
 
-def test_hash_is_that_of_the_file(nano):
+def test_hash_of_the_file(nano):
     assert nano.sha256 == hashlib.sha256((NANO / "tokenizer.json").read_bytes()).hexdigest()
 
 
@@ -162,9 +172,9 @@ def test_missing_files_are_all_named(tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_nothing_asks_the_network(monkeypatch):
+def test_no_network_access(monkeypatch):
     def refuse(*args, **kwargs):
-        raise AssertionError("a tokenizer asked the network")
+        raise AssertionError("network access")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
@@ -175,7 +185,7 @@ TEXTS = ["the looped transformer", "naïve — 日本語 🙂🙃 ok", "🙂", "
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_streamed_pieces_are_whole_characters_and_join_to_the_text(byte_level, text):
+def test_streamed_pieces_are_whole_characters(byte_level, text):
     ids = byte_level.encode(text)
     streamer = byte_level.stream()
     pieces = [streamer.push(i) for i in ids]
@@ -186,7 +196,7 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(byte_level, t
 
 
 @pytest.mark.parametrize("text", ["the looped transformer", "naïve — 日本語 🙂🙃 ok", "a<|im_end|>\n\n🙂 é"])
-def test_boundaries_are_where_tokens_begin_whole_characters(byte_level, text):
+def test_boundaries_separate_whole_characters(byte_level, text):
     ids = byte_level.encode(text)
     texts = [byte_level.decode(ids[:n]) for n in range(len(ids) + 1)]
     boundaries = {len(part) for part in texts if text.startswith(part)}
@@ -199,15 +209,16 @@ def test_boundaries_of_characters_without_a_token(nano):
         nano.last_boundary("aé", 1)
 
 
-def test_streaming_any_ids_is_decoding_them(byte_level):
-    rng = random.Random(0)
-    for _ in range(200):
-        ids = rng.choices(range(byte_level.vocab), k=rng.randrange(12))
-        streamer = byte_level.stream()
-        assert "".join(map(streamer.push, ids)) + streamer.finish() == byte_level.decode(ids)
+@PROPERTY
+@given(st.data())
+def test_streaming_equals_decoding(byte_level, data):
+    """Any ids, including those of incomplete characters."""
+    ids = data.draw(st.lists(st.integers(0, byte_level.vocab - 1), max_size=12))
+    streamer = byte_level.stream()
+    assert "".join(map(streamer.push, ids)) + streamer.finish() == byte_level.decode(ids)
 
 
-def test_a_cut_character_is_replaced_at_the_end(byte_level):
+def test_incomplete_character_is_replaced(byte_level):
     ids = byte_level.encode("a🙂")[:-1]
     streamer = byte_level.stream()
     assert "".join(map(streamer.push, ids)) == "a"

@@ -1,1 +1,1 @@
-"""What compiled programs do and what a step needs: HLO text, FLOPs, chips."""
+"""Analysis of compiled programs: HLO text, FLOPs, chips, topologies and the report of `melt_jax.compile`."""

@@ -1,4 +1,4 @@
-"""Peak figures of accelerators, to set a measured or compiled program against."""
+"""Published peak figures of accelerators."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ class Chip:
       flops: bf16 FLOP/s, dense, a multiply-add counted as 2.
       memory: HBM, bytes.
       memory_bandwidth: HBM, bytes/s.
-      link_bandwidth: bytes/s between chips over all of a chip's links (ICI, NVLink), both directions added up: a chip
-        sends at half of it, and only where the collective uses all links.
-      dimensions: of the torus that the links make; 0 where they make none.
-      devices: JAX devices that share the chip and so its figures.
+      link_bandwidth: bytes/s between chips over all links of a chip (ICI, NVLink), the sum of both directions. A chip
+        sends at most at half of it, if the collective uses all links.
+      dimensions: of the torus that the links form; 0 if they form none.
+      devices: JAX devices that share the chip and its figures.
     """
 
     name: str
-    kinds: tuple
+    kinds: tuple[str, ...]
     flops: float
     memory: float
     memory_bandwidth: float
@@ -29,28 +29,28 @@ class Chip:
     devices: int = 1
 
     @property
-    def device_flops(self):
+    def device_flops(self) -> float:
         """bf16 FLOP/s of one JAX device."""
         return self.flops / self.devices
 
     @property
-    def device_memory(self):
+    def device_memory(self) -> float:
         """HBM of one JAX device, bytes."""
         return self.memory / self.devices
 
     @property
-    def ring_bandwidth(self):
-        """Bytes/s that one JAX device sends in a ring along one dimension of the torus, both ways round."""
+    def ring_bandwidth(self) -> float:
+        """Bytes/s that one JAX device sends in a ring along one dimension of the torus, in both directions."""
         return self.link_bandwidth / 2 / max(self.dimensions, 1) / self.devices
 
 
 GIB = 2**30
 
-# TPUs: the "key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. For v4 the page rounds HBM
-# bandwidth to 1200 GB/s and leaves out the links: six, of 50 GB/s in each direction (arXiv 2304.01433).
-# v4 and v5p join a chip's two cores to one device (a topology of v4 with chip_config_name="megacore"); a tpu7x shows
-# its two chiplets as two.
-# H100: NVIDIA's data sheet, SXM5; it states bf16 with sparsity, twice the dense figure, and NVLink in both directions.
+# TPUs: "key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. For v4 the page rounds HBM
+# bandwidth to 1200 GB/s and omits the links: six, with 50 GB/s in each direction (arXiv 2304.01433).
+# v4 and v5p expose a chip's two cores as one device (for v4 with chip_config_name="megacore"); tpu7x exposes its two
+# chiplets as two devices.
+# H100: NVIDIA's data sheet, SXM5. It gives bf16 with sparsity, twice the dense figure, and NVLink in both directions.
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 600e9, 3),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 400e9, 2),
@@ -61,6 +61,6 @@ CHIPS = (
 )
 
 
-def find_chip(device_kind):
-    """The `Chip` of a JAX device, by `device.device_kind`; None where it is not in the table (a CPU)."""
+def find_chip(device_kind: str) -> Chip | None:
+    """Returns the `Chip` of a JAX `device.device_kind`; None if the table does not have it, as for a CPU."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)

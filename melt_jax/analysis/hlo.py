@@ -1,46 +1,53 @@
-"""Reads compiled programs: the FLOPs of their matrix products and the bytes of their collectives, per device.
+"""Counts the FLOPs of matrix products and the bytes of collectives in compiled programs, per device.
 
 XLA's `cost_analysis` counts the body of a while loop once, whatever its trip count, and every scan is such a loop.
 `analyse` walks the text of a compiled program, `compiled.as_text()`, from its entry through fusions, calls,
-asynchronous pairs, the larger branch of conditionals, and loops times their trip counts. It reads what the compilers
-for TPU and CPU print.
+asynchronous pairs and the larger branch of conditionals, and multiplies loops by their trip counts. It reads the output
+of the TPU and CPU compilers.
 
     program = analyse(jax.jit(f).lower(*arguments).compile().as_text())
     print(program.summary(scopes=("gate", "attention", "mlp")))
 
-A multiply-add is 2 FLOPs; only `dot` and `convolution` count (the TPU's compiler writes products as convolutions).
-Products that the compiler turned into multiply and reduce have none, nor have custom calls, which are listed by name.
-The CPU's compiler computes bfloat16 in float32: its collectives move twice the bytes.
+A multiply-add is 2 FLOPs. Only `dot` and `convolution` count (the TPU's compiler writes matrix products as
+convolutions): not products that the compiler rewrote as multiply and reduce, and not custom calls, which are listed by
+name. The CPU's compiler computes bfloat16 in float32, so its collectives move twice the bytes.
 """
 
 import collections
 import dataclasses
 import math
-import numbers
 import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from melt_jax.analysis.hlo_loops import read_loop
 from melt_jax.analysis.hlo_text import (
+    Computation,
+    Groups,
+    Instruction,
     array_bytes,
     array_elements,
     arrays,
     attribute,
-    called,
     convolution_flops,
     dot_flops,
     group_size,
     operand_names,
     parse_program,
+    plain_attribute,
+    replica_groups,
 )
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-broadcast",
                "collective-permute")  # fmt: skip
-# Custom calls of the TPU's compiler that compute nothing: they mark places, join slices that were copied one by one
-# (ConcatBitcast), and say how the indices of a gather are packed.
+# Custom calls of the TPU's compiler that compute nothing: they mark positions, join slices that were copied one by one
+# (ConcatBitcast), or describe how the indices of a gather are packed.
 START, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 MARKERS = (START, DONE, "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast",
            "GatherScatterIndicesBitpacked")  # fmt: skip
-PASSES = {"f32 highest": 6, "f32 high": 3}  # bf16 passes that a product of float32 takes on a TPU's matrix unit
+PASSES = {"f32 highest": 6, "f32 high": 3}  # bf16 passes of a float32 product on a TPU's matrix unit
+
+Trips = Callable[[str], float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +55,11 @@ class Product:
     """A `dot` or `convolution`.
 
     Attributes:
-      op_name: JAX's name of the operation, with its named scopes; "" where the compiler dropped it.
-      precision: the operands' dtypes, "bf16", "f32", "bf16 × f32"; "f32 highest" or "f32 high" where float32 operands
-        ask for more than the default.
-      count: times it runs in one call of the program.
-      flops: of all those times, on one device.
+      op_name: JAX's name of the operation, with its named scopes; "" if the compiler dropped it.
+      precision: the operands' dtypes, "bf16", "f32", "bf16 × f32"; "f32 highest" or "f32 high" if float32 operands
+        request more than the default.
+      count: executions in one call of the program.
+      flops: of all executions, on one device.
     """
 
     op_name: str
@@ -66,13 +73,15 @@ class Collective:
     """A collective operation.
 
     Attributes:
-      kind: a name of `COLLECTIVES`. A TPU writes reduce-scatter as a fusion of all-reduce and slice: it is that here.
+      kind: a name of `COLLECTIVES`. The TPU's fusion of all-reduce and slice is called reduce-scatter.
       op_name: JAX's name of the operation.
-      group: devices that take part in one of its groups.
-      dtype: of what is moved; several joined by " × ".
-      count: times it runs in one call of the program.
-      bytes: of all those times, on one device, without padding: of the gathered result for all-gather, of the operand
+      group: number of devices in one of its groups.
+      dtype: of the arrays it moves; several are joined by " × ".
+      count: executions in one call of the program.
+      bytes: of all executions, on one device, without padding: of the gathered result for all-gather, of the operand
         for the others (for all-reduce, all-to-all and collective-permute the result has the same size).
+      groups: the devices of each group; None for a permutation or an unknown format.
+      sizes: elements of each array, counted as `bytes` is.
     """
 
     kind: str
@@ -81,10 +90,12 @@ class Collective:
     dtype: str
     count: float
     bytes: float
+    groups: Groups | None
+    sizes: tuple[int, ...]
 
     @property
-    def sent_bytes(self):
-        """Bytes that a device sends where groups are rings: (n−1)/n of `bytes`, twice that for all-reduce."""
+    def sent_bytes(self) -> float:
+        """Bytes that a device sends if groups are rings: (n−1)/n of `bytes`, twice that for all-reduce."""
         share = (self.group - 1) / self.group
         return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1, "collective-broadcast": 1}.get(
             self.kind, share
@@ -93,7 +104,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A while loop: JAX's name, its trips, and their source: "text", "trips" (the caller), "unknown" (counted once)."""
+    """A while loop: JAX's name, trips, and their source: "text", "trips" (the caller) or "unknown" (counted once)."""
 
     op_name: str
     trips: float
@@ -102,59 +113,57 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one call of a compiled program does on one device; from `analyse`.
+    """The work of one call of a compiled program on one device; from `analyse`.
 
     Attributes:
-      products: `Product`s, in the order of the text.
-      collectives: `Collective`s.
-      custom_calls: {target, and a Pallas kernel's name: times}; their FLOPs are not known.
-      loops: `Loop`s of all branches, outer ones first.
+      products: matrix products, in the order of the text.
+      collectives: in the same order.
+      custom_calls: {target, followed by a Pallas kernel's name: executions}; their FLOPs are unknown.
+      loops: of all branches, outer loops first.
     """
 
-    products: tuple
-    collectives: tuple
-    custom_calls: dict
-    loops: tuple
+    products: tuple[Product, ...]
+    collectives: tuple[Collective, ...]
+    custom_calls: dict[str, float]
+    loops: tuple[Loop, ...]
 
     @property
-    def flops(self):
+    def flops(self) -> float:
         """FLOPs of all products."""
         return sum(product.flops for product in self.products)
 
     @property
-    def bf16_flops(self):
+    def bf16_flops(self) -> float:
         """FLOPs in bf16 passes of a TPU's matrix unit: float32 takes 6 passes at precision highest, 3 at high."""
         return sum(product.flops * PASSES.get(product.precision, 1) for product in self.products)
 
     @property
-    def collective_bytes(self):
+    def collective_bytes(self) -> float:
         """Bytes of all collectives, by the convention of `Collective`."""
         return sum(collective.bytes for collective in self.collectives)
 
     @property
-    def unknown_loops(self):
-        """The loops whose trip count neither the text nor `trips` told; their bodies are counted once."""
+    def unknown_loops(self) -> tuple[Loop, ...]:
+        """Loops whose trip count neither the text nor `trips` gives; their bodies are counted once."""
         return tuple(loop for loop in self.loops if loop.source == "unknown")
 
-    def flops_by_precision(self):
-        """{precision: FLOPs}, most first."""
+    def flops_by_precision(self) -> dict[str, float]:
+        """Returns {precision: FLOPs}, largest first."""
         return _totals((product.precision, product.flops) for product in self.products)
 
-    def flops_by_scope(self, scopes):
-        """{scope: FLOPs} by the innermost named scope out of `scopes`, most first; "other" where there is none."""
+    def flops_by_scope(self, scopes: Iterable[str]) -> dict[str, float]:
+        """Returns {innermost of `scopes`: FLOPs}, largest first; "other" for products in none of them."""
         return _totals((innermost(product.op_name, scopes) or "other", product.flops) for product in self.products)
 
-    def collectives_by_kind(self):
-        """{(kind, group, dtype): (times, bytes)}, most bytes first."""
-        times, size = collections.Counter(), collections.Counter()
-        for collective in self.collectives:
-            key = collective.kind, collective.group, collective.dtype
-            times[key] += collective.count
-            size[key] += collective.bytes
-        return {key: (times[key], total) for key, total in size.most_common()}
+    def collectives_by_kind(self) -> dict[tuple[str, int, str], tuple[float, float]]:
+        """Returns {(kind, group, dtype): (executions, bytes)}, largest first."""
+        key = lambda collective: (collective.kind, collective.group, collective.dtype)
+        times = _totals((key(collective), collective.count) for collective in self.collectives)
+        size = _totals((key(collective), collective.bytes) for collective in self.collectives)
+        return {key: (times[key], total) for key, total in size.items()}
 
-    def summary(self, scopes=()):
-        """The whole as a table to print, in GFLOP and MB (1e9, 1e6); FLOPs also by `scopes` where some are given."""
+    def summary(self, scopes: Iterable[str] = ()) -> str:
+        """Returns a table to print, in GFLOP and MB (1e9, 1e6), with FLOPs by scope if `scopes` are given."""
         lines = [f"matrix products      {self.flops / 1e9:>14,.3f} GFLOP a device"]
         row = lambda name, flops: f"  {name:<19}{flops / 1e9:>14,.3f} {flops / max(self.flops, 1):>7.1%}"
         lines += [row(name, flops) for name, flops in self.flops_by_precision().items()]
@@ -169,20 +178,20 @@ class Program:
         return "\n".join(lines)
 
 
-def analyse(text, trips=None):
-    """What a compiled program does on one device in one call.
+def analyse(text: str, trips: Trips | Mapping[str, float] | None = None) -> Program:
+    """Counts the work of one call of a compiled program on one device.
 
     Args:
-      text: `compiled.as_text()`: optimized HLO.
-      trips: trip counts of loops whose count the text does not tell, such as a `fori_loop` over a traced bound: a
-        function from the loop's op_name to a number or None, or a mapping from names of named scopes around the loop;
-        the innermost one counts. A number may be fractional: a mean.
+      text: `compiled.as_text()`, optimized HLO.
+      trips: trip counts of loops that have none in the text, such as a `fori_loop` over a traced bound: a function from
+        the loop's op_name to a number or None, or a mapping from named scopes, of which the innermost around the loop
+        applies. A mean may be fractional.
 
     Returns:
-      `Program`. A loop without a count is counted once and stands in `unknown_loops`.
+      `Program`. A loop without a trip count is counted once and is listed in `unknown_loops`.
 
     Raises:
-      ValueError: the text is no HLO module, or `trips` gives something other than a number ≥ 0.
+      ValueError: the text is not an HLO module, or `trips` returns a number below 0 or infinity.
     """
     computations, entry, devices = parse_program(text)
     walk = _Walk(computations, devices, _trips_function(trips))
@@ -190,8 +199,8 @@ def analyse(text, trips=None):
     return Program(tuple(walk.products), tuple(walk.collectives), dict(walk.custom_calls), tuple(walk.loops))
 
 
-def innermost(op_name, names):
-    """The last of `names` that is a named scope of an op_name; None where none is.
+def innermost(op_name: str, names: Iterable[str]) -> str | None:
+    """Returns the innermost named scope of an op_name that is in `names`, or None.
 
     Transformations wrap scopes: `transpose(jvp(mlp))` is the scope `mlp`.
     """
@@ -204,31 +213,33 @@ def _trips_function(trips):
     return lambda op_name: trips.get(innermost(op_name, trips))
 
 
-def _totals(pairs):
-    totals = collections.Counter()
+def _totals(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    totals: dict[Any, float] = collections.defaultdict(float)
     for name, value in pairs:
         totals[name] += value
-    return dict(totals.most_common())
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 class _Walk:
-    """The walk through a program: what it has met, times the trips of the loops around it."""
+    """A walk through a program; it adds up what it meets, times the trips of the loops around it."""
 
-    def __init__(self, computations, devices, trips):
+    def __init__(self, computations: dict[str, Computation], devices: int, trips: Trips):
         self.computations, self.devices, self.trips = computations, devices, trips
-        self.products, self.collectives, self.loops = [], [], []
+        self.products: list[Product] = []
+        self.collectives: list[Collective] = []
+        self.loops: list[Loop] = []
         self.custom_calls = collections.Counter()
 
     def visit(self, name, times, state, op_name, fusion=None, under_way=False):
-        """Adds what a computation does.
+        """Adds the work of a computation.
 
         Args:
           name: of the computation.
-          times: it runs.
+          times: its executions.
           state: {index: integer}, elements of a loop's state that never change.
           op_name: of the caller, for instructions without one.
           fusion: the fusion `Instruction` that calls it.
-          under_way: its collectives are counted elsewhere.
+          under_way: whether its collectives are counted elsewhere.
         """
         computation = self.computations[name]
         under_way = under_way or _continues_collective(name, computation)
@@ -244,18 +255,18 @@ class _Walk:
             elif opcode == "conditional":
                 self._conditional(instruction, times, own_name)
             elif opcode == "fusion":
-                self.visit(called(instruction, "calls"), times, {}, own_name, instruction, under_way)
+                self.visit(plain_attribute(instruction, "calls"), times, {}, own_name, instruction, under_way)
             elif opcode in ("call", "async"):
-                callee = called(instruction, "to_apply" if opcode == "call" else "calls")
+                callee = plain_attribute(instruction, "to_apply" if opcode == "call" else "calls")
                 self.visit(callee, times, {}, own_name, fusion, under_way)
             elif opcode == "custom-call" and (target := attribute(instruction, "custom_call_target")) not in MARKERS:
                 *_, kernel, operation = ("", "", *own_name.split("/"))
                 self.custom_calls[f"{target} {kernel}" if operation == "pallas_call" else target] += times
 
     def _product(self, computation, instruction, times, op_name):
-        operands = [arrays(computation[operand].shape)[0] for operand in operand_names(instruction)[:2]]
-        flops = (dot_flops if instruction.opcode == "dot" else convolution_flops)(instruction, *operands)
-        precision = " × ".join(sorted({dtype for dtype, _ in operands}))
+        lhs, rhs = (arrays(computation[operand].shape)[0] for operand in operand_names(instruction)[:2])
+        flops = (dot_flops if instruction.opcode == "dot" else convolution_flops)(instruction, lhs, rhs)
+        precision = " × ".join(sorted({lhs[0], rhs[0]}))
         asked = re.search(r"operand_precision=\{(high\w*)", instruction.attributes)
         if asked and precision == "f32":
             precision = f"f32 {asked[1]}"
@@ -266,17 +277,19 @@ class _Walk:
         operands = operand_names(instruction)[: 1 if kind == "collective-permute" else None]
         found = [array for operand in operands for array in arrays(computation[operand].shape)]
         group = group_size(instruction, self.devices)
-        size = sum(map(array_bytes, found)) * (group if kind == "all-gather" else 1)
-        elements = lambda instruction: sum(map(array_elements, arrays(instruction.shape)))
-        if kind == "all-reduce" and fusion and elements(fusion) < elements(instruction):
+        copies = group if kind == "all-gather" else 1
+        size = sum(map(array_bytes, found)) * copies
+        if kind == "all-reduce" and fusion and _elements(fusion) < _elements(instruction):
             kind = "reduce-scatter"
         dtype = " × ".join(sorted({dtype for dtype, _ in found}))
-        self.collectives.append(Collective(kind, op_name, group, dtype, times, times * size))
+        groups = replica_groups(instruction, self.devices)
+        sizes = tuple(copies * array_elements(array) for array in found)
+        self.collectives.append(Collective(kind, op_name, group, dtype, times, times * size, groups, sizes))
 
     def _conditional(self, instruction, times, op_name):
         names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
         branches = re.findall(r"[\w.-]+", names[1]) if names else [
-            called(instruction, "true_computation"), called(instruction, "false_computation")
+            plain_attribute(instruction, "true_computation"), plain_attribute(instruction, "false_computation")
         ]  # fmt: skip
         walks = []
         for branch in branches:
@@ -295,19 +308,23 @@ class _Walk:
         source = "text"
         if trips is None:
             trips, source = self.trips(op_name), "trips"
-            if trips is not None and not (isinstance(trips, numbers.Real) and 0 <= trips < math.inf):
+            if trips is not None and not 0 <= trips < math.inf:
                 raise ValueError(f"trips of the loop {op_name!r}: expected a number of at least 0, found {trips!r}")
         if trips is None:
             trips, source = 1, "unknown"
         self.loops.append(Loop(op_name, trips, source))
-        self.visit(called(instruction, "body"), times * trips, fixed, op_name)
+        self.visit(plain_attribute(instruction, "body"), times * trips, fixed, op_name)
+
+
+def _elements(instruction: Instruction) -> int:
+    return sum(map(array_elements, arrays(instruction.shape)))
 
 
 def _continues_collective(name, computation):
-    """Whether a fused computation's collectives were begun in another.
+    """Returns whether the collectives of a fused computation were started in another.
 
-    A TPU overlaps a collective with products by fusing a copy of it into the fusions that begin it, that run meanwhile,
-    and that end it.
+    A TPU overlaps a collective with products by fusing a copy of it into the fusion that starts it, those that run
+    meanwhile, and the one that ends it.
     """
     marks = {attribute(call, "custom_call_target") for call in computation.values() if call.opcode == "custom-call"}
     return START not in marks and (DONE in marks or name.startswith("async_collective_fusion"))

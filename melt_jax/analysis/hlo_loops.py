@@ -1,36 +1,40 @@
-"""How often the while loops of a compiled program run, read from its text.
+"""Reads the trip counts of while loops from the text of a compiled program.
 
-The CPU's compiler writes trip counts down, the TPU's does not. There the count follows from what every scan is: a
-counter with a known start and step that the condition compares with a known limit. Starts and limits may be constants,
-or elements of the loop's state, which a loop around it may pass on unchanged.
+The CPU's compiler prints trip counts; the TPU's does not. There the count is derived: every scan has a counter with a
+known start and step, and its condition compares the counter with a known limit. Start and limit are constants, or
+elements of the loop's state, possibly passed on unchanged by an outer loop.
 """
 
 import re
 
-from melt_jax.analysis.hlo_text import called, operand_names, tuple_elements
+from melt_jax.analysis.hlo_text import Computation, Instruction, operand_names, plain_attribute, tuple_elements
+
+Linear = tuple[int | None, int]  # (i, c): element i of a loop's state plus c; (None, c): c
 
 
-def read_loop(computations, computation, instruction, state):
-    """Trips of a loop, and what stays as it is in its state.
+def read_loop(
+    computations: dict[str, Computation], computation: Computation, instruction: Instruction, state: dict[int, int]
+) -> tuple[int | None, dict[int, int]]:
+    """Reads the trip count of a loop and the constant elements of its state.
 
     Args:
       computations: {name: `Computation`} of the program.
-      computation: where the loop stands.
+      computation: the one that contains the loop.
       instruction: the `while`.
       state: {index: integer}: elements of that computation's parameter whose values are known.
 
     Returns:
-      (trips, or None where the text does not tell; {index: integer}, the `state` of the loop's body).
+      (trips, or None if the text does not determine them; {index: integer}, the `state` of the loop's body).
     """
-    body = computations[called(instruction, "body")]
+    body = computations[plain_attribute(instruction, "body")]
     start = _initial_state(computations, computation, instruction, state)
     fixed = {i: value for i, value in start.items() if _element(computations, body, body.root, i) == (i, 0)}
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
     return int(known[1]) if known else _count(computations, instruction, body, start, fixed), fixed
 
 
-def count_trips(start, step, direction, limit):
-    """Trips of `while start (direction) limit: start += step`; None where it never ends or is no such loop."""
+def count_trips(start: int, step: int, direction: str, limit: int) -> int | None:
+    """Counts the trips of `while start (direction) limit: start += step`; None if it never ends or is unknown."""
     if direction in ("GT", "GE"):
         start, step, limit = -start, -step, -limit
     if direction == "NE":
@@ -43,7 +47,7 @@ def count_trips(start, step, direction, limit):
 
 
 def _initial_state(computations, computation, instruction, state):
-    """{index: integer} of a loop's state before its first trip, as far as the text tells."""
+    """Returns {index: integer}, the elements of a loop's state that are known before its first trip."""
     initial = operand_names(instruction)[0]
     start = {}
     for index, shape in enumerate(tuple_elements(instruction.shape)):
@@ -55,31 +59,35 @@ def _initial_state(computations, computation, instruction, state):
 
 
 def _count(computations, instruction, body, start, fixed):
-    """Trips of a loop that compares a counter with a constant; None where it does something else."""
-    condition = computations[called(instruction, "condition")]
+    """Counts the trips of a loop that compares a counter with a constant; None for any other loop."""
+    condition = computations[plain_attribute(instruction, "condition")]
     test, arguments, where = condition.root, None, condition
     if test.opcode == "fusion":
         arguments = [_linear(computations, condition, operand) for operand in operand_names(test)]
-        where = computations[called(test, "calls")]
+        where = computations[plain_attribute(test, "calls")]
         test = where.root
     if test.opcode != "compare":
         return None
     sides = [_linear(computations, where, operand, arguments) for operand in operand_names(test)]
-    direction = re.search(r"direction=(\w+)", test.attributes)[1]
-    if None in sides:
+    direction = plain_attribute(test, "direction")
+    flipped = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
+    left, right = sides
+    if left is None or right is None:
         return None
-    (left, right), flipped = sides, {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
     if left[0] is None or left[0] in fixed:
         left, right, direction = right, left, flipped.get(direction, direction)
-    step = _element(computations, body, body.root, left[0]) if left[0] in start else None
-    if step is None or step[0] != left[0] or (right[0] is not None and right[0] not in fixed):
+    counter, offset = left
+    if counter is None or counter not in start or (right[0] is not None and right[0] not in fixed):
         return None
-    limit = fixed.get(right[0], 0) + right[1]
-    return count_trips(start[left[0]] + left[1], step[1], direction, limit)
+    step = _element(computations, body, body.root, counter)
+    if step is None or step[0] != counter:
+        return None
+    limit = right[1] + (0 if right[0] is None else fixed[right[0]])
+    return count_trips(start[counter] + offset, step[1], direction, limit)
 
 
-def _element(computations, computation, source, index):
-    """`_linear` of an element of a tuple-valued instruction."""
+def _element(computations, computation, source, index) -> Linear | None:
+    """Returns `_linear` of an element of a tuple-valued instruction."""
     operands = operand_names(source)
     if source.opcode == "parameter":
         return index, 0
@@ -88,21 +96,21 @@ def _element(computations, computation, source, index):
     if source.opcode in ("copy", "opt-barrier"):
         return _element(computations, computation, computation[operands[0]], index)
     if source.opcode == "fusion":
-        callee = computations[called(source, "calls")]
+        callee = computations[plain_attribute(source, "calls")]
         inner = [_linear(computations, computation, operand) for operand in operands]
         if inner and callee.root.opcode == "tuple":
             return _linear(computations, callee, operand_names(callee.root)[index], inner)
     if source.opcode == "while":
-        body = computations[called(source, "body")]
+        body = computations[plain_attribute(source, "body")]
         if _element(computations, body, body.root, index) == (index, 0):
             return _element(computations, computation, computation[operands[0]], index)
     return None
 
 
-def _linear(computations, computation, name, arguments=None):
-    """An integer as (i, c): element i of the loop's state plus c, or (None, c): c alone. None: something else.
+def _linear(computations, computation, name, arguments=None) -> Linear | None:
+    """Returns an integer as (i, c): element i of the loop's state plus c; or (None, c): c. None: anything else.
 
-    `arguments` are those of a fusion's parameters; without them a parameter is the loop's state.
+    `arguments` are the values of a fusion's parameters; without them a parameter is the loop's state.
     """
     instruction = computation[name]
     operands = operand_names(instruction)
@@ -112,7 +120,7 @@ def _linear(computations, computation, name, arguments=None):
         case "parameter":
             return arguments[int(instruction.operands)] if arguments else None
         case "get-tuple-element":
-            index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
+            index = int(plain_attribute(instruction, "index"))
             return None if arguments else _element(computations, computation, computation[operands[0]], index)
         case "copy" | "bitcast" | "convert" | "reshape":
             return _linear(computations, computation, operands[0], arguments)
@@ -124,6 +132,6 @@ def _linear(computations, computation, name, arguments=None):
             return (right[0] if left[0] is None else left[0]), left[1] + sign * right[1]
         case "fusion":
             inner = [_linear(computations, computation, operand, arguments) for operand in operands]
-            callee = computations[called(instruction, "calls")]
+            callee = computations[plain_attribute(instruction, "calls")]
             return _linear(computations, callee, callee.root.name, inner) if inner else None
     return None

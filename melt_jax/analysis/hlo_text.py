@@ -1,12 +1,17 @@
-"""The text of compiled programs (optimized HLO): instructions, shapes, attributes, and what one instruction costs."""
+"""Parses the text of compiled programs (optimized HLO): instructions, shapes, attributes, and the cost of each one."""
 
 import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
+Array = tuple[str, tuple[int, ...]]  # (dtype, dimensions)
+Groups = frozenset[frozenset[int]]  # devices that communicate with each other, by their index in the mesh
+
 
 class Instruction(NamedTuple):
-    """A line `%name = shape opcode(operands), attributes`, without comments and without most of its backend_config."""
+    """A line `%name = shape opcode(operands), attributes`, without comments and most of its backend_config."""
 
     name: str
     shape: str
@@ -16,7 +21,7 @@ class Instruction(NamedTuple):
 
 
 class Computation(dict):
-    """{name: `Instruction`} in the order of the text; `root` is the instruction whose value it returns."""
+    """{name: `Instruction`} in the order of the text; `root` is the instruction that it returns."""
 
     root: Instruction
 
@@ -26,13 +31,14 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _PARENTHESIS = re.compile(r"[()]")
 
 
-def parse_program(text):
-    """({name: `Computation`}, the entry's name, the devices the program is compiled for).
+def parse_program(text: str) -> tuple[dict[str, Computation], str, int]:
+    """Returns ({name: `Computation`}, the name of the entry, the number of devices).
 
     Raises:
       ValueError: the text has no entry.
     """
-    computations, entry, current = {}, None, None
+    computations: dict[str, Computation] = {}
+    entry = current = None
     for line in text.splitlines():
         if current is not None and line.startswith("  "):
             _add_instruction(current, line.strip())
@@ -60,7 +66,7 @@ def _add_instruction(computation, line):
     closing = _closing(rest, opening)
     opcode = rest[end:opening].strip()
     attributes = rest[closing:]
-    if opcode != "while":  # a TPU's are long and nothing in them is read
+    if opcode != "while":  # the TPU's are long, and none but a while's is read
         attributes = attributes.partition(", backend_config=")[0]
     name = name.removeprefix("%")
     computation[name] = Instruction(name, rest[:end], opcode, rest[opening + 1 : closing - 1], attributes)
@@ -69,7 +75,7 @@ def _add_instruction(computation, line):
 
 
 def _closing(text, opening):
-    """The position after the parenthesis that closes the one at `opening`."""
+    """Returns the position after the parenthesis that closes the one at `opening`."""
     depth = 0
     for found in _PARENTHESIS.finditer(text, opening):
         depth += 1 if found[0] == "(" else -1
@@ -78,22 +84,22 @@ def _closing(text, opening):
     raise ValueError(f"expected a closing parenthesis, found none in {text[:200]!r}")
 
 
-def operand_names(instruction):
-    """The names of an instruction's operands."""
+def operand_names(instruction: Instruction) -> list[str]:
+    """Returns the names of an instruction's operands."""
     return re.findall(r"%([\w.-]+)", instruction.operands)
 
 
-def attribute(instruction, name):
-    """A quoted attribute, such as op_name or custom_call_target; "" where there is none."""
+def attribute(instruction: Instruction, name: str) -> str:
+    """Returns a quoted attribute, such as op_name or custom_call_target; "" if it is missing."""
     found = re.search(rf'\b{name}="((?:[^"\\]|\\.)*)"', instruction.attributes)
     return found[1] if found else ""
 
 
-def called(instruction, name):
-    """The computation that an instruction names: calls, to_apply, body, condition, …
+def plain_attribute(instruction: Instruction, name: str) -> str:
+    """Returns an unquoted attribute, such as direction, or the computation of calls, to_apply, body or condition.
 
     Raises:
-      ValueError: it names none.
+      ValueError: the instruction has no such attribute.
     """
     found = re.search(rf"\b{name}=%?([\w.-]+)", instruction.attributes)
     if not found:
@@ -101,16 +107,16 @@ def called(instruction, name):
     return found[1]
 
 
-def arrays(shape):
-    """The arrays of a shape, tuples flattened: [(dtype, dimensions)]."""
+def arrays(shape: str) -> list[Array]:
+    """Returns the arrays of a shape, tuples flattened: [(dtype, dimensions)]."""
     return [
         (dtype, tuple(int(size.removeprefix("<=")) for size in sizes.split(",") if size))
         for dtype, sizes in _ARRAY.findall(shape)
     ]
 
 
-def tuple_elements(shape):
-    """The shapes of a tuple's elements, as text; the shape itself where it is no tuple."""
+def tuple_elements(shape: str) -> list[str]:
+    """Returns the shapes of a tuple's elements as text; [shape] if it is not a tuple."""
     if not shape.startswith("("):
         return [shape]
     elements, depth = [""], 0
@@ -123,63 +129,107 @@ def tuple_elements(shape):
     return [element.strip() for element in elements]
 
 
-def array_elements(array):
-    """Numbers in an array."""
+def array_elements(array: Array) -> int:
+    """Returns the number of elements of an array."""
     return math.prod(array[1])
 
 
-def array_bytes(array):
-    """Bytes of an array without padding; 0 for tokens and other types without a size."""
+def array_bytes(array: Array) -> float:
+    """Returns the bytes of an array without padding; 0 for tokens and other types without a size."""
     bits = 8 if array[0] == "pred" else int((re.search(r"\d+", array[0]) or "0")[0])
     return array_elements(array) * bits / 8
 
 
-def group_size(instruction, devices):
-    """Devices in one group of a collective: in its first replica group, or its first chain of a permutation.
+def replica_groups(instruction: Instruction, devices: int) -> Groups | None:
+    """Returns the groups of devices of a collective; None for a permutation or an unknown format.
 
-    Replica groups are printed as lists, {{0,1},{2,3}}, as [groups, size]<=[…], or as axes of a mesh, mesh['a'=2,'b'=4]
-    {'b'}; without any, all devices are one group.
+    HLO prints groups as lists, {{0,1},{2,3}}; as a reshaped and transposed range, [groups, size]<=[…]T(…); or as axes
+    of a mesh, mesh['a'=2,'b'=4] {'b'}. Without any, all devices are one group.
     """
     text = instruction.attributes
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+    if "source_target_pairs=" in text:
+        return None
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", text):
+        return _group_sets(_iota(iota[2]).reshape(_integers(iota[1])))
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((\S+)\))? *\{(.*?)\}", text):
+        return _group_sets(_mesh_groups(mesh[1], mesh[2], mesh[3]))
+    if listed := re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", text):
+        return frozenset(frozenset(_integers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    if "replica_groups={}" in text or "replica_groups=" not in text:
+        return frozenset({frozenset(range(devices))})
+    return None
+
+
+def group_size(instruction: Instruction, devices: int) -> int:
+    """Returns the number of devices in a group of a collective, or in the first chain of a permutation."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes):
         return _chain_length(re.findall(r"(\d+),(\d+)", pairs[1]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(iota[2])
-    if axes := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])  # 'axis', or a part of one: 'axis':(before)size
-        return math.prod(int(part) if part else sizes[name] for name, part in parts)
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-    return len(listed[1].split(",")) if listed else devices
+    groups = replica_groups(instruction, devices)
+    return max(map(len, groups)) if groups else devices
+
+
+def _group_sets(groups):
+    return frozenset(frozenset(group) for group in groups.tolist())
+
+
+def _integers(text):
+    return [int(number) for number in text.split(",")]
+
+
+def _iota(text):
+    """Reads "[2,4]T(1,0)": the range of 8 devices, reshaped and transposed."""
+    sizes, _, order = text.partition("T")
+    sizes = _integers(re.findall(r"\[(.*?)\]", sizes)[0])
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(_integers(order.strip("(),"))) if order else ids
+
+
+def _mesh_groups(axes, device_ids, grouped):
+    """Reads axes "'a'=2,'b'=4" of a mesh and the axes that are grouped: "'b'", or part of one, "'b':(before)size"."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    ids = (_iota(device_ids) if device_ids else np.arange(math.prod(sizes.values()))).reshape(-1)
+    parts = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)}
+    shape, inner = [], []  # of the mesh with partial axes split in three; the grouped dimensions
+    for name, size in sizes.items():
+        before, part = (int(number) for number in (parts.get(name, ("", ""))[i] or 0 for i in (0, 1)))
+        split = [before, part, size // (before * part)] if part else [size]
+        if name in parts:
+            inner.append(len(shape) + (1 if part else 0))
+        shape += split
+    ids = np.moveaxis(ids.reshape(shape), inner, range(-len(inner), 0))
+    return ids.reshape(-1, math.prod(ids.shape[len(shape) - len(inner) :]))
 
 
 def _chain_length(pairs):
-    """Devices that the first pair of a permutation is linked with, itself included."""
+    """Counts the devices that are linked with the first pair of a permutation, including itself."""
     group = set(pairs[0]) if pairs else {None}
     while grown := {device for pair in pairs if group & set(pair) for device in pair} - group:
         group |= grown
     return len(group)
 
 
-def dot_flops(instruction, lhs, rhs):
-    """2 × the result's numbers × the contracted size of a `dot` of arrays (dtype, dimensions)."""
+def dot_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
+    """Returns the FLOPs of a `dot`: 2 × elements of the result × contracted size."""
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     size = math.prod(lhs[1][int(axis)] for axis in contracted[1].split(",") if axis) if contracted else 1
     return 2 * size * array_elements(arrays(instruction.shape)[0])
 
 
-def convolution_flops(instruction, lhs, rhs):
-    """2 × the multiplications of a `convolution` whose operand is no padding and no hole of a dilation.
+def convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
+    """Returns the FLOPs of a `convolution`: 2 × its multiplications, without those by padding and dilation holes.
 
-    A TPU writes batch dimensions of a product as spatial ones: a window over all of them, dilated and padded so that
-    every output meets one number. Only meetings with numbers count, which makes 2·M·N·K of them.
+    The TPU's compiler writes the batch dimensions of a matrix product as spatial dimensions: a window over all of them,
+    dilated and padded so that each output sees one element. Counting elements alone gives 2·M·N·K.
     """
-    lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"expected dim_labels= in %{instruction.name}, found {instruction.attributes[:200]!r}")
+    lhs_labels, rhs_labels, out_labels = labels.groups()
     output = arrays(instruction.shape)[0][1]
     size = lambda labels, dims, label: dims[labels.index(label)]
     flops = 2 * size(out_labels, output, "b") * size(out_labels, output, "f") * size(rhs_labels, rhs[1], "i")
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    if groups:  # the batch is divided among output features: an output sees its own part alone
+    if groups:  # output features divide the batch: each sees only its own part
         flops = flops * size(lhs_labels, lhs[1], "b") // int(groups[1]) // size(out_labels, output, "b")
     window = re.search(r"window=\{(.*?)\}", instruction.attributes)
     window = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
@@ -187,7 +237,7 @@ def convolution_flops(instruction, lhs, rhs):
     along = lambda key, default: window[key].split("x") if key in window else [default] * len(spatial)
     fields = zip(along("stride", "1"), along("pad", "0_0"), along("lhs_dilate", "1"), along("rhs_dilate", "1"))
     for label, (stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, fields):
-        flops *= _meetings(
+        flops *= _multiplications(
             size(lhs_labels, lhs[1], label),
             size(rhs_labels, rhs[1], label),
             size(out_labels, output, label),
@@ -199,9 +249,11 @@ def convolution_flops(instruction, lhs, rhs):
     return flops
 
 
-def _meetings(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate):
-    """Pairs of output o and window k along one dimension that meet a number: o·stride + k·rhs_dilate − pad is one of
-    0, lhs_dilate, …, (numbers − 1)·lhs_dilate."""
+def _multiplications(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate):
+    """Counts the pairs (output o, window k) of one dimension that read an element, not padding or a hole.
+
+    That is, o·stride + k·rhs_dilate − pad is one of 0, lhs_dilate, …, (numbers − 1)·lhs_dilate.
+    """
     common = math.gcd(stride, lhs_dilate)
     period = lhs_dilate // common
     inverse = pow(stride // common, -1, period) if period > 1 else 0

@@ -1,1 +1,1 @@
-"""Model folders: the published form and the Orbax form, read and written."""
+"""Model folders, read and written in published and in Orbax form."""

@@ -1,135 +1,185 @@
-"""Model checkpoints: a folder with config.json in the published schema, `params/` by Orbax, and tokenizer files.
+"""Model folders in Orbax form: config.json in the published schema, `params/` by Orbax, and tokenizer files.
 
-`open_model` opens these and published folders alike. Weights are stored as the modules have them, stacked over layers,
-so that a model restores straight into any sharding; only dimensions of 1 are left out, which TensorStore would copy to
-write. Nothing is cast unless a dtype is asked for.
+`open_model` opens these and published folders alike. Weights are stored as in the modules, stacked over layers, so a
+model is restored directly into any sharding. Dimensions of 1 are left out, because TensorStore would copy such weights
+to write them. Nothing is cast unless a dtype is given.
 """
 
+import contextlib
+import contextvars
+import hashlib
+import math
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from melt_jax.checkpoints.published import PublishedFolder, assemble, companions
+from melt_jax.checkpoints.folder import ModelFolder, assemble
+from melt_jax.checkpoints.published import PublishedFolder, Shape, companions
 from melt_jax.checkpoints.published_config import (
     DTYPES,
-    fail,
-    parse_config,
     published_config,
+    raise_errors,
     read_raw_config,
     write_config,
 )
-from melt_jax.files import atomic_folder
-from melt_jax.model.model import abstract_model, module_leaves
+from melt_jax.config import InputError, ModelConfig
+from melt_jax.files import collective_atomic_folder
+from melt_jax.model.model import LoopedTransformer, module_leaves
 
 PARAMS = "params"
-CHUNK = 512  # tokens, where a model does not say in which chunk to run it
-READ_BYTES = 2**30  # in flight while reading; Orbax refuses a smaller limit than the largest weight
+CHUNK = 512  # tokens; for models whose config.json has no chunk_size
+READ_BYTES = 2**30  # read concurrently at most; Orbax needs at least the largest weight
+
+_is_alone = contextvars.ContextVar("_is_alone", default=False)
 
 
-class OrbaxFolder:
-    """A checkpoint in Orbax form: its metadata compared with config.json when opened, weights read when asked for.
-
-    Attributes:
-      folder: its path.
-      raw: the dict in config.json.
-      config: `ModelConfig`.
-      dtype: of the stored weights, a name; None where they differ.
-      shapes: {path: shape} of the weights that it holds.
-    """
+class OrbaxFolder(ModelFolder):
+    """A checkpoint in Orbax form."""
 
     form = "orbax"
 
-    def __init__(self, folder):
-        """ValueError: what config.json has that this model lacks; then every missing, unknown or misshapen weight."""
-        self.folder = pathlib.Path(folder).absolute()
-        self.raw = read_raw_config(folder)
-        self.config = parse_config(self.raw, self.folder / "config.json")
+    def __init__(self, folder: str | pathlib.Path):
+        super().__init__(folder)
         stored = self._metadata()
-        self.shapes = {path: leaf.shape for path, leaf in module_leaves(abstract_model(self.config))}
-        fail(self.folder / PARAMS, _weight_errors(self.shapes, stored))
-        dtypes = {np.dtype(leaf.dtype).name for leaf in stored.values()}
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        raise_errors(self.folder / PARAMS, _weight_errors(self.shapes, stored))
+        self.dtypes = {path: np.dtype(leaf.dtype).name for path, leaf in stored.items()}
 
-    def _metadata(self):
-        try:
-            tree = ocp.metadata(self.folder / PARAMS).metadata
-        except Exception as error:  # Orbax raises whatever its storage layers do
-            fail(self.folder / PARAMS, [f"no complete Orbax checkpoint: {error}"])
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-        return {".".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
-
-    def read(self, path, dtype):
-        """The weight of that path, an array of numpy's in host memory, all layers stacked."""
+    def read(self, path: str, dtype: str) -> np.ndarray:
         shape = self.shapes[path]
-        # A template of stride 0: Orbax asks it for shape and dtype only.
+        # The template has stride 0 and takes no memory: Orbax uses only its shape and dtype.
         template = np.broadcast_to(np.zeros((), jnp.dtype(dtype)), without_ones(shape))
         return self._restore({path: template})[path].reshape(shape)
 
-    def load(self, paths, dtype, shardings):
-        """{path: jax.Array} of those weights, each placed by its sharding where {path: sharding} has one."""
+    def load(self, paths: Iterable[str], dtype: str, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
             path: jax.ShapeDtypeStruct(self.shapes[path], jnp.dtype(dtype), sharding=shardings.get(path, default))
             for path in paths
         }
         weights = self._restore({path: _stored_form(leaf) for path, leaf in wanted.items()})
-        return {path: _module_form(weights.pop(path), wanted[path]) for path in paths}
+        return {path: _module_form(weights.pop(path), leaf) for path, leaf in wanted.items()}
+
+    def _metadata(self):
+        try:
+            with _context():
+                tree = ocp.metadata(str(self.folder / PARAMS)).metadata
+        except Exception as error:  # Orbax has no common class for the errors of its storage layers
+            raise InputError(f"{self.folder / PARAMS}: expected a complete Orbax checkpoint, found {error}") from error
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+        return {".".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
     def _restore(self, templates):
-        context = ocp.Context()
+        context = _context()
         context.pytree.loading.partial_load = True
-        largest = max(int(np.prod(template.shape)) * 8 for template in templates.values())
+        largest = max(math.prod(template.shape) * 8 for template in templates.values())
         context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
         with context:
-            tree = ocp.load(self.folder / PARAMS, nest(templates))
+            tree = ocp.load(str(self.folder / PARAMS), nest(templates))
         return {path: _get(tree, path) for path in templates}
 
 
-def open_folder(folder):
-    """The `OrbaxFolder` or `PublishedFolder` in a folder, checked; ValueError as theirs, or when it is neither."""
+def open_folder(folder: str | pathlib.Path) -> ModelFolder:
+    """A model folder of either form, checked.
+
+    Raises:
+      InputError: there is no such folder, or as `ModelFolder`.
+    """
     path = pathlib.Path(folder)
     if not path.is_dir():
-        fail(folder, ["no such folder: expected a model checkpoint, published or made by melt_jax.convert"])
+        raise InputError(
+            f"{folder}: expected a model checkpoint, published or by melt_jax.convert, found no such folder"
+        )
     return OrbaxFolder(path) if (path / PARAMS).exists() else PublishedFolder(path)
 
 
-def open_model(folder, dtype=None, gate=None, first_loop=None, shardings=None):
-    """A model from a published folder or one in Orbax form; otherwise as
-    `melt_jax.checkpoints.published.load_model`, but for the dtype.
+def open_model(
+    folder: str | pathlib.Path,
+    dtype: str | None = None,
+    gate: str | None = None,
+    first_loop: str | None = None,
+    shardings: LoopedTransformer | None = None,
+) -> LoopedTransformer:
+    """A model from a folder of either form.
 
-    Args:
-      dtype: of the weights in memory; None: as stored.
+    Arguments and errors are those of `melt_jax.checkpoints.published.load_model`, except that weights keep their stored
+    dtype by default.
     """
     return assemble(open_folder(folder), dtype, gate, first_loop, shardings)
 
 
-def default_chunk(folder, config):
-    """Tokens of the chunk in which to run a folder's model: what a MELT was trained with, if config.json says it.
+def default_chunk(folder: str | pathlib.Path, config: ModelConfig) -> int:
+    """The chunk, in tokens, in which to run a folder's model: a MELT's chunk of training if config.json states it.
 
     Args:
-      folder: the model checkpoint.
-      config: `ModelConfig` of the model as opened: a LoopLM's outcome depends on no chunk, 512 is quick.
+      folder: the model folder.
+      config: of the model as opened. A LoopLM's results do not depend on the chunk.
     """
     trained = None if config.gate == "none" else read_raw_config(folder).get("chunk_size")
     return CHUNK if trained is None else trained
 
 
-def save_model(folder, model, tokenizer_from=None, overwrite=False, chunk_size=None):
-    """Writes a model in Orbax form, whole or not at all; called by every process.
+def weights_digest(folder: str | pathlib.Path) -> str:
+    """The sha256 of a model folder's weights, in hexadecimal: of their paths, dtypes, shapes and bytes.
+
+    Equal weights have equal digests in either form and in any folder. Any process may call it without the others. It
+    reads one weight at a time. A published weight whose layers have several dtypes is read as float32.
+
+    Raises:
+      InputError: as `open_folder`.
+    """
+    digest = hashlib.sha256()
+    with _alone():
+        source = open_folder(folder)
+        for path, shape in sorted(source.shapes.items()):
+            dtype = source.dtypes[path] or "float32"
+            digest.update(f"{path} {dtype} {shape}\n".encode())
+            digest.update(source.read(path, dtype).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone():
+    """Within this context, the process reads Orbax checkpoints without waiting for the run's other processes."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
+def _context():
+    context = ocp.Context()
+    if _is_alone.get():
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
+def save_model(
+    folder: str | pathlib.Path,
+    model: LoopedTransformer,
+    tokenizer_from: str | pathlib.Path | None = None,
+    overwrite: bool = False,
+    chunk_size: int | None = None,
+) -> None:
+    """Writes a model in Orbax form, completely or not at all. Every process of a run calls it.
 
     Args:
-      folder: where; must not exist unless `overwrite`.
-      model: `LoopedTransformer`, its weights stored in the dtype they have.
-      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over.
-      chunk_size: tokens of the chunk that a MELT was trained with, for config.json; None: as in `tokenizer_from`'s.
+      folder: the output; must not exist unless `overwrite`.
+      model: its config and weights; they are stored in their dtype.
+      tokenizer_from: a model folder from which tokenizer files and the harmless keys of config.json are copied.
+      overwrite: replaces an existing folder.
+      chunk_size: tokens of the chunk that a MELT was trained with, for config.json; None: as in `tokenizer_from`.
 
     Raises:
       FileExistsError: `folder` exists.
     """
-    with atomic_folder(folder, overwrite) as temporary:
+    with collective_atomic_folder(folder, overwrite) as temporary:
         raw = None
         if jax.process_index() == 0:
             raw = companions(tokenizer_from, temporary)
@@ -138,27 +188,27 @@ def save_model(folder, model, tokenizer_from=None, overwrite=False, chunk_size=N
             write_config(temporary, published_config(model.config, model.dtype.name, raw, chunk_size))
 
 
-def write_params(folder, weights):
-    """Writes {path: array}, of JAX or numpy, as an Orbax checkpoint.
+def write_params(folder: str | pathlib.Path, weights: Mapping[str, Any]) -> None:
+    """Writes {path: JAX or NumPy array} as an Orbax checkpoint, without a copy in memory.
 
-    One uncompressed piece per weight (per shard, where it has several) goes to disk from the memory it lies in: neither
-    Orbax's defensive copy of host arrays, nor TensorStore's of those with a dimension of 1 (q_proj and o_proj where
-    G = 1), nor a compressed or regrouped one stands beside the weights.
+    Each weight, or each of its shards, is written uncompressed and in one piece from the memory that holds it. This
+    avoids Orbax's defensive copies of host arrays, TensorStore's copies of arrays with a dimension of 1 (q_proj and
+    o_proj if G = 1), and buffers for compressing or regrouping.
     """
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.array.saving.use_compression = False
     with context:
-        ocp.save(folder, nest({path: weight.squeeze() for path, weight in weights.items()}))
+        ocp.save(str(folder), nest({path: weight.squeeze() for path, weight in weights.items()}))
 
 
-def without_ones(shape):
-    """The shape in which a weight is stored: its dimensions of 1 left out."""
+def without_ones(shape: Shape) -> Shape:
+    """The shape in which a weight is stored: without its dimensions of 1."""
     return tuple(size for size in shape if size != 1)
 
 
 def _stored_form(leaf):
-    """What Orbax restores for a weight, an abstract array with a sharding: dimensions of 1 left out of both."""
+    """The abstract array, with its sharding, that Orbax restores for a weight: dimensions of 1 are left out."""
     sharding = leaf.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = sharding.update(spec=jax.P(*(axis for axis, size in zip(sharding.spec, leaf.shape) if size != 1)))
@@ -166,14 +216,14 @@ def _stored_form(leaf):
 
 
 def _module_form(weight, leaf):
-    """The restored weight with its dimensions of 1 again, as the abstract array has them."""
+    """The restored weight with its dimensions of 1 put back, as in the abstract array."""
     ones = [i for i, size in enumerate(leaf.shape) if size == 1]
     return jax.device_put(jnp.expand_dims(weight, ones), leaf.sharding) if ones else weight
 
 
-def nest(flat):
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a.b": x} → {"a": {"b": x}}."""
-    tree = {}
+    tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split(".")
         node = tree
@@ -190,13 +240,13 @@ def _get(tree, path):
 
 
 def _weight_errors(expected, stored):
-    errors = [f"{path} {shape} is missing" for path, shape in expected.items() if path not in stored]
+    errors = [f"{path}: expected shape {shape}, found none" for path, shape in expected.items() if path not in stored]
     for path, leaf in stored.items():
         shape, dtype = tuple(getattr(leaf, "shape", ()) or ()), getattr(leaf, "dtype", None)
         if path not in expected:
-            errors.append(f"{path} {shape} is unknown: config.json describes no such weight")
+            errors.append(f"{path}: expected no such weight by config.json, found shape {shape}")
         elif shape != without_ones(expected[path]):
-            errors.append(f"{path} has shape {shape}: expected {without_ones(expected[path])}")
+            errors.append(f"{path}: expected shape {without_ones(expected[path])}, found {shape}")
         if dtype is None or np.dtype(dtype).name not in DTYPES:
-            errors.append(f"{path} has dtype {dtype}: expected one of {', '.join(DTYPES)}")
+            errors.append(f"{path}: expected dtype {', '.join(DTYPES)}, found {dtype}")
     return errors

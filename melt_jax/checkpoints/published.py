@@ -1,8 +1,8 @@
 """Published checkpoints: one table of names between published tensors and modules, for both directions.
 
 A published folder holds config.json, one or several safetensors files and tokenizer files, as Ouro's do
-(arXiv 2510.25741). MELT's (arXiv 2605.07721) has the LoopLM's tensors and, for each layer, those of the gate. Weights
-are read and written one stacked weight at a time, so that neither direction holds more beside what its caller keeps.
+(arXiv 2510.25741). MELT's (arXiv 2605.07721) has the LoopLM's tensors and, in each layer, those of the gate. Weights
+are read and written one stacked weight at a time, so neither direction needs more memory than one beside the model.
 """
 
 import collections
@@ -10,27 +10,34 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from melt_jax.checkpoints.folder import ModelFolder, assemble
 from melt_jax.checkpoints.published_config import (
     STORED_DTYPES,
-    fail,
     parse_config,
     published_config,
+    raise_errors,
     read_config,
     read_raw_config,
     write_config,
 )
+from melt_jax.config import InputError
 from melt_jax.files import atomic_folder, copy_companions
-from melt_jax.model.model import abstract_model, module_leaves
+from melt_jax.model.model import LoopedTransformer, abstract_model, module_leaves
 
 __all__ = ["PublishedFolder", "load_model", "read_config", "save_published", "to_hf_tensors"]
 
 INDEX = "model.safetensors.index.json"
+
+Shape = tuple[int, ...]
+StoredTensor = tuple[pathlib.Path, Shape, str]  # file, shape, safetensors dtype code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +45,9 @@ class Entry:
     """How one weight is published.
 
     Attributes:
-      name: the published tensor's name, after `model.layers.{i}.` for a layer's.
-      inputs: how many leading dimensions of the module's weight are inputs: the published matrix is (out, in),
-        flattened. None: published as it is.
+      name: of the published tensor; for a layer's weight, the part after `model.layers.{i}.`.
+      inputs: number of leading dimensions of the module's weight that are inputs; the published matrix is the
+        flattened (out, in). None: published unchanged.
     """
 
     name: str
@@ -72,7 +79,7 @@ LAYER_TABLE = {
 }
 
 
-def published_tensors(model):
+def published_tensors(model: LoopedTransformer) -> dict[str, tuple[str, int | None, Shape]]:
     """{published name: (path, layer or None, shape)} of every tensor of a (possibly abstract) model."""
     out = {}
     for path, leaf in module_leaves(model):
@@ -86,15 +93,15 @@ def published_tensors(model):
     return out
 
 
-def published_shape(entry, shape):
-    """(out, in) of a module's weight."""
+def published_shape(entry: Entry, shape: Shape) -> Shape:
+    """The published shape of a module's weight; (out, in) for a matrix."""
     if entry.inputs is None:
         return tuple(shape)
     return math.prod(shape[entry.inputs :]), math.prod(shape[: entry.inputs])
 
 
-def to_published(path, weight):
-    """A module's weight of one layer → its published (out, in) form."""
+def to_published(path: str, weight: Any) -> Any:
+    """One layer's weight of a module, in its published form."""
     entry = _entry(path)
     if entry.inputs is None:
         return weight
@@ -102,12 +109,12 @@ def to_published(path, weight):
     return weight.reshape(inputs, out).T
 
 
-def from_published(path, tensor, shape):
-    """A published tensor → the module's weight of that shape."""
+def from_published(path: str, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+    """A published tensor, as the module's weight of that shape."""
     return (tensor if _entry(path).inputs is None else tensor.T).reshape(shape)
 
 
-def to_hf_tensors(model):
+def to_hf_tensors(model: LoopedTransformer) -> dict[str, jax.Array]:
     """{published tensor name: array (out, in)} of a model, or of a gradient of one."""
     leaves = dict(module_leaves(model))
     tensors = {}
@@ -121,61 +128,48 @@ def _entry(path):
     return LAYER_TABLE[path.removeprefix("layers.")] if path.startswith("layers.") else MODEL_TABLE[path]
 
 
-class PublishedFolder:
-    """A published checkpoint: every tensor accounted for when it is opened, weights read when asked for.
-
-    Attributes:
-      folder: its path.
-      raw: the dict in config.json.
-      config: `ModelConfig`.
-      dtype: of the tensors, a name; None where they differ.
-      shapes: {path: shape} of the module weights that it holds.
-    """
+class PublishedFolder(ModelFolder):
+    """A published checkpoint."""
 
     form = "published"
 
-    def __init__(self, folder):
-        """ValueError: all that config.json has and this model lacks, or else all that is wrong with the tensors."""
-        self.folder = pathlib.Path(folder)
-        self.raw = read_raw_config(folder)
-        self.config = parse_config(self.raw, self.folder / "config.json")
-        abstract = abstract_model(self.config)
-        self.shapes = {path: leaf.shape for path, leaf in module_leaves(abstract)}
-        self._names = collections.defaultdict(list)
-        for name, (path, *_) in published_tensors(abstract).items():
+    def __init__(self, folder: str | pathlib.Path):
+        super().__init__(folder)
+        expected = published_tensors(abstract_model(self.config))
+        self._names: dict[str, list[str]] = collections.defaultdict(list)
+        for name, (path, *_) in expected.items():
             self._names[path].append(name)
         found, errors = scan_tensors(self.folder)
-        errors += _tensor_errors(published_tensors(abstract), found)
-        fail(self.folder, errors)
+        raise_errors(self.folder, errors + _tensor_errors(expected, found))
         self._files = {name: places[0][0] for name, places in found.items()}
-        dtypes = {places[0][2] for places in found.values()}
-        self.dtype = STORED_DTYPES[dtypes.pop()] if len(dtypes) == 1 else None
+        dtypes = {name: STORED_DTYPES[places[0][2]] for name, places in found.items()}
+        several = {path: {dtypes[name] for name in names} for path, names in self._names.items()}
+        self.dtypes = {path: names.pop() if len(names) == 1 else None for path, names in several.items()}
 
-    def read(self, path, dtype):
-        """The module's weight of that path, an array of numpy's in host memory, all layers stacked."""
+    def read(self, path: str, dtype: str) -> np.ndarray:
         weight = np.empty(self.shapes[path], jnp.dtype(dtype))
         targets = weight if path.startswith("layers.") else [weight]
         for target, name in zip(targets, self._names[path], strict=True):
-            # A file opened for each tensor and closed again: what is mapped of it leaves the process's memory.
+            # Opening the file for each tensor and closing it again unmaps what was read of it.
             with safe_open(self._files[name], framework="numpy") as tensors:
                 copy_weight(target, from_published(path, tensors.get_tensor(name), target.shape))
         return weight
 
-    def load(self, paths, dtype, shardings):
-        """{path: jax.Array} of those weights, each placed by its sharding where {path: sharding} has one."""
+    def load(self, paths: Iterable[str], dtype: str, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
         return {path: device_put_weight(self.read(path, dtype), shardings.get(path)) for path in paths}
 
 
-def scan_tensors(folder):
-    """What a folder's safetensors files hold, read from their headers.
+def scan_tensors(folder: pathlib.Path) -> tuple[dict[str, list[StoredTensor]], list[str]]:
+    """The tensors of a folder's safetensors files, from the files' headers.
 
     Returns:
-      ({name: [(file, shape, stored dtype), …]}, errors): unreadable files, and where the index contradicts them.
+      ({name: [(file, shape, stored dtype), …]}, errors); errors are unreadable files and contradictions of the index.
     """
-    found, errors = collections.defaultdict(list), []
+    found: dict[str, list[StoredTensor]] = collections.defaultdict(list)
+    errors = []
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        errors.append("no *.safetensors file: expected one or several")
+        errors.append("*.safetensors: expected one file or several, found none")
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
@@ -183,7 +177,7 @@ def scan_tensors(folder):
                     piece = tensors.get_slice(name)
                     found[name].append((file, tuple(piece.get_shape()), piece.get_dtype()))
         except SafetensorError as error:
-            errors.append(f"{file.name} is no readable safetensors file: {error}")
+            errors.append(f"{file.name}: expected a safetensors file, found {error}")
     if (folder / INDEX).is_file():
         errors += _index_errors(folder, found)
     return found, errors
@@ -193,106 +187,89 @@ def _index_errors(folder, found):
     try:
         index = json.loads((folder / INDEX).read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        return [f"{INDEX} has no readable weight_map: {error!r}"]
+        return [f"{INDEX}: expected a weight_map, found {error!r}"]
     errors = []
     for name in sorted({*index, *found}):
         holders = [file.name for file, *_ in found.get(name, [])]
         if name not in index:
-            errors.append(f"{name} is in {' and '.join(holders)}, but not in {INDEX}")
+            errors.append(f"{name}: expected in {INDEX}, found in {' and '.join(holders)} alone")
         elif index[name] not in holders:
-            errors.append(
-                f"{name} should be in {index[name]} by {INDEX}: it is in {' and '.join(holders) or 'no file'}"
-            )
+            holder = " and ".join(holders) or "no file"
+            errors.append(f"{name}: expected in {index[name]} according to {INDEX}, found in {holder}")
     return errors
 
 
 def _tensor_errors(expected, found):
-    """Every tensor that is missing, unknown, doubled, of another shape or of a dtype that is no weight's."""
-    errors = [f"{name} {expected[name][2]} is missing" for name in expected if name not in found]
+    """Every tensor that is missing, unknown, stored twice, misshapen or of an unsupported dtype."""
+    errors = [
+        f"{name}: expected shape {expected[name][2]}, found no such tensor" for name in expected if name not in found
+    ]
     for name, places in found.items():
         if len(places) > 1:
-            errors.append(f"{name} is doubled: in " + " and in ".join(file.name for file, *_ in places))
+            errors.append(f"{name}: expected once, found in " + " and in ".join(file.name for file, *_ in places))
         for file, shape, dtype in places:
             if name not in expected:
-                errors.append(f"{name} {shape} in {file.name} is unknown: config.json describes no such weight")
+                errors.append(f"{name}: expected no such tensor by config.json, found {shape} in {file.name}")
             elif shape != expected[name][2]:
-                errors.append(f"{name} in {file.name} has shape {shape}: expected {expected[name][2]}")
+                errors.append(f"{name}: expected shape {expected[name][2]}, found {shape} in {file.name}")
             if dtype not in STORED_DTYPES:
-                errors.append(f"{name} in {file.name} has dtype {dtype}: expected one of {', '.join(STORED_DTYPES)}")
+                codes = ", ".join(STORED_DTYPES)
+                errors.append(f"{name}: expected dtype {codes}, found {dtype} in {file.name}")
     return errors
 
 
-def load_model(folder, dtype="float32", gate=None, first_loop=None, shardings=None):
+def load_model(
+    folder: str | pathlib.Path,
+    dtype: str | None = "float32",
+    gate: str | None = None,
+    first_loop: str | None = None,
+    shardings: LoopedTransformer | None = None,
+) -> LoopedTransformer:
     """A model from a published folder.
 
     Args:
       folder: holds config.json and one or several safetensors files.
       dtype: of the weights in memory; None: as stored.
-      gate: a gate variant in place of the checkpoint's; "none" is the LoopLM inside a MELT.
-      first_loop: "copy" or "gated" in place of the checkpoint's.
-      shardings: a model whose weights are shardings, or None: the default device.
-
-    Returns:
-      `LoopedTransformer`.
+      gate: a gate variant to use instead of the checkpoint's; "none" is the LoopLM inside a MELT.
+      first_loop: "copy" or "gated", to use instead of the checkpoint's.
+      shardings: a model whose leaves are shardings; None: the default device.
 
     Raises:
-      ValueError: all that is wrong with config.json, or else all that is wrong with the tensors.
+      InputError: lists all errors of config.json; if there are none, all errors of the tensors.
     """
     return assemble(PublishedFolder(folder), dtype, gate, first_loop, shardings)
 
 
-def assemble(source, dtype=None, gate=None, first_loop=None, shardings=None):
-    """A model from an open checkpoint folder, a `PublishedFolder` or a `checkpoint.OrbaxFolder`; see `load_model`."""
-    config = override(source.config, gate, first_loop)
-    dtype = chosen_dtype(source, dtype)
-    abstract = abstract_model(config, dtype)
-    paths = [path for path, _ in module_leaves(abstract)]
-    lacking = [f"{path} is not in it" for path in paths if path not in source.shapes]
-    hint = (
-        f"gate {config.gate!r} needs weights: melt_jax.convert --gate={config.gate} writes a checkpoint with fresh ones"
-    )
-    fail(source.folder, [*lacking, hint] if lacking else [])
-    weights = source.load(paths, dtype, dict(module_leaves(shardings)) if shardings is not None else {})
-    return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in paths])
-
-
-def override(config, gate=None, first_loop=None):
-    """The config with another gate or first loop; None leaves them."""
-    changes = {name: value for name, value in (("gate", gate), ("first_loop", first_loop)) if value is not None}
-    return dataclasses.replace(config, **changes)
-
-
-def chosen_dtype(source, dtype):
-    """The name of the dtype to open with: the one asked for, or the one that the checkpoint is stored in."""
-    if dtype is None and source.dtype is None:
-        fail(source.folder, ["weights are stored in several dtypes: name the one to open them with (dtype)"])
-    return jnp.dtype(source.dtype if dtype is None else dtype).name
-
-
-def device_put_weight(weight, sharding=None):
-    """A host array on the default device, or spread by a sharding; each process copies only what its devices hold."""
+def device_put_weight(weight: np.ndarray, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+    """A host array on the default device, or sharded; each process copies only the pieces of its devices."""
     if sharding is None:
         return jnp.asarray(weight)
     return jax.make_array_from_callback(weight.shape, sharding, lambda index: weight[index])
 
 
-def copy_weight(target, weight):
-    """target[...] = weight; between equal dtypes as bare bits, several times faster for bfloat16."""
+def copy_weight(target: np.ndarray, weight: np.ndarray) -> None:
+    """target[...] = weight; equal dtypes are copied as integers, which is several times faster for bfloat16."""
     if target.dtype == weight.dtype:
         bits = f"u{target.dtype.itemsize}"
         target, weight = target.view(bits), weight.view(bits)
     target[...] = weight
 
 
-def save_published(folder, model, dtype="bfloat16", tokenizer_from=None, overwrite=False):
-    """Writes a model as a published folder, whole or not at all; from a single process.
+def save_published(
+    folder: str | pathlib.Path,
+    model: LoopedTransformer,
+    dtype: str = "bfloat16",
+    tokenizer_from: str | pathlib.Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as a published folder, completely or not at all. For one process.
 
     Args:
-      folder: where; must not exist unless `overwrite`.
-      model: `LoopedTransformer`.
+      folder: the output; must not exist unless `overwrite`.
+      model: its config and weights.
       dtype: of the tensors in the file.
-      tokenizer_from: a checkpoint folder whose tokenizer files, and harmless keys of config.json, are taken over; or
-        None.
+      tokenizer_from: a model folder from which tokenizer files and the harmless keys of config.json are copied.
+      overwrite: replaces an existing folder.
 
     Raises:
       FileExistsError: `folder` exists.
@@ -303,8 +280,8 @@ def save_published(folder, model, dtype="bfloat16", tokenizer_from=None, overwri
         write_config(temporary, published_config(model.config, jnp.dtype(dtype).name, raw))
 
 
-def companions(source, target):
-    """Copies the tokenizer files of a checkpoint folder; returns its config.json, or None if it is no such model's.
+def companions(source: str | pathlib.Path | None, target: pathlib.Path) -> dict[str, Any] | None:
+    """Copies the tokenizer files of a model folder; returns its config.json, or None if it describes no such model.
 
     None or "" names no folder: nothing is copied.
     """
@@ -315,42 +292,47 @@ def companions(source, target):
         raw = read_raw_config(source)
         parse_config(raw)
         return raw
-    except ValueError:
+    except InputError:
         return None
 
 
-def write_weights(file, abstract, dtype, leaves):
-    """Writes one safetensors file without holding it: its header, then each weight's tensors as the weight comes.
+def write_weights(
+    file: pathlib.Path, abstract: LoopedTransformer, dtype: str, leaves: Iterable[tuple[str, Any]]
+) -> None:
+    """Writes one safetensors file incrementally: the header, then each weight's tensors as the weight arrives.
 
-    Laid out as the published files are: tensors by name, no `__metadata__`, so that sizes agree to the byte.
+    The layout is that of published files: tensors sorted by name, no `__metadata__`; sizes agree to the byte.
 
     Args:
       file: path of the new file.
       abstract: a model with the shapes of all weights.
-      dtype: of the tensors in the file; weights of another are cast.
+      dtype: of the tensors in the file; other weights are cast.
       leaves: (path, weight) pairs in any order, weights stacked over layers.
+
+    Raises:
+      InputError: lists the tensors for which no weight was given.
     """
-    table, dtype = published_tensors(abstract), jnp.dtype(dtype)
+    table, numpy_dtype = published_tensors(abstract), jnp.dtype(dtype)
     names = {(path, layer): name for name, (path, layer, _) in table.items()}
-    header, offsets = safetensors_header({name: shape for name, (*_, shape) in table.items()}, dtype)
+    header, offsets = safetensors_header({name: shape for name, (*_, shape) in table.items()}, numpy_dtype)
     with open(file, "wb") as out:
         out.write(header)
         for path, weight in leaves:
             host = np.asarray(weight)
             for layer in range(len(host)) if path.startswith("layers.") else [None]:
                 tensor = to_published(path, host if layer is None else host[layer])
-                data = np.empty(tensor.shape, dtype)
+                data = np.empty(tensor.shape, numpy_dtype)
                 copy_weight(data, tensor)
                 out.seek(offsets[names.pop((path, layer))])
-                out.write(data.reshape(-1).view(np.uint8))
-    fail(file, [f"no weight was given for {name}" for name in names.values()])
+                out.write(data.reshape(-1).view(np.uint8).data)
+    raise_errors(file, [f"{name}: expected a weight, found none" for name in names.values()])
 
 
-def safetensors_header(shapes, dtype):
-    """What a safetensors file begins with, for tensors of one dtype.
+def safetensors_header(shapes: Mapping[str, Shape], dtype: np.dtype) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file, for tensors of one dtype.
 
     Returns:
-      (bytes, {name: where its tensor begins, in bytes from the file's beginning}).
+      (bytes, {name: offset of its tensor from the beginning of the file, in bytes}).
     """
     code = next(code for code, name in STORED_DTYPES.items() if name == dtype.name)
     entries, offsets, end = {}, {}, 0

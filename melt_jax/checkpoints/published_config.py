@@ -1,17 +1,19 @@
-"""config.json: what a published checkpoint says of its model, read strictly and written back.
+"""config.json of published checkpoints, read strictly and written back.
 
-Every key is accounted for: it becomes a field of `ModelConfig`, must have the only value that this model computes, or
-is known to change nothing. Whatever else stands in the file is an error: ignoring it could compute something else.
+Every key is accounted for: it becomes a field of `ModelConfig`, must have the only value that this model supports, or
+is known not to affect the computation. Any other key is an error, because ignoring it could change what is computed.
 """
 
 import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
-from melt_jax.config import CHOICES, GATES, ModelConfig
+from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
 
-STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # of weights, by their names in safetensors
+STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors code: name
 DTYPES = tuple(STORED_DTYPES.values())
 ARCHITECTURES = {"ouro": "OuroForCausalLM", "melt": "MeltForCausalLM"}
 
@@ -35,9 +37,9 @@ CONFIG_KEYS = {
 }
 OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "early_exit_threshold")
 OPTIONAL += ("bos_token_id", "eos_token_id", "pad_token_id")
-MELT_KEYS = ("gate", "first_loop", "chunk_size")  # a MELT's own; chunk_size: tokens of the chunk of its training
+MELT_KEYS = ("gate", "first_loop", "chunk_size")  # of MELT alone; chunk_size: tokens of a chunk in training
 
-# Keys with the values that this model computes; an absent key means the first.
+# Keys and the values that this model supports; an absent key means the first.
 ONLY_VALUES = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -47,7 +49,7 @@ ONLY_VALUES = {
     "use_sliding_window": (False, None),
 }
 
-# Keys that say something of a file, of a library or of training, and nothing of what is computed.
+# Keys that describe files, libraries or training and do not affect the computation.
 HARMLESS = frozenset(
     "model_type architectures auto_map torch_dtype dtype transformers_version _name_or_path initializer_range "
     "use_cache max_window_layers sliding_window layer_types output_attentions output_hidden_states return_dict "
@@ -56,53 +58,61 @@ HARMLESS = frozenset(
 )
 
 
-def fail(subject, errors):
-    """Raises one ValueError that lists every problem of `subject`; does nothing when there is none."""
-    if errors:
+def raise_errors(subject: object, errors: Iterable[str]) -> None:
+    """Raises one `InputError` that lists all errors of `subject`; does nothing if there are none."""
+    if errors := list(errors):
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        raise ValueError(f"{subject}: {count}\n" + "\n".join(f"  - {error}" for error in errors))
+        raise InputError(f"{subject}: {count}\n" + "\n".join(f"  - {error}" for error in errors))
 
 
-def read_raw_config(folder):
-    """The dict in a folder's config.json, key order kept. ValueError: it is absent or is no JSON object."""
+def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The dict in a folder's config.json, in its key order.
+
+    Raises:
+      InputError: the file is missing or holds no JSON object.
+    """
     file = pathlib.Path(folder) / "config.json"
     if not file.is_file():
-        fail(folder, ["config.json is missing: expected a model checkpoint, published or made by melt_jax.convert"])
+        raise InputError(f"{file}: expected a model checkpoint, published or by melt_jax.convert, found no such file")
     try:
         raw = json.loads(file.read_text())
     except ValueError as error:
-        fail(file, [f"not JSON: {error}"])
+        raise InputError(f"{file}: expected JSON, found {error}") from error
     if not isinstance(raw, dict):
-        fail(file, [f"expected an object, found {type(raw).__name__}"])
+        raise InputError(f"{file}: expected a JSON object, found {type(raw).__name__}")
     return raw
 
 
-def read_config(folder):
-    """`ModelConfig` from a folder's config.json; ValueError lists everything in it that this model does not have."""
+def read_config(folder: str | pathlib.Path) -> ModelConfig:
+    """The model's config from a folder's config.json.
+
+    Raises:
+      InputError: as `read_raw_config` and `parse_config`.
+    """
     return parse_config(read_raw_config(folder), pathlib.Path(folder) / "config.json")
 
 
-def parse_config(raw, subject="config.json"):
-    """`ModelConfig` of a published config.
+def parse_config(raw: dict[str, Any], subject: object = "config.json") -> ModelConfig:
+    """The model's config from the dict of a published config.json.
 
     Args:
       raw: the dict.
-      subject: names it in errors.
+      subject: its name in errors.
 
     Raises:
-      ValueError: all missing keys, unknown keys, impossible values and values that this model does not compute.
+      InputError: lists all missing keys, unknown keys, impossible values and values that this model does not support.
     """
     raw = _with_rope_theta(raw)
     fields = {ours: raw[theirs] for theirs, ours in CONFIG_KEYS.items() if raw.get(theirs) is not None}
     missing = [key for key in CONFIG_KEYS if key not in OPTIONAL and raw.get(key) is None]
-    errors = [f"{key} is missing" for key in missing]
-    for find in (_type_errors, _only_value_errors, _rope_errors, _melt_key_errors, _unknown_key_errors):
+    errors = [f"{key}: expected a value, found none" for key in missing]
+    for find in (_type_errors, _only_value_errors, _dtype_errors, _rope_errors, _melt_key_errors, _unknown_key_errors):
         errors += find(raw)
     if not errors:
         fields.setdefault("kv_heads", fields["heads"])
         fields.setdefault("head_width", fields["width"] // fields["heads"])
         errors += _size_errors(fields)
-    fail(subject, errors)
+    raise_errors(subject, errors)
     if raw["model_type"] == "melt":
         fields |= {"gate": raw.get("gate", "elementwise"), "first_loop": raw.get("first_loop", "copy")}
     else:
@@ -110,31 +120,22 @@ def parse_config(raw, subject="config.json"):
     return ModelConfig(**fields)
 
 
-def published_config(config, dtype, source=None, chunk_size=None):
+def published_config(
+    config: ModelConfig, dtype: str, source: dict[str, Any] | None = None, chunk_size: int | None = None
+) -> dict[str, Any]:
     """The dict to write as config.json.
 
     Args:
-      config: `ModelConfig`.
-      dtype: of the stored weights, a name.
-      source: the config.json that the model came from. Where it already describes `config` it stays as it is; otherwise
-        its harmless keys do.
-      chunk_size: tokens of the chunk that a MELT was trained with; None: what `source` says of it.
+      config: of the model.
+      dtype: name of the stored weights' dtype.
+      source: the config.json that the model came from. If it already describes `config`, it is kept; otherwise only its
+        harmless keys are.
+      chunk_size: tokens of the chunk that a MELT was trained with; None: as in `source`.
     """
     raw = dict(source or {})
     config = dataclasses.replace(config, remat=ModelConfig.remat, attention_block=ModelConfig.attention_block)
     if source is None or parse_config(source) != config:
-        kind = "ouro" if config.gate == "none" else "melt"
-        if raw.get("model_type") != kind:
-            raw.pop("auto_map", None)  # names the code of the other kind
-            raw |= {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
-        raw |= {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
-        stale = ("rope_parameters", *(MELT_KEYS if kind == "ouro" else ()))
-        raw = {key: value for key, value in raw.items() if key not in stale}
-        raw |= {"hidden_act": "silu"}
-        if raw.get("layer_types") is not None:
-            raw["layer_types"] = ["full_attention"] * config.layers
-        if kind == "melt":
-            raw |= {"gate": config.gate, "first_loop": config.first_loop}
+        raw = _describe(raw, config)
     if chunk_size is not None and config.gate != "none":
         raw["chunk_size"] = chunk_size
     for key in [key for key in ("torch_dtype", "dtype") if key in raw] or ["torch_dtype"]:
@@ -142,13 +143,30 @@ def published_config(config, dtype, source=None, chunk_size=None):
     return raw
 
 
-def write_config(folder, raw):
+def write_config(folder: str | pathlib.Path, raw: dict[str, Any]) -> None:
     """Writes config.json."""
     (pathlib.Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
+def _describe(raw, config):
+    """The dict, changed so that it describes `config`."""
+    kind = "ouro" if config.gate == "none" else "melt"
+    if raw.get("model_type") != kind:
+        raw.pop("auto_map", None)  # it names the code of the other kind
+        raw |= {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
+    raw |= {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
+    stale = ("rope_parameters", *(MELT_KEYS if kind == "ouro" else ()))
+    raw = {key: value for key, value in raw.items() if key not in stale}
+    raw |= {"hidden_act": "silu"}
+    if raw.get("layer_types") is not None:
+        raw["layer_types"] = ["full_attention"] * config.layers
+    if kind == "melt":
+        raw |= {"gate": config.gate, "first_loop": config.first_loop}
+    return raw
+
+
 def _with_rope_theta(raw):
-    """The config with the `rope_theta` that newer libraries write in `rope_parameters`, if it has no other."""
+    """The dict with `rope_theta` copied from `rope_parameters`, where newer libraries write it, if it has none."""
     rope = raw.get("rope_parameters")
     if not isinstance(rope, dict) or rope.get("rope_theta") is None:
         return raw
@@ -156,15 +174,14 @@ def _with_rope_theta(raw):
 
 
 def _rope_errors(raw):
-    """What `rope_parameters` says that this model does not compute, or otherwise than `rope_theta`."""
     rope = raw.get("rope_parameters")
     if rope is None:
         return []
     default = isinstance(rope, dict) and set(rope) <= {"rope_theta", "rope_type"}
     if not default or rope.get("rope_type", "default") != "default":
-        return [f"rope_parameters is {rope!r}: this model computes {{'rope_type': 'default', 'rope_theta': …}} only"]
+        return [f"rope_parameters: expected {{'rope_type': 'default', 'rope_theta': …}}, found {rope!r}"]
     if rope.get("rope_theta", raw.get("rope_theta")) != raw.get("rope_theta"):
-        return [f"rope_parameters is {rope!r}, but rope_theta is {raw['rope_theta']!r}"]
+        return [f"rope_parameters: expected rope_theta as in the key rope_theta, {raw['rope_theta']!r}, found {rope!r}"]
     return []
 
 
@@ -185,7 +202,7 @@ def _type_errors(raw):
             low = 0 if field in ("bos", "eos", "pad") else 1
             good, expected = number and isinstance(value, int) and value >= low, f"an integer, {low} or more"
         if not good:
-            errors.append(f"{key} is {value!r}: expected {expected}")
+            errors.append(f"{key}: expected {expected}, found {value!r}")
     return errors
 
 
@@ -193,49 +210,61 @@ def _only_value_errors(raw):
     errors = []
     for key, values in ONLY_VALUES.items():
         if raw.get(key, values[0]) not in values:
-            errors.append(f"{key} is {raw[key]!r}: this model computes {values[0]!r} only")
+            errors.append(f"{key}: expected {values[0]!r}, the only value supported, found {raw[key]!r}")
     if raw.get("sliding_window") is not None and "use_sliding_window" not in raw:
-        errors.append(f"sliding_window is {raw['sliding_window']!r}: this model attends to all tokens (null)")
+        errors.append(f"sliding_window: expected null, the only value supported, found {raw['sliding_window']!r}")
     types, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
     full = isinstance(types, list) and all(kind == "full_attention" for kind in types)
     if types is not None and not (full and (len(types) == layers or not isinstance(layers, int))):
-        errors.append(f"layer_types is {types!r}: expected full_attention for each of the num_hidden_layers")
-    dtypes = {key: raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
-    errors += [f"{key} is {d!r}: expected one of {', '.join(DTYPES)}" for key, d in dtypes.items() if d not in DTYPES]
-    if len(set(map(str, dtypes.values()))) > 1:
-        errors.append(f"torch_dtype is {dtypes['torch_dtype']!r}, but dtype is {dtypes['dtype']!r}")
+        errors.append(f"layer_types: expected full_attention for each of the num_hidden_layers, found {types!r}")
     kind = raw.get("model_type")
-    if kind not in tuple(ARCHITECTURES):  # a list, say, has no hash
-        errors.append(f"model_type is {kind!r}: expected 'ouro' or 'melt'")
+    if kind not in tuple(ARCHITECTURES):  # a tuple: a list, for example, is not hashable
+        errors.append(f"model_type: expected 'ouro' or 'melt', found {kind!r}")
+    return errors
+
+
+def _dtype_errors(raw):
+    dtypes = {key: raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
+    errors = [
+        f"{key}: expected one of {', '.join(DTYPES)}, found {value!r}"
+        for key, value in dtypes.items()
+        if value not in DTYPES
+    ]
+    if len(set(map(str, dtypes.values()))) > 1:
+        errors.append(f"dtype: expected that of torch_dtype, {dtypes['torch_dtype']!r}, found {dtypes['dtype']!r}")
     return errors
 
 
 def _melt_key_errors(raw):
     own = [key for key in MELT_KEYS if key in raw]
     if raw.get("model_type") == "ouro":
-        return [f"{key} is {raw[key]!r}, but model_type 'ouro' has no gates: expected no such key" for key in own]
+        return [f"{key}: expected no such key with model_type 'ouro', found {raw[key]!r}" for key in own]
     errors = []
     for key, values in (("gate", GATES[1:]), ("first_loop", CHOICES["first_loop"])):
         if key in own and raw[key] not in values:
-            errors.append(f"{key} is {raw[key]!r}: expected one of {', '.join(values)}")
+            errors.append(f"{key}: expected one of {', '.join(values)}, found {raw[key]!r}")
     if "chunk_size" in own and (type(raw["chunk_size"]) is not int or raw["chunk_size"] < 1):
-        errors.append(f"chunk_size is {raw['chunk_size']!r}: expected an integer, 1 or more")
+        errors.append(f"chunk_size: expected an integer, 1 or more, found {raw['chunk_size']!r}")
     return errors
 
 
 def _unknown_key_errors(raw):
     known = {*CONFIG_KEYS, *ONLY_VALUES, *HARMLESS, *MELT_KEYS, "rope_parameters"}
-    return [f"{key} is {raw[key]!r}: a key that melt_jax does not know" for key in raw if key not in known]
+    return [
+        f"{key}: expected only keys that melt_jax knows, found {value!r}"
+        for key, value in raw.items()
+        if key not in known
+    ]
 
 
 def _size_errors(fields):
     errors = []
     heads, kv_heads = fields["heads"], fields["kv_heads"]
     if heads % kv_heads:
-        errors.append(f"num_key_value_heads is {kv_heads}: expected a divisor of num_attention_heads, {heads}")
+        errors.append(f"num_key_value_heads: expected a divisor of num_attention_heads, {heads}, found {kv_heads}")
     if fields["head_width"] % 2 or fields["head_width"] == 0:
-        errors.append(f"head_dim is {fields['head_width']}: rotary embedding needs an even width")
+        errors.append(f"head_dim: expected an even number, as rotary embedding needs, found {fields['head_width']}")
     for name in ("bos", "eos", "pad"):
         if fields.get(name, 0) >= fields["vocab"]:
-            errors.append(f"{name}_token_id is {fields[name]}: outside the vocabulary of {fields['vocab']}")
+            errors.append(f"{name}_token_id: expected an id below vocab_size, {fields['vocab']}, found {fields[name]}")
     return errors

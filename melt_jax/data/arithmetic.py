@@ -1,16 +1,18 @@
-"""Worked arithmetic: the embedded task. A chain of definitions in random order, a question, the steps, the answer.
+"""The embedded arithmetic task: a chain of definitions in random order, a question, the worked steps, the answer.
 
     <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=a+2=6;c=b*3=8</think>8<|im_end|>
 
-Names are `a` to `j`. Every value is modulo 10; sums and differences are with 0 to 9, products with 2 or 3. What stands
-up to and including `<think>` is the prompt, the rest the completion. A chain of n definitions takes 14·n tokens: one
-per character or special token.
+Names are `a` to `j`. All values are modulo 10; operands are 0 to 9 in sums and differences, 2 or 3 in products. The
+prompt ends with `<think>`; the rest is the completion. Each character and each special token is one token, and a chain
+of n definitions takes 14·n tokens.
 """
 
 import dataclasses
 import itertools
 
 import numpy as np
+
+from melt_jax.config import InputError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyz=+-*?;,.:"
@@ -22,30 +24,30 @@ OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question as text (without special tokens), the steps that answer it, and the answer."""
+    """A question, its worked steps and its answer, as text without special tokens."""
 
     question: str
     steps: str
     answer: str
 
     @property
-    def prompt(self):
+    def prompt(self) -> list[int]:
         """Token ids of `<|im_start|>question<think>`."""
         return [BEGIN, *encode(self.question), THINK]
 
     @property
-    def completion(self):
+    def completion(self) -> list[int]:
         """Token ids of `steps</think>answer<|im_end|>`."""
         return [*encode(self.steps), ANSWER, *encode(self.answer), STOP]
 
 
-def encode(text):
-    """Token ids of plain characters; KeyError names one that the task does not have."""
+def encode(text: str) -> list[int]:
+    """Token ids of plain characters; KeyError for a character outside the task's vocabulary."""
     return [VOCABULARY[character] for character in text]
 
 
-def make_problem(rng, definitions):
-    """A problem with a chain of that many definitions, from a `numpy.random.Generator`."""
+def make_problem(rng: np.random.Generator, definitions: int) -> Problem:
+    """A random problem with a chain of `definitions` definitions."""
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:definitions]]
     value = int(rng.integers(10))
     stated, steps = [f"{names[0]}={value}"], [f"{names[0]}={value}"]
@@ -61,24 +63,26 @@ def make_problem(rng, definitions):
     return Problem(question, ";".join(steps), str(value))
 
 
-def problem_tokens(definitions):
-    """The tokens of a problem, prompt and completion."""
+def problem_tokens(definitions: int) -> int:
+    """The number of tokens of a problem, prompt and completion."""
     return 14 * definitions
 
 
-def pack_problems(rng, length, low=2, high=5, score="completion"):
+def pack_problems(
+    rng: np.random.Generator, length: int, low: int = 2, high: int = 5, score: str = "completion"
+) -> dict[str, np.ndarray]:
     """Fills one sequence with problems of `low` to `high` definitions.
 
     Returns:
-      dict of int32 [length] arrays: tokens; segments (1, 2, … per problem, 0 padding); targets, the next token;
-      loss_mask, 1 where the prediction of the target is scored: all of a problem's targets ("all") or its completion
+      dict of int32 [length] arrays: tokens; segments (1, 2, … per problem, 0 for padding); targets, the next token;
+      loss_mask, 1 if the prediction of the target is scored: in the whole problem (score "all") or in its completion
       ("completion").
 
     Raises:
-      ValueError: another `score`.
+      InputError: another `score`.
     """
     if score not in ("completion", "all"):
-        raise ValueError(f'score: expected "completion" or "all", found {score!r}')
+        raise InputError(f'score: expected "completion" or "all", found {score!r}')
     out = {name: np.zeros(length, np.int32) for name in ("tokens", "segments", "targets", "loss_mask")}
     start, segment = 0, 1
     while sizes := [n for n in range(low, high + 1) if problem_tokens(n) <= length - start]:
@@ -95,8 +99,10 @@ def pack_problems(rng, length, low=2, high=5, score="completion"):
     return out
 
 
-def arithmetic_batch(seed, step, batch, length, low=2, high=5, score="completion"):
-    """The batch of one training step, a function of (seed, step): dict of [batch, length] int32 arrays."""
+def arithmetic_batch(
+    seed: int, step: int, batch: int, length: int, low: int = 2, high: int = 5, score: str = "completion"
+) -> dict[str, np.ndarray]:
+    """The batch of one training step, a function of (seed, step): arrays of `pack_problems`, [batch, length]."""
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
     rows = [pack_problems(rng, length, low, high, score) for _ in range(batch)]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

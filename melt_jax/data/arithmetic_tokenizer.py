@@ -2,7 +2,7 @@
 
     python -m melt_jax.data.arithmetic_tokenizer --output=melt_jax/assets/ouro_nano
 
-writes the tokenizer files that stand in the embedded checkpoint.
+writes the tokenizer files of the embedded checkpoint.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from melt_jax.data import arithmetic
 
 END, BEGIN, STOP, THINK, ANSWER = arithmetic.SPECIAL_TOKENS
 
-# A question ends with <think>, from where the assistant goes on; an assistant's message holds its steps and its answer.
+# The generation prompt ends with <think>; an assistant's message holds the steps and the answer.
 CHAT_TEMPLATE = f"""\
 {{%- for message in messages -%}}
 {{%- if message.role == 'user' -%}}
@@ -29,9 +29,9 @@ CHAT_TEMPLATE = f"""\
 {{%- endfor -%}}"""
 
 
-def tokenizer_files():
+def tokenizer_files() -> dict[str, str]:
     """{file name: text} of tokenizer.json, tokenizer_config.json and generation_config.json."""
-    # A word-level model without an unknown token: a character that the task lacks is an error, not a hole in the text.
+    # Without an unknown token, a character outside the vocabulary is an error and is not dropped silently.
     tokenizer = Tokenizer(models.WordLevel(arithmetic.VOCABULARY))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -55,18 +55,49 @@ def tokenizer_files():
     }
 
 
-def write_tokenizer(folder):
-    """Writes `tokenizer_files` into a folder, which is made if it is not there."""
+def tokenizer_errors(folder: str | pathlib.Path) -> list[str]:
+    """Why a checkpoint folder's tokenizer cannot read the arithmetic task: at most one message.
+
+    Empty if it gives every token of `arithmetic.VOCABULARY` its id, or if the folder has no tokenizer.json.
+    """
+    file = pathlib.Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return []
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        return [f"{file}: cannot be read: {error}"]
+    for token, expected in arithmetic.VOCABULARY.items():
+        found = _encode(tokenizer, token)
+        if found != [expected]:
+            return [
+                f"{folder}: expected the tokenizer of the arithmetic task, which encodes {token!r} as [{expected}],"
+                f" found {found}; use a model of this task, or other data"
+            ]
+    if _encode(tokenizer, arithmetic.CHARACTERS) != arithmetic.encode(arithmetic.CHARACTERS):
+        return [f"{folder}: expected one token per character, found longer tokens; use a model of the arithmetic task"]
+    return []
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception:  # as above: a text without tokens
+        return []
+
+
+def write_tokenizer(folder: str | pathlib.Path) -> None:
+    """Writes `tokenizer_files` into a folder, and creates it if necessary."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in tokenizer_files().items():
         (folder / name).write_text(text)
 
 
-def main():
+def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Write the arithmetic task's tokenizer files.")
-    parser.add_argument("--output", required=True, help="folder that receives them")
+    parser.add_argument("--output", required=True, help="folder to write them to")
     output = parser.parse_args().output
     write_tokenizer(output)
     print(f"wrote {', '.join(tokenizer_files())} to {output}")

@@ -1,8 +1,9 @@
-"""The form in which sequences reach a step."""
+"""The batch of a training step."""
 
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 
 class Batch(NamedTuple):
@@ -11,11 +12,11 @@ class Batch(NamedTuple):
     Attributes:
       tokens: token ids.
       segments: an id per packed document; 0 is padding.
-      loss_mask: 1 where the prediction made at this token is scored.
+      loss_mask: 1 if the prediction made at this token is scored.
       targets: the next token of the same document; for pre-training and perplexities.
     """
 
-    tokens: jax.Array
-    segments: jax.Array
-    loss_mask: jax.Array
-    targets: jax.Array | None = None
+    tokens: jax.Array | np.ndarray
+    segments: jax.Array | np.ndarray
+    loss_mask: jax.Array | np.ndarray
+    targets: jax.Array | np.ndarray | None = None

@@ -1,8 +1,8 @@
-"""Documents for training: the rows of jsonl and parquet files → chat template → tokens, and which of them are scored.
+"""Training documents: rows of jsonl and parquet files → chat template → tokens and a loss mask.
 
-A row is a conversation (a list of messages), a question with its answer, or plain text. Rows are read in blocks, and a
-few blocks are under way at a time, so that memory does not grow with the files. The tokenizer works on a block with all
-cores; documents come in the order of their rows, whatever the number of cores.
+A row is a conversation (a list of messages), a question with its answer, or plain text. Rows are read in blocks, a few
+at a time, so that memory does not grow with the files. The tokenizer uses all cores on a block; the documents' order
+does not depend on the number of cores.
 """
 
 import collections
@@ -10,33 +10,39 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from melt_jax.config import InputError
+from melt_jax.data.text import Tokenizer
 
 SUFFIXES = (".jsonl", ".parquet")
 MESSAGES, TEXT = ("messages", "conversations"), "text"
 SCORES = ("assistant", "all")
-# ShareGPT's names of the roles; the names of the templates are the same in both columns.
+# ShareGPT's role names, mapped to those of chat templates.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-CONTEXT, ANSWER, ALL = "context", "answer", "all"  # kinds of a piece: not scored; up to its stop token; every token
-BLOCK_BYTES = 2**21  # of text that the tokenizer gets at once: it takes some thirty times that while it works
+CONTEXT, ANSWER, ALL = "context", "answer", "all"  # a piece is scored: not at all, up to its stop token, throughout
+THINK = "<think>"
+BLOCK_BYTES = 2**21  # text per call of the tokenizer, which needs about thirty times that in memory
 BLOCK_ROWS = 4096
-BLOCKS_AHEAD = 2  # one is read and rendered while the other is tokenised
+BLOCKS_AHEAD = 2  # one is read and rendered while the other is tokenized
+Row = bytes | dict[str, Any]  # a jsonl line, or columns
 
 
 class Traits(NamedTuple):
-    """What prepared data tells of a document.
+    """Properties of a document that the manifest counts.
 
     Attributes:
-      conversation: it was written by the chat template.
+      conversation: it was rendered with the chat template.
       unprompted: an answer does not begin as the template's generation prompt does.
-      further: what its messages have besides role and content, sorted.
+      extra_keys: keys of its messages other than role and content, sorted.
     """
 
     conversation: bool = False
     unprompted: bool = False
-    further: tuple = ()
+    extra_keys: tuple[str, ...] = ()
 
 
 class Document(NamedTuple):
@@ -45,7 +51,7 @@ class Document(NamedTuple):
     Attributes:
       place: "file:line", from 1.
       tokens: [n] int32.
-      loss_mask: [n] bool, true where the prediction made at this token, that of the next one, is scored.
+      loss_mask: [n] bool, true if the prediction made at this token, that of the next one, is scored.
       traits: `Traits`.
     """
 
@@ -56,15 +62,15 @@ class Document(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A document as text: pieces [(text, kind)], whether an end token follows, and as in `Document`."""
+    """A document as text: pieces [(text, kind)], whether an end token follows, and its traits."""
 
-    pieces: list
+    pieces: list[tuple[str, str]]
     ends: bool = False
     traits: Traits = Traits()
 
 
 class Malformed(NamedTuple):
-    """A row that is no document: where, and why."""
+    """A row that is not a document: where, and why."""
 
     place: str
     reason: str
@@ -72,12 +78,13 @@ class Malformed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a row holds.
+    """The form of the rows and how they are rendered.
 
     Attributes:
-      messages: column of conversations; question and answer: columns of one exchange; text: column of plain text. Where
-        several are given, a row is the first of the three that it has. With none, `MESSAGES` and `TEXT` are given.
-      score: "assistant" for the assistant's turns of conversations, or "all"; of plain text all is scored.
+      messages: column of conversations; question and answer: columns of one exchange; text: column of plain text. If
+        several are given, the first of the three that a row has applies. By default `MESSAGES` and `TEXT` are given.
+      score: "assistant": the assistant's turns of conversations are scored, or "all". Plain text is scored throughout.
+      thinking: passed to the chat template as `enable_thinking`.
     """
 
     messages: str | None = None
@@ -85,37 +92,38 @@ class Form:
     question: str | None = None
     answer: str | None = None
     score: str = "assistant"
+    thinking: bool = True
 
     @property
-    def columns(self):
-        """The columns that may be asked of a row."""
+    def columns(self) -> list[str]:
+        """The columns to read."""
         given = [name for name in (self.messages, self.question, self.answer, self.text) if name]
         return given or [*MESSAGES, TEXT]
 
     @property
-    def kinds(self):
-        """The columns of which a row has one, by which it is known what the row is."""
+    def kinds(self) -> list[str]:
+        """The columns that determine the form of a row, in order of preference."""
         return [name for name in self.columns if name != self.answer]
 
 
 class InputRows:
-    """The rows of files, in order: iterating gives (place, row), a row being a jsonl line's bytes or a dict of columns.
+    """The rows of files, in order: an iterable of (place, row); a row is a jsonl line's bytes or a dict of columns.
 
     Attributes:
       paths: the files.
-      total: their size, bytes.
-      position: how much of it was read.
+      total: their size in bytes.
+      position: bytes read so far.
     """
 
-    def __init__(self, paths, columns):
-        """ValueError: no files, or all that are not there, are folders, or are of another kind."""
+    def __init__(self, paths: Iterable[str | pathlib.Path], columns: list[str]):
+        """Checks the files; InputError lists those that are missing, are folders, or have another suffix."""
         self.paths, self._columns, self.position = [pathlib.Path(path) for path in paths], columns, 0
-        found = [f"{path}: {problem}" for path in self.paths if (problem := _path_problem(path))]
-        if found or not self.paths:
-            raise ValueError("\n".join(found) or "no input files")
+        errors = [f"{path}: {error}" for path in self.paths if (error := _path_error(path))]
+        if errors or not self.paths:
+            raise InputError("\n".join(errors) or "input: expected at least one file, found none")
         self.total = sum(path.stat().st_size for path in self.paths)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
         for path in self.paths:
             yield from self._lines(path) if path.suffix == ".jsonl" else self._parquet(path)
 
@@ -127,7 +135,7 @@ class InputRows:
                     yield f"{path}:{number}", line
 
     def _parquet(self, path):
-        import pyarrow.parquet  # on use: it takes a while, and jsonl does without
+        import pyarrow.parquet  # slow to import, and not needed for jsonl
 
         start, number = self.position, 0
         try:
@@ -140,33 +148,27 @@ class InputRows:
                         self.position = start + path.stat().st_size * number // total
                         yield f"{path}:{number}", row
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as parquet, after row {number}: {error}") from error
+            raise InputError(f"{path}: cannot be read as parquet, after row {number}: {error}") from error
         self.position = start + path.stat().st_size
         if not columns:
-            raise ValueError(f"{path}: none of the columns {', '.join(self._columns)}; it has {', '.join(names)}")
+            expected, found = ", ".join(self._columns), ", ".join(names)
+            raise InputError(f"{path}: expected one of the columns {expected}, found {found}; name the right column")
 
 
-def _path_problem(path):
+def _path_error(path: pathlib.Path) -> str | None:
     if path.is_dir():
-        return "a folder: expected a file; name those in it, as by folder/*.jsonl"
+        return "expected a file, found a folder; name its files, for example folder/*.jsonl"
     if not path.is_file():
         return "no such file"
-    return None if path.suffix in SUFFIXES else f"expected {' or '.join(SUFFIXES)}"
+    return None if path.suffix in SUFFIXES else f"expected {' or '.join(SUFFIXES)}, found {path.suffix!r}"
 
 
-def documents(rows, tokenizer, form):
-    """A `Document` or `Malformed` of every row, in the rows' order.
-
-    Args:
-      rows: iterable of (place, row), as `InputRows`.
-      tokenizer: `melt_jax.data.text.Tokenizer`.
-      form: `Form`.
-    """
-    work = lambda block: tokenise(block, tokenizer, form)
+def documents(rows: Iterable[tuple[str, Row]], tokenizer: Tokenizer, form: Form) -> Iterator[Document | Malformed]:
+    """A `Document` or `Malformed` for each row of `InputRows`, in order."""
     with concurrent.futures.ThreadPoolExecutor(BLOCKS_AHEAD) as pool:
         waiting = collections.deque()
         for block in _blocks(rows):
-            waiting.append(pool.submit(work, block))
+            waiting.append(pool.submit(tokenize, block, tokenizer, form))
             if len(waiting) > BLOCKS_AHEAD:
                 yield from waiting.popleft().result()
         while waiting:
@@ -194,21 +196,19 @@ def _text_size(value):
     return len(value) if isinstance(value, str) else 1
 
 
-def tokenise(block, tokenizer, form):
-    """[`Document` or `Malformed`] of [(place, row)]."""
+def tokenize(block: list[tuple[str, Row]], tokenizer: Tokenizer, form: Form) -> list[Document | Malformed]:
+    """A `Document` or `Malformed` for each (place, row) of a block."""
     drafts = [_draft_or_reason(place, row, tokenizer, form) for place, row in block]
     texts = [text for draft in drafts if isinstance(draft, Draft) for text, _ in draft.pieces]
     encoded = iter(tokenizer.encode_many(texts))
-    out = []
-    for (place, _), draft in zip(block, drafts):
-        if isinstance(draft, Draft):
-            draft = _assemble(place, draft, [next(encoded) for _ in draft.pieces], tokenizer)
-        out.append(draft)
-    return out
+    return [
+        _assemble(place, draft, [next(encoded) for _ in draft.pieces], tokenizer) if isinstance(draft, Draft) else draft
+        for (place, _), draft in zip(block, drafts)
+    ]
 
 
 class _Reason(ValueError):
-    """Why a row is no document."""
+    """Why a row is not a document."""
 
 
 def _draft_or_reason(place, row, tokenizer, form):
@@ -219,12 +219,12 @@ def _draft_or_reason(place, row, tokenizer, form):
 
 
 def _draft(row, tokenizer, form):
-    """The `Draft` of a row; _Reason if it has none."""
+    """The `Draft` of a row; raises _Reason."""
     if isinstance(row, bytes):
         try:
             row = json.loads(row.decode())
         except (ValueError, RecursionError) as error:
-            raise _Reason(f"no JSON in UTF-8: {error}") from None
+            raise _Reason(f"expected JSON in UTF-8: {error}") from None
         if not isinstance(row, dict):
             raise _Reason(f"expected an object of columns, found {_brief(row)}")
     name = next((name for name in form.kinds if row.get(name) is not None), None)
@@ -243,7 +243,7 @@ def _draft(row, tokenizer, form):
     return _conversation(_messages(_column(row, name, list), name), tokenizer, form)
 
 
-def _column(row, name, kind=str):
+def _column(row, name, kind: type = str):
     if name not in row:
         raise _Reason(f'no column "{name}"; found {", ".join(row) or "none"}')
     if not isinstance(row[name], kind):
@@ -253,9 +253,9 @@ def _column(row, name, kind=str):
 
 
 def _messages(messages, column):
-    """[{"role", "content", …}] of messages by either of the two conventions, with all else that they have.
+    """Messages of either convention as [{"role", "content", …}], with their other keys, which a template may use.
 
-    What else is written is the template's choice. Nulls are left out: parquet has them for what other rows hold.
+    Nulls are left out: parquet stores them for the keys of other rows.
     """
     out = []
     for i, message in enumerate(messages):
@@ -265,109 +265,111 @@ def _messages(messages, column):
         role, content = ("role", "content") if message.get("role") is not None else ("from", "value")
         if message.get(role) is None:
             found = ", ".join(message) or "none"
-            raise _Reason(f"{where}: expected role and content, or from and value; found {found}")
+            raise _Reason(f"{where}: expected role and content, or from and value, found {found}")
         for key in (role, content):
             if not isinstance(message.get(key), str):
                 raise _Reason(f"{where}: expected {key} to be text, found {_brief(message.get(key))}")
-        further = {key: value for key, value in message.items() if key not in (role, content) and value is not None}
+        extra = {key: value for key, value in message.items() if key not in (role, content) and value is not None}
         speaker = SHAREGPT_ROLES.get(message[role], message[role])
-        out.append({**further, "role": speaker, "content": message[content]})
+        out.append({**extra, "role": speaker, "content": message[content]})
     if not out:
-        raise _Reason(f"{column}: no messages")
+        raise _Reason(f"{column}: expected at least one message, found none")
     return out
 
 
 def _conversation(messages, tokenizer, form):
     """The `Draft` of a conversation.
 
-    Answers are encoded apart from what stands before them, as generation does: no token spans the two.
+    Answers are encoded separately from their context, as in generation, so that no token spans the two.
     """
-    whole = _render(messages, False, tokenizer)
-    further = tuple(sorted({key for message in messages for key in message} - {"role", "content"}))
+    render = lambda count, prompt: _render(messages[:count], prompt, tokenizer, form.thinking)
+    whole = render(len(messages), False)
+    extra_keys = tuple(sorted({key for message in messages for key in message} - {"role", "content"}))
     if form.score == "all":
-        return Draft([(whole, ALL)], traits=Traits(True, False, further))
-    spans, unprompted = _answer_spans(messages, whole, tokenizer)
+        return Draft([(whole, ALL)], traits=Traits(True, False, extra_keys))
+    spans, unprompted = _answer_spans(messages, whole, render, tokenizer)
     pieces, end = [], 0
     for start, stop in spans:
         pieces += [(whole[end:start], CONTEXT), (whole[start:stop], ANSWER)]
         end = stop
     pieces.append((whole[end:], CONTEXT))
-    return Draft([piece for piece in pieces if piece[0]], traits=Traits(True, unprompted, further))
+    return Draft([piece for piece in pieces if piece[0]], traits=Traits(True, unprompted, extra_keys))
 
 
-def _render(messages, generation_prompt, tokenizer):
+def _render(messages, generation_prompt, tokenizer, thinking):
     try:
-        return tokenizer.render(messages, generation_prompt)
+        return tokenizer.render(messages, generation_prompt, thinking)
     except Exception as error:  # a template may raise anything
-        raise _Reason(f"the chat template refuses the conversation: {error}") from None
+        raise _Reason(f"the chat template rejects the conversation: {error}") from None
 
 
-def _answer_spans(messages, whole, tokenizer):
-    """([(start, stop)] of the assistant's turns in the rendered conversation, whether one begins unlike its prompt).
+def _answer_spans(messages, whole, render, tokenizer):
+    """([(start, stop)] of the assistant's answers in the rendered conversation, whether one is unprompted).
 
-    A turn begins where the generation prompt ends, so that exactly what the model would write is scored.
+    An answer starts where the generation prompt ends, so that exactly the text that the model would write is scored.
     """
     spans, unprompted = [], False
     if not any(message["role"] == "assistant" for message in messages):
         found = ", ".join(sorted({message["role"] for message in messages}))
-        raise _Reason(f"no assistant's turn, so nothing would be scored; found the roles {found}")
+        raise _Reason(f"expected a turn of the assistant to score, found only the roles {found}")
     if messages[0]["role"] == "assistant":
         raise _Reason(
-            "the assistant opens the conversation: no generation prompt tells the template's header of that turn from"
-            " what the assistant writes; leave the turn out or score all"
+            "the assistant opens the conversation, so there is no generation prompt to separate the template's header"
+            " from the answer; drop the turn or score all"
         )
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, through = (_render(messages[:count], False, tokenizer) for count in (i, i + 1))
+        before, through, prompt = render(i, False), render(i + 1, False), render(i, True)
         for count, text in ((i, before), (i + 1, through)):
             if not whole.startswith(text):
                 raise _Reason(
-                    f"the chat template renders the first {count} messages otherwise alone than in the whole"
-                    " conversation, so turns cannot be told apart; split it into single exchanges or score all"
+                    f"the chat template renders the first {count} messages differently without the later ones, so turns"
+                    " cannot be separated; split it into single exchanges or score all"
                 )
-        prompt = _render(messages[:i], True, tokenizer)
         unprompted |= not through.startswith(prompt)
         spans.append((_answer_start(before, prompt, through, tokenizer), len(through)))
     return spans, unprompted
 
 
 def _answer_start(before, prompt, through, tokenizer):
-    """Where in the conversation `through` an answer begins: behind the prompt's tokens with which its turn begins."""
+    """Start of the answer in the conversation `through`: after the tokens that its turn shares with the prompt."""
     if through.startswith(prompt):
+        if THINK in prompt[len(before) :] and through[len(prompt) :].lstrip().startswith(THINK):
+            raise _Reason(f"{THINK} would be written twice, by the template and by the answer; take --nothinking")
         return max(len(prompt), len(before))
     if not prompt.startswith(before):
         raise _Reason(
-            "the chat template's generation prompt does not go on from the messages before it, so what the template"
-            " writes of an answer cannot be told; score all"
+            "the chat template's generation prompt does not extend the messages before it, so answers cannot be"
+            " separated; score all"
         )
     head, turn = prompt[len(before) :], through[len(before) :]
     same = next((n for n, (a, b) in enumerate(zip(head, turn)) if a != b), len(turn))
     try:
         return len(before) + tokenizer.last_boundary(head, same)
-    except ValueError as error:
+    except InputError as error:
         raise _Reason(str(error)) from None
 
 
 def _assemble(place, draft, encoded, tokenizer):
     """The `Document` of a draft and the ids of its pieces, or `Malformed`."""
-    wrong = [str(ids) for ids in encoded if isinstance(ids, ValueError)]
-    if wrong:
-        return Malformed(place, wrong[0])
+    errors = [str(ids) for ids in encoded if isinstance(ids, InputError)]
+    if errors:
+        return Malformed(place, errors[0])
     kinds = [kind for _, kind in draft.pieces]
     if draft.ends and tokenizer.eos is not None:
         encoded, kinds = [*encoded, [tokenizer.eos]], [*kinds, ALL]
     tokens = np.concatenate([np.asarray(ids, np.int32) for ids in encoded])
-    written = np.concatenate([_written(ids, kind, tokenizer.stop_ids) for ids, kind in zip(encoded, kinds)])
+    scored = np.concatenate([_scored(ids, kind, tokenizer.stop_ids) for ids, kind in zip(encoded, kinds)])
     loss_mask = np.zeros(len(tokens), bool)
-    loss_mask[:-1] = written[1:]
+    loss_mask[:-1] = scored[1:]
     if not loss_mask.any():
-        return Malformed(place, "nothing in it is scored: it is too short, or the assistant's turns are empty")
+        return Malformed(place, "expected tokens to score, found none: too short, or the assistant's turns are empty")
     return Document(place, tokens, loss_mask, draft.traits)
 
 
-def _written(ids, kind, stop_ids):
-    """[n] bool: the tokens that the model is to write. What a template puts after an answer's stop token is not."""
+def _scored(ids, kind, stop_ids):
+    """[n] bool: the tokens to predict. Those that a template adds after an answer's stop token are not among them."""
     out = np.full(len(ids), kind != CONTEXT)
     stops = np.flatnonzero(np.isin(ids, stop_ids))
     if kind == ANSWER and len(stops):

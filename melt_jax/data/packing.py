@@ -1,24 +1,31 @@
-"""Documents side by side in sequences of fixed length."""
+"""Packing of documents into sequences of fixed length."""
+
+from melt_jax.config import InputError
+from melt_jax.data.documents import Document
 
 
 class Packer:
-    """Puts documents whole into sequences: each into the first of a few open sequences that has room for it.
+    """Packs whole documents: each goes into the first of a few open sequences that has room for it.
 
-    Deterministic, and as bounded in memory as its window. A window of 1 fills sequences one after the other.
+    Deterministic; its memory is bounded by the window. A window of 1 fills sequences one after the other.
     """
 
-    def __init__(self, length, window):
-        """length: tokens of a sequence; window: sequences that are open at a time, at least 1."""
-        self._length, self._window, self._open = length, window, []
+    def __init__(self, length: int, window: int):
+        """length: tokens of a sequence; window: sequences open at a time, at least 1."""
+        self._length, self._window = length, window
+        self._open: list[tuple[int, list[Document]]] = []
 
-    def add(self, document):
-        """Places a document, a `Document` of at most `length` tokens; returns the sequence that this closes, or None.
+    def add(self, document: Document) -> list[Document] | None:
+        """Adds a document of at most `length` tokens; returns the sequence that this closes, or None.
 
-        A sequence is a list of documents. One is closed when the window is full: the fullest, the oldest of equals.
+        If the window is full, the fullest sequence is closed, and the oldest of several.
+
+        Raises:
+          InputError: the document is longer than a sequence.
         """
         size = len(document.tokens)
         if size > self._length:
-            raise ValueError(f"{document.place}: {size} tokens do not fit a sequence of {self._length}")
+            raise InputError(f"{document.place}: expected at most {self._length} tokens, found {size}")
         for i, (used, sequence) in enumerate(self._open):
             if used + size <= self._length:
                 self._open[i] = (used + size, [*sequence, document])
@@ -26,21 +33,20 @@ class Packer:
         self._open.append((size, [document]))
         if len(self._open) <= self._window:
             return None
-        # The new one stays: what comes next may fit into it, and with a window of 1 that keeps the order.
+        # Never the new one: later documents may fit into it, and a window of 1 keeps the order.
         fullest = max(range(self._window), key=lambda i: self._open[i][0])
         return self._open.pop(fullest)[1]
 
-    def finish(self):
-        """The sequences still open, in their order."""
+    def finish(self) -> list[list[Document]]:
+        """The sequences still open, in order."""
         rest, self._open = [sequence for _, sequence in self._open], []
         return rest
 
 
-def split(document, length):
-    """Pieces of at most `length` tokens of a document, each a document of its own: they do not see each other.
+def split(document: Document, length: int) -> list[Document]:
+    """Pieces of at most `length` tokens of a document, each a separate document.
 
-    What the last token of a piece would have predicted stands in the next piece, and is not scored. A piece without
-    scored predictions is kept: it shows in the counts.
+    The last token of a piece is not scored: its target is in the next piece. Pieces without scored tokens are kept.
     """
     pieces = []
     for start in range(0, len(document.tokens), length):

@@ -1,10 +1,10 @@
-"""Prepared data: a folder of ArrayRecord shards of packed sequences, and a manifest that says what they are.
+"""Prepared data: a folder of ArrayRecord shards of packed sequences, and a manifest that describes them.
 
-    manifest.json             counts, hashes, tokenizer, template, inputs; written last
-    00000.arrayrecord, …      a record is a sequence: token ids, segment ids, loss mask as bits, laid end to end
+    manifest.json             counts, hashes, tokenizer, chat template, inputs; written last
+    00000.arrayrecord, …      one record per sequence: token ids, segment ids, loss mask as bits, concatenated
 
-`melt_jax.prepare` writes such folders. Any sequence is read by its index alone, so that every host of a run can read
-its own rows of any step.
+`melt_jax.prepare` writes such folders. A sequence is read by its index alone, so that each host of a run reads its own
+rows of any step.
 """
 
 import dataclasses
@@ -12,17 +12,21 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from melt_jax.config import InputError
+from melt_jax.data.batch import Batch
+from melt_jax.data.documents import Document
 from melt_jax.data.text import Tokenizer
 from melt_jax.data.token_files import TokenSequences
 
 FORMAT = "melt_jax records 1"
 MANIFEST = "manifest.json"
-WRITER_OPTIONS = "group_size:1,zstd:3"  # each record compressed alone, for reading in any order
+WRITER_OPTIONS = "group_size:1,zstd:3"  # each record is compressed alone, for random access
 KEYS = {
     "format": str,
     "length": int,
@@ -37,11 +41,11 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a sequence lies in a record: `length` token ids, `length` segment ids, `length` mask bits.
+    """The layout of a sequence in a record: `length` token ids, `length` segment ids, `length` mask bits.
 
     Attributes:
       length: S, tokens of a sequence.
-      token_dtype, segment_dtype: little-endian numpy dtypes.
+      token_dtype, segment_dtype: little-endian NumPy dtypes.
     """
 
     length: int
@@ -49,19 +53,19 @@ class Layout:
     segment_dtype: str
 
     @classmethod
-    def of(cls, length, vocab):
-        """The smallest layout for sequences of that length with ids below vocab."""
+    def of(cls, length: int, vocab: int) -> "Layout":
+        """The smallest layout for sequences of `length` tokens with ids below `vocab`."""
         narrow = lambda limit: "<u2" if limit <= 2**16 else "<u4"
         return cls(length, narrow(vocab), narrow(length + 1))
 
     @property
-    def bytes(self):
-        """The size of a record before compression."""
+    def size(self) -> int:
+        """The bytes of a record before compression."""
         tokens, segments = (np.dtype(name).itemsize for name in (self.token_dtype, self.segment_dtype))
         return self.length * (tokens + segments) + -(-self.length // 8)
 
-    def encode(self, documents):
-        """The record of a sequence: a list of `Document` of at most `length` tokens together; segments count from 1."""
+    def encode(self, documents: Sequence[Document]) -> bytes:
+        """The record of a sequence of documents, at most `length` tokens in total; segment ids start at 1."""
         sizes = [len(document.tokens) for document in documents]
         tokens = np.zeros(self.length, self.token_dtype)
         segments = np.zeros(self.length, self.segment_dtype)
@@ -72,10 +76,14 @@ class Layout:
         loss_mask[filled] = np.concatenate([document.loss_mask for document in documents])
         return tokens.tobytes() + segments.tobytes() + np.packbits(loss_mask).tobytes()
 
-    def decode(self, record):
-        """The `Batch` of [S] int32 arrays in a record; ValueError if its size is not this layout's."""
-        if len(record) != self.bytes:
-            raise ValueError(f"a record of {len(record)} bytes: expected {self.bytes} by the manifest")
+    def decode(self, record: bytes) -> Batch:
+        """The `Batch` of [S] int32 arrays in a record.
+
+        Raises:
+          InputError: the record has another size.
+        """
+        if len(record) != self.size:
+            raise InputError(f"record: expected {self.size} bytes as the manifest states, found {len(record)}")
         tokens = np.frombuffer(record, self.token_dtype, self.length)
         segments = np.frombuffer(record, self.segment_dtype, self.length, tokens.nbytes)
         bits = np.frombuffer(record, np.uint8, offset=tokens.nbytes + segments.nbytes)
@@ -87,13 +95,14 @@ class ShardWriter:
     """Writes records into shards of `sequences` records each.
 
     Attributes:
-      shards: what the manifest says of each finished shard: file, sequences, bytes, sha256.
+      shards: the manifest's entry of each finished shard: file, sequences, bytes, sha256.
     """
 
-    def __init__(self, folder, sequences):
-        self.shards, self._folder, self._sequences, self._writer, self._count = [], folder, sequences, None, 0
+    def __init__(self, folder: str | pathlib.Path, sequences: int):
+        self.shards: list[dict] = []
+        self._folder, self._sequences, self._writer, self._count = folder, sequences, None, 0
 
-    def write(self, record):
+    def write(self, record: bytes) -> None:
         """Adds a record."""
         if self._writer is None:
             self._writer = ArrayRecordWriter(str(self._path()), WRITER_OPTIONS)
@@ -102,8 +111,8 @@ class ShardWriter:
         if self._count == self._sequences:
             self.close()
 
-    def close(self):
-        """Finishes the shard under way, if there is one."""
+    def close(self) -> None:
+        """Finishes the current shard, if there is one."""
         if self._writer is None:
             return
         self._writer.close()
@@ -116,134 +125,154 @@ class ShardWriter:
         return pathlib.Path(self._folder) / f"{len(self.shards):05d}.arrayrecord"
 
 
-def write_manifest(folder, manifest):
-    """Writes a manifest, whole or not at all: the last thing that makes a folder of shards prepared data."""
+def write_manifest(folder: str | pathlib.Path, manifest: dict) -> None:
+    """Writes the manifest atomically. It comes last: without it a folder of shards is not prepared data."""
     path = pathlib.Path(folder) / MANIFEST
     temporary = path.with_suffix(".incomplete")
     temporary.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
     os.replace(temporary, path)
 
 
-def read_manifest(folder):
-    """The manifest of prepared data, checked against the folder's files by their sizes.
+def read_manifest(folder: str | pathlib.Path) -> dict:
+    """The manifest of prepared data, checked against the sizes of the folder's files.
 
     Raises:
-      ValueError: no manifest, or another's; else every shard that is missing or has another size.
+      InputError: the manifest is missing or malformed; else lists every shard that is missing or has another size.
     """
     path = pathlib.Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder}: no {MANIFEST}, so no finished data; write it with melt_jax.prepare")
+        raise InputError(f"{folder}: no {MANIFEST}, so the data is unfinished; write it with melt_jax.prepare")
     try:
         manifest = json.loads(path.read_text())
-        wrong = [
-            f"{key} is no {kind.__name__}" for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)
+        errors = [
+            f"{key}: expected {kind.__name__}, found {manifest.get(key)!r}"
+            for key, kind in KEYS.items()
+            if not isinstance(manifest.get(key), kind)
         ]
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if not wrong and manifest["format"] != FORMAT:
-        wrong = [f'expected format "{FORMAT}", found "{manifest["format"]}"']
-    if wrong:
-        raise ValueError(f"{path}: {'; '.join(wrong)}; prepare the data again")
-    if found := _shard_errors(pathlib.Path(folder), manifest["shards"]):
-        raise ValueError("\n".join(found))
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not errors and manifest["format"] != FORMAT:
+        errors = [f'format: expected "{FORMAT}", found "{manifest["format"]}"']
+    if errors:
+        raise InputError(f"{path}: {'; '.join(errors)}; prepare the data again")
+    if errors := _shard_errors(pathlib.Path(folder), manifest["shards"]):
+        raise InputError("\n".join(errors))
     return manifest
 
 
-def open_records(folder):
-    """`RecordSequences` of prepared data; ValueError as `read_manifest`."""
+def open_records(folder: str | pathlib.Path) -> "RecordSequences":
+    """`RecordSequences` of prepared data; raises as `read_manifest`."""
     return RecordSequences(folder, read_manifest(folder))
 
 
 class RecordSequences:
     """Prepared data as sequences: `len(x)` is their number, `x[i]` a `Batch` of int32 [S] arrays."""
 
-    def __init__(self, folder, manifest):
+    def __init__(self, folder: str | pathlib.Path, manifest: dict):
         self._layout = Layout(manifest["length"], manifest["token_dtype"], manifest["segment_dtype"])
-        # With their extents given, the shards are opened when something in them is asked for.
+        self._sequences = sum(shard["sequences"] for shard in manifest["shards"])
+        # With these extents, Grain opens a shard only when one of its records is read.
         paths = [f"{pathlib.Path(folder) / s['file']}[0:{s['sequences']}]" for s in manifest["shards"]]
         self._records = grain.sources.ArrayRecordDataSource(paths)
 
-    def __len__(self):
-        return len(self._records)
+    def __len__(self) -> int:
+        return self._sequences
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Batch:
         return self._layout.decode(self._records[index])
 
 
-def record_errors(folder, length, vocab, tokenizer=None):
-    """Everything that keeps prepared data from feeding a model: a list of messages.
+def record_errors(
+    folder: str | pathlib.Path, length: int, vocab: int, tokenizer: str | pathlib.Path | None = None
+) -> list[str]:
+    """Mismatches between prepared data and a run.
 
     Args:
-      folder: of the data.
-      length: S, the configured tokens of a sequence.
+      folder: the data.
+      length: S, tokens of a sequence in the run.
       vocab: V of the model.
-      tokenizer: a checkpoint folder; if it has a tokenizer, the data must be written with it, and conversations in it
-        with its chat template. None: not compared.
+      tokenizer: a checkpoint folder, or None. If it has a tokenizer, the data must have been written with it, and
+        conversations with its chat template.
     """
     try:
         manifest = read_manifest(folder)
-    except ValueError as error:
+    except InputError as error:
         return str(error).split("\n")
-    found = []
+    errors = []
     if manifest["length"] != length:
-        found.append(
-            f"{folder}: sequences of {manifest['length']} tokens, but data.length is {length}; set it to"
-            f" {manifest['length']}, or prepare the data with --length={length}"
+        errors.append(
+            f"{folder}: expected sequences of data.length, {length} tokens, found {manifest['length']}; set data.length"
+            f" to {manifest['length']}, or prepare the data with --length={length}"
         )
     if manifest["tokenizer"]["vocab"] > vocab:
-        found.append(
-            f"{folder}: written with a tokenizer of {manifest['tokenizer']['vocab']} ids, but the model has {vocab};"
-            " prepare the data with the model's tokenizer"
+        errors.append(
+            f"{folder}: expected a tokenizer of at most the model's {vocab} ids, found"
+            f" {manifest['tokenizer']['vocab']}; prepare the data with the model's tokenizer"
         )
     if tokenizer:
-        found += _tokenizer_errors(folder, manifest, pathlib.Path(tokenizer))
-    return found
+        errors += _tokenizer_errors(folder, manifest, pathlib.Path(tokenizer))
+    return errors
 
 
-def _tokenizer_errors(folder, manifest, tokenizer):
-    """At most one message: another tokenizer or, with the same one, another chat template."""
+def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path) -> list[str]:
+    """At most one message: conversations were rendered with another `thinking` than those of `other`, in `folder`."""
+    found, expected = manifest.get("thinking"), other.get("thinking")
+    if None in (found, expected) or found == expected:
+        return []
+    flag = "--thinking" if expected else "--nothinking"
+    return [f"expected data rendered with {flag} as {folder} is, found the opposite; prepare it again with {flag}"]
+
+
+def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[str]:
+    """At most one message: another tokenizer, chat template, or an unknown `thinking`."""
     if not (tokenizer / "tokenizer.json").is_file():
         return []
-    part, written, here = "tokenizer", manifest["tokenizer"]["sha256"], sha256(tokenizer / "tokenizer.json")
-    if here == written and (template := manifest.get("template_sha256")):
-        # Opened, which takes a second: a template may stand in several files, and the library knows which one counts.
+    part, expected, found = "tokenizer", sha256(tokenizer / "tokenizer.json"), manifest["tokenizer"]["sha256"]
+    if found == expected and (template := manifest.get("template_sha256")):
+        # Opening a tokenizer takes a second, but only the library knows which of several template files counts.
         try:
-            part, written, here = "chat template", template, Tokenizer(tokenizer).template_sha256 or "none"
+            opened = Tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            return [f"{folder}: written by a chat template, and that of {tokenizer} cannot be read: {error}"]
-    if here == written:
+            return [f"{folder}: written with a chat template, and that of {tokenizer} cannot be read: {error}"]
+        part, expected, found = "chat template", opened.template_sha256 or "none", template
+        if found == expected and opened.has_thinking and manifest.get("thinking") is None:
+            return [
+                f"{folder}: expected conversations rendered with a known enable_thinking, found data of an earlier"
+                f" version; prepare it again with --tokenizer={tokenizer}"
+            ]
+    if found == expected:
         return []
     return [
-        f"{folder}: written with another {part} than that of {tokenizer}: sha256 {written[:12]} there, {here[:12]}"
-        f" here; prepare the data with --tokenizer={tokenizer}"
+        f"{folder}: expected data written with the {part} of {tokenizer}, sha256 {expected[:12]}, found {found[:12]};"
+        f" prepare the data with --tokenizer={tokenizer}"
     ]
 
 
-def verify_shards(folder):
-    """Reads all shards of prepared data and compares them with their hashes: a list of messages, empty if all is well.
+def verify_shards(folder: str | pathlib.Path) -> list[str]:
+    """Compares all shards of prepared data with their hashes: a list of messages, empty if they match.
 
     Raises:
-      ValueError: as `read_manifest`.
+      InputError: as `read_manifest`.
     """
-    folder, found = pathlib.Path(folder), []
+    folder, errors = pathlib.Path(folder), []
     for shard in read_manifest(folder)["shards"]:
         if (digest := sha256(folder / shard["file"])) != shard["sha256"]:
-            found.append(f"{folder / shard['file']}: expected sha256 {shard['sha256']}, found {digest}")
-    return found
+            errors.append(f"{folder / shard['file']}: expected sha256 {shard['sha256']}, found {digest}; copy it again")
+    return errors
 
 
-def sha256(path):
-    """Hex digest of a file, read in pieces."""
+def sha256(path: str | pathlib.Path) -> str:
+    """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shard_errors(folder, shards):
-    found = []
+def _shard_errors(folder: pathlib.Path, shards: list[dict]) -> list[str]:
+    errors = []
     for shard in shards:
         path = folder / shard["file"]
         if not path.is_file():
-            found.append(f"{path}: missing, but the manifest lists it")
+            errors.append(f"{path}: missing, but listed in the manifest; copy it again")
         elif path.stat().st_size != shard["bytes"]:
-            found.append(f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; copy it again")
-    return found if shards else [f"{folder}: the manifest lists no shards"]
+            errors.append(f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; copy it again")
+    return errors if shards else [f"{folder}: the manifest lists no shards; prepare the data again"]

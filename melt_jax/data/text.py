@@ -4,6 +4,9 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
+
+from melt_jax.config import InputError
 
 CHAT_END = "<|im_end|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -13,20 +16,21 @@ class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
     Attributes:
-      folder: where its files stand.
+      folder: the checkpoint folder.
       vocab: one more than the largest token id.
-      stop_ids: the ids that end a text, sorted: the eos of generation_config.json and of the tokenizer, the chat's end.
-      eos: the tokenizer's own end of a text, an id, or None.
+      stop_ids: sorted ids that end a text: the eos of generation_config.json and of the tokenizer, and the chat's end.
+      eos: id of the tokenizer's own end token, or None.
       template: the chat template's source, or None.
-      sha256, template_sha256: hex digests of tokenizer.json and of the chat template, by which prepared data says what
-        it was written with; the second is None without a template.
+      has_thinking: the chat template depends on `enable_thinking`.
+      sha256, template_sha256: hex digests of tokenizer.json and of the chat template (None without one), which identify
+        them in prepared data.
     """
 
-    def __init__(self, folder):
-        """Opens the tokenizer in a folder; never asks the network.
+    def __init__(self, folder: str | pathlib.Path):
+        """Opens the tokenizer in a folder, without network access.
 
         Raises:
-          FileNotFoundError: the tokenizer files that the folder lacks.
+          FileNotFoundError: lists the tokenizer files missing from the folder.
         """
         self.folder = pathlib.Path(folder)
         missing = [name for name in TOKENIZER_FILES if not (self.folder / name).is_file()]
@@ -35,21 +39,22 @@ class Tokenizer:
                 f"{self.folder}: no {' and no '.join(missing)}; copy the tokenizer files from the published checkpoint"
             )
         self._tokenizer = _load(self.folder)
-        # Here, once: a backend is not changed while another thread encodes with it.
+        # Set once: a backend must not be changed while another thread encodes with it.
         self._tokenizer.backend_tokenizer.no_truncation()
         self._tokenizer.backend_tokenizer.no_padding()
         self.sha256 = hashlib.sha256((self.folder / "tokenizer.json").read_bytes()).hexdigest()
-        self.vocab = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab: int = max(self._tokenizer.get_vocab().values()) + 1
         self.stop_ids = self._find_stop_ids()
-        self.eos = self._tokenizer.eos_token_id
+        self.eos: int | None = self._tokenizer.eos_token_id
         self.template = self._tokenizer.chat_template
         self.template_sha256 = hashlib.sha256(str(self.template).encode()).hexdigest() if self.template else None
+        self.has_thinking = "enable_thinking" in str(self.template)
 
-    def encode(self, text):
-        """Token ids of a text; special tokens written out in it become their ids, and none are added.
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Special tokens in the text become their ids; none are added.
 
         Raises:
-          ValueError: characters for which the tokenizer has no token.
+          InputError: the tokenizer has no token for some characters.
         """
         try:
             return self._encode(text)
@@ -57,21 +62,21 @@ class Tokenizer:
             missing = "".join(sorted({c for c in text if not self._knows(c)}))
             if not missing:
                 raise
-            raise ValueError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
+            raise InputError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
 
-    def encode_many(self, texts):
-        """`encode` of each text, by all cores: a list of id lists, with the ValueError in place of one that fails."""
+    def encode_many(self, texts: Sequence[str]) -> list[list[int] | InputError]:
+        """`encode` of each text, on all cores, with the InputError in place of the ids of a text that fails."""
         backend = self._tokenizer.backend_tokenizer
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception:  # as in `encode`; which text it was is found by trying each
+        except Exception:  # as in `encode`; only trying each text shows which one failed
             return [self._encode_or_error(text) for text in texts]
 
-    def last_boundary(self, text, limit):
-        """The last place between tokens of a text within its first `limit` characters: characters before it.
+    def last_boundary(self, text: str, limit: int) -> int:
+        """The last token boundary within a text's first `limit` characters, as the number of characters before it.
 
         Raises:
-          ValueError: as `encode`.
+          InputError: as `encode`.
         """
         try:
             offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
@@ -83,32 +88,36 @@ class Tokenizer:
         ends = [end for (_, end), start in zip(offsets, starts) if end <= min(start, limit)]
         return ends[-1] if ends else 0
 
-    def decode(self, ids, skip_special=False):
-        """The text of token ids; special tokens are written out unless skipped."""
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of token ids, with special tokens written out unless skipped."""
         ids = [int(i) for i in ids]
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
-    def chat(self, messages):
-        """Token ids of a conversation by the checkpoint's chat template.
+    def chat(self, messages: list[dict], thinking: bool = True) -> list[int]:
+        """Token ids of a conversation in the checkpoint's chat template.
 
         Args:
-          messages: [{"role": "user" or another that the template has, "content": text}, …]. Unless the assistant speaks
-            last, the ids end where its answer is to begin.
+          messages: [{"role": "user" or another role of the template, "content": text}, …]. Unless the last message is
+            the assistant's, the ids end with the generation prompt.
+          thinking: passed to the template as `enable_thinking`; the generation prompt of a Thinking model then ends
+            with `<think>`, which the model does not write itself.
 
         Raises:
-          ValueError: no messages, or no chat template.
+          InputError: no messages, or no chat template.
         """
         if not messages:
-            raise ValueError("chat: expected at least one message, found none")
+            raise InputError("chat: expected at least one message, found none")
         if not self._tokenizer.chat_template:
-            raise ValueError(f"{self.folder}: no chat template in tokenizer_config.json; give the prompt as plain text")
-        return self.encode(self.render(messages, messages[-1]["role"] != "assistant"))
+            raise InputError(f"{self.folder}: no chat template in tokenizer_config.json; give the prompt as plain text")
+        return self.encode(self.render(messages, messages[-1]["role"] != "assistant", thinking))
 
-    def render(self, messages, generation_prompt):
-        """The text of a conversation by the chat template, with or without the head of the assistant's next answer."""
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    def render(self, messages: list[dict], generation_prompt: bool, thinking: bool = True) -> str:
+        """The text of a conversation in the chat template, with or without a generation prompt at its end."""
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=thinking
+        )
 
-    def stream(self, skip_special=False):
+    def stream(self, skip_special: bool = False) -> "Streamer":
         """A `Streamer` for one text."""
         return Streamer(self, skip_special)
 
@@ -118,7 +127,7 @@ class Tokenizer:
     def _encode_or_error(self, text):
         try:
             return self.encode(text)
-        except ValueError as error:
+        except InputError as error:
             return error
 
     def _knows(self, character):
@@ -127,27 +136,27 @@ class Tokenizer:
         except Exception:  # as in `encode`
             return False
 
-    def _find_stop_ids(self):
+    def _find_stop_ids(self) -> tuple[int, ...]:
         file = self.folder / "generation_config.json"
         declared = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         stops = set(declared if isinstance(declared, list) else [declared])
         stops |= {self._tokenizer.eos_token_id, self._tokenizer.get_vocab().get(CHAT_END)}
-        return tuple(sorted(stops - {None}))
+        return tuple(sorted(stop for stop in stops if stop is not None))
 
 
 class Streamer:
-    """Turns tokens into text as they come, in whole characters.
+    """Converts tokens to text as they arrive, in whole characters.
 
-    A token of a byte-level tokenizer may hold part of a character; its text waits for the rest. The pieces and what
-    `finish` returns, laid end to end, are `decode` of all the tokens.
+    A token of a byte-level tokenizer may hold part of a character; it is held back until the rest arrives. The pieces
+    and the result of `finish`, joined, equal `decode` of all the tokens.
     """
 
-    def __init__(self, tokenizer, skip_special=False):
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special)
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._context, self._pending = [], []
 
-    def push(self, token):
-        """The text that a token completes, or an empty string."""
+    def push(self, token: int) -> str:
+        """The text completed by a token; may be empty."""
         self._pending.append(int(token))
         text = self._pending_text()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -155,20 +164,21 @@ class Streamer:
         self._context, self._pending = self._pending, []
         return text
 
-    def finish(self):
-        """The text still waiting; bytes that are no character become replacement characters."""
+    def finish(self) -> str:
+        """The text still held back; incomplete characters become replacement characters."""
         text = self._pending_text()
         self._context, self._pending = [], []
         return text
 
     def _pending_text(self):
-        # Decoded behind the tokens before them: some tokenizers treat a text's first token differently.
-        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+        # Decoded after the tokens before them: some tokenizers treat a text's first token differently.
+        decode = lambda ids: self._tokenizer.decode(ids, self._skip_special)
+        return decode(self._context + self._pending)[len(decode(self._context)) :]
 
 
 def _load(folder):
-    # Imported on use: it takes seconds, which training on made problems can spare. It would advise to install PyTorch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Imported here because it takes seconds, which training on arithmetic does not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)

@@ -1,11 +1,11 @@
-"""Token files: ids prepared elsewhere, read where they lie.
+"""Token files: ids prepared with other tools.
 
-    .npy    [N] one stream, cut into sequences of the wanted length; or [M, S] sequences; mapped, not loaded
-    .npz    tokens [M, S], and if wanted segments and loss_mask [M, S]; loaded whole, for numpy cannot map archives
+    .npy    [N], one stream, cut into sequences of the requested length; or [M, S] sequences; memory-mapped
+    .npz    tokens [M, S], and optionally segments and loss_mask [M, S]; loaded, because NumPy cannot map archives
 
-Segments give every packed document an id and padding 0. The loss mask is 1 where the prediction made *at* a token, that
-of the next one, is scored; the last token of a document predicts nothing. By default a sequence is one document, all of
-it scored.
+Segments give each packed document an id; padding is 0. The loss mask is 1 if the prediction made *at* a token, that of
+the next one, is scored; the last token of a document predicts nothing. By default a sequence is one document and scored
+throughout.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ import zlib
 
 import numpy as np
 
+from melt_jax.config import InputError
 from melt_jax.data.batch import Batch
 
 log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 1024
 ARRAYS = ("tokens", "segments", "loss_mask")
-# What a damaged file raises. A .npz is a zip archive, of which half a copy has no end that says what is in it.
+# Exceptions of damaged files. A .npz is a zip archive, whose directory is at its end.
 UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -32,8 +33,8 @@ class TokenSequences:
     Attributes:
       tokens: [M, S] integers, mapped from a .npy.
       segments: [M, S], or None: each sequence is one document.
-      loss_mask: [M, S], or None: everything is scored that predicts a token of its own document.
-      dropped: tokens at a stream's end that fill no sequence.
+      loss_mask: [M, S], or None: every token is scored whose next token is in the same document.
+      dropped: tokens at the end of a stream that do not fill a sequence.
     """
 
     tokens: np.ndarray
@@ -41,10 +42,10 @@ class TokenSequences:
     loss_mask: np.ndarray | None = None
     dropped: int = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Batch:
         tokens = np.array(self.tokens[index], np.int32)
         segments = np.ones_like(tokens) if self.segments is None else np.array(self.segments[index], np.int32)
         predicts = np.zeros(len(tokens), bool)
@@ -55,33 +56,31 @@ class TokenSequences:
         return Batch(tokens, segments, np.array(mask, np.int32), targets)
 
 
-def open_tokens(path, length=None):
-    """Opens a token file.
+def open_tokens(path: str | pathlib.Path, length: int | None = None) -> TokenSequences:
+    """Opens a token file, and logs the number of tokens dropped at the end of a stream.
 
     Args:
       path: a .npy or .npz.
-      length: S, tokens of a sequence; for a file of sequences None takes theirs.
-
-    Returns:
-      `TokenSequences`. What a stream's end leaves over is told in the log.
+      length: S, tokens of a sequence; may be None for a file of sequences.
 
     Raises:
-      ValueError: everything that is wrong with the file's form, one line each. Values are checked by `token_errors`.
+      InputError: lists the errors in the file's form. `token_errors` also checks the values.
     """
-    sequences, found = _open(path, length)
-    if found:
-        raise ValueError("\n".join(found))
+    sequences, errors = _open(path, length)
+    if sequences is None:
+        raise InputError("\n".join(errors))
     if sequences.dropped:
         count, width = sequences.tokens.shape
-        log.warning("%s: %d sequences of %d tokens; the last %d are left out", path, count, width, sequences.dropped)
+        message = "%s: %d sequences of %d tokens; the last %d tokens are dropped"
+        log.warning(message, path, count, width, sequences.dropped)
     return sequences
 
 
-def token_errors(path, length, vocab):
-    """Everything wrong with a token file for sequences of that length and ids below vocab; reads it through once."""
-    sequences, found = _open(path, length)
-    if found:
-        return found
+def token_errors(path: str | pathlib.Path, length: int, vocab: int) -> list[str]:
+    """Errors of a token file as sequences of `length` tokens with ids below `vocab`; reads the whole file."""
+    sequences, errors = _open(path, length)
+    if sequences is None:
+        return errors
     lowest, highest, messages = np.inf, -np.inf, {}
     for first in range(0, len(sequences), ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
@@ -91,15 +90,15 @@ def token_errors(path, length, vocab):
             if bad.any():
                 messages.setdefault(message, first + int(np.argmax(bad)))
     if lowest < 0 or highest >= vocab:
-        found.append(
-            f"{path}: token ids run from {lowest} to {highest}, but the model's vocabulary from 0 to {vocab - 1};"
-            " was it written with this model's tokenizer?"
+        errors.append(
+            f"{path}: expected token ids from 0 to {vocab - 1}, found {lowest} to {highest}; write it with the model's"
+            " tokenizer"
         )
-    return found + [f"{path}: {message}; first in sequence {row}" for message, row in messages.items()]
+    return errors + [f"{path}: {message}; first in sequence {row}" for message, row in messages.items()]
 
 
-def _open(path, length):
-    """(`TokenSequences`, []) or (None, what is wrong with the file's form)."""
+def _open(path: str | pathlib.Path, length: int | None) -> tuple[TokenSequences | None, list[str]]:
+    """(`TokenSequences`, []) or (None, errors in the file's form)."""
     path = pathlib.Path(path)
     if not path.is_file():
         return None, [f"{path}: no such file"]
@@ -109,80 +108,94 @@ def _open(path, length):
         if path.suffix == ".npy":
             arrays = {"tokens": np.load(path, mmap_mode="r", allow_pickle=False)}
         else:
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here: NumPy does not close the file of a damaged archive.
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
     except UNREADABLE as error:
         return None, [f"{path}: cannot be read as {path.suffix}: {error}"]
-    found = [f"{path}: {message}" for message in _form_errors(arrays, path.suffix == ".npz", length)]
-    if found:
-        return None, found
+    errors = [f"{path}: {message}" for message in _form_errors(arrays, path.suffix == ".npz", length)]
+    if errors:
+        return None, errors
     tokens = arrays["tokens"]
     if tokens.ndim == 2:
         return TokenSequences(**arrays), []
+    assert length is not None  # else _form_errors
     count, dropped = divmod(len(tokens), length)
     return TokenSequences(tokens[: count * length].reshape(count, length), dropped=dropped), []
 
 
-def _form_errors(arrays, archive, length):
+def _form_errors(arrays: dict[str, np.ndarray], archive: bool, length: int | None) -> list[str]:
     if "tokens" not in arrays:
         return [f'expected an array "tokens", found {", ".join(sorted(arrays)) or "none"}']
-    found = []
+    errors = []
     if unknown := sorted(set(arrays) - set(ARRAYS)):
-        found.append(f"unknown arrays {', '.join(unknown)}; expected {', '.join(ARRAYS)}")
+        errors.append(f"arrays: expected {', '.join(ARRAYS)}, found {', '.join(unknown)}")
     tokens = arrays["tokens"]
     for name, array in arrays.items():
         if name in ARRAYS and array.dtype.kind not in ("iu" if name == "tokens" else "iub"):
-            found.append(f"{name}: expected integers, found {array.dtype}")
+            errors.append(f"{name}: expected integers, found {array.dtype}")
         if name in ARRAYS and array.shape != tokens.shape:
-            found.append(f"{name}: expected the tokens' shape {list(tokens.shape)}, found {list(array.shape)}")
-    dimensions = (2,) if archive else (1, 2)
-    if tokens.ndim not in dimensions:
+            errors.append(f"{name}: expected the tokens' shape {list(tokens.shape)}, found {list(array.shape)}")
+    return errors + _shape_errors(tokens, archive, length)
+
+
+def _shape_errors(tokens: np.ndarray, archive: bool, length: int | None) -> list[str]:
+    """At most one message."""
+    if tokens.ndim not in ((2,) if archive else (1, 2)):
         expected = "[sequences, length]" if archive else "[tokens] or [sequences, length]"
-        return [*found, f"tokens: expected {expected}, found shape {list(tokens.shape)}"]
+        return [f"tokens: expected {expected}, found shape {list(tokens.shape)}"]
+    if tokens.ndim == 2 and 0 in tokens.shape:
+        return [f"expected at least one sequence, found shape {list(tokens.shape)}"]
+    if tokens.ndim == 2 and length not in (None, tokens.shape[1]):
+        found = tokens.shape[1]
+        return [f"expected sequences of {length} tokens, found {found}; set the length to {found}"]
     if tokens.ndim == 1 and length is None:
-        found.append("one stream of tokens has to be cut: give the length of a sequence")
-    elif tokens.ndim == 1 and len(tokens) < length:
-        found.append(f"expected at least one sequence of {length} tokens, found a stream of {len(tokens)}")
-    elif tokens.ndim == 2 and 0 in tokens.shape:
-        found.append(f"expected at least one sequence, found shape {list(tokens.shape)}")
-    elif tokens.ndim == 2 and length not in (None, tokens.shape[1]):
-        found.append(
-            f"expected sequences of {length} tokens, found {tokens.shape[1]}; set the length to {tokens.shape[1]}"
-            " or write the file again"
-        )
-    return found
+        return ["expected the length of a sequence for one stream of tokens, found none; set the length"]
+    if tokens.ndim == 1 and length is not None and len(tokens) < length:
+        return [f"expected at least one sequence of {length} tokens, found a stream of {len(tokens)}"]
+    return []
 
 
-def _bad_rows(sequences, rows):
-    """[(what is wrong, [rows] bool)] of segments and loss masks."""
+def _bad_rows(sequences: TokenSequences, rows: slice) -> list[tuple[str, np.ndarray]]:
+    """[(message, [rows] bool of the sequences it is about)] for segments and loss masks."""
+    segments = np.ones(sequences.tokens[rows].shape, np.int64)
     out = []
-    segments = np.ones(sequences.tokens[rows].shape, np.int32)
     if sequences.segments is not None:
         segments = sequences.segments[rows]
         out.append(("segments: expected ids of 0 (padding) or more, found a negative one", (segments < 0).any(1)))
         out.append(("segments: expected ids below 2³¹, found a larger one", (segments >= 2**31).any(1)))
         segments = segments.astype(np.int64)
-        starts = (segments != np.roll(segments, 1, axis=1)) & (segments > 0)
-        starts[:, 0] = segments[:, 0] > 0
-        ordered = np.sort(segments, axis=1)
-        distinct = ((np.diff(ordered, axis=1, prepend=0) != 0) & (ordered > 0)).sum(1)
-        out.append(
-            (
-                "segments: a document's tokens must stand together, found an id again after another",
-                starts.sum(1) > distinct,
-            )
-        )
-    if sequences.loss_mask is not None:
-        mask = sequences.loss_mask[rows].astype(np.int64)
-        out.append(("loss_mask: expected 0 and 1", ((mask != 0) & (mask != 1)).any(1)))
-        out.append(("loss_mask: padding (segment 0) is scored", ((mask != 0) & (segments == 0)).any(1)))
-        crosses = np.ones(mask.shape, bool)
-        crosses[:, :-1] = ~_predicts(segments)
-        message = "loss_mask: the last token of a document is scored, but what it predicts is not in it; a 1 marks the"
-        out.append((f"{message} token before the one predicted", ((mask != 0) & crosses & (segments != 0)).any(1)))
+        message = "segments: expected a document's tokens to be consecutive, found its id again after another"
+        out.append((message, _runs(segments) > _distinct(segments)))
+    if sequences.loss_mask is None:
+        return out
+    mask = sequences.loss_mask[rows].astype(np.int64)
+    out.append(("loss_mask: expected 0 and 1, found another value", ((mask != 0) & (mask != 1)).any(1)))
+    out.append(("loss_mask: expected 0 at padding (segment 0), found a scored token", _any(mask, segments == 0)))
+    last = np.ones(mask.shape, bool)
+    last[:, :-1] = ~_predicts(segments)
+    message = "loss_mask: expected 0 at a document's last token, which predicts nothing, found it scored; a 1 marks the"
+    out.append((f"{message} token before the one predicted", _any(mask, last & (segments != 0))))
     return out
 
 
-def _predicts(segments):
+def _any(mask: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return ((mask != 0) & where).any(1)
+
+
+def _runs(segments: np.ndarray) -> np.ndarray:
+    """The number of runs of equal ids above 0 in each row."""
+    starts = (segments != np.roll(segments, 1, axis=1)) & (segments > 0)
+    starts[:, 0] = segments[:, 0] > 0
+    return starts.sum(1)
+
+
+def _distinct(segments: np.ndarray) -> np.ndarray:
+    """The number of different ids above 0 in each row."""
+    ordered = np.sort(segments, axis=1)
+    return ((np.diff(ordered, axis=1, prepend=0) != 0) & (ordered > 0)).sum(1)
+
+
+def _predicts(segments: np.ndarray) -> np.ndarray:
     """Whether each token but the last of [..., S] is followed by one of its own document: [..., S − 1] bool."""
     return (segments[..., :-1] == segments[..., 1:]) & (segments[..., :-1] != 0)

@@ -1,1 +1,1 @@
-"""Generation and scoring."""
+"""Generation, sampling, scoring, and the results of a run."""

@@ -1,74 +1,72 @@
-"""Generation: prefill in chunks, then token by token, one compilation each (MELT, arXiv 2605.07721).
+"""Generation: a prefill in chunks, then one token at a time (MELT, arXiv 2605.07721).
 
-Everything runs as chunks of the one model: prompts in chunks of `prefill_chunk` tokens, generated tokens in chunks of
-one, which is the exact model. A block of generated tokens runs inside one compiled loop, so that the host is asked for
-nothing between them; streaming is a block of one. The exit gate picks the loop whose logits are used; all loops run all
-the same, as later tokens need their rows.
+Prompts run in chunks of `prefill_chunk` tokens, generated tokens in chunks of one, which is the exact model. A block of
+generated tokens runs inside one compiled loop without the host; streaming is a block of one. Prefill, first token and
+decoding are compiled once each, before any of them runs, so that no time below includes compilation. The exit gate
+selects the loop whose logits are used. All loops run in any case, because later tokens need their KV entries.
 """
 
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from melt_jax.model.cache import create_cache
+from melt_jax.config import InputError, ModelConfig
+from melt_jax.inference.sampling import GREEDY, Sampling, SamplingRequest, sample_tokens
+from melt_jax.model.cache import Cache, create_cache
 from melt_jax.model.layout import replicated, whole_features
 from melt_jax.model.loops import run_chunk
-from melt_jax.model.model import exit_loop
+from melt_jax.model.model import LoopedTransformer, exit_loop
 from melt_jax.model.sequence import split_chunks
 
+STOP_SLOTS = 8  # stop tokens are padded to this number, so that their number does not cause a compilation
+clock = time.perf_counter
 
-@jax.tree_util.register_dataclass
+
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from logits. A pytree of numbers: another choice needs no other compilation.
+class GenerationOptions:
+    """How to continue prompts.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy.
-      top_k: only the k likeliest tokens; 0 is no limit.
-      top_p: only the likeliest tokens that together reach this probability, at least one; 1 is no limit.
-      seed: token n of prompt i is drawn with a key that depends on (seed, i, n) alone.
+      max_new_tokens: the most new tokens per prompt.
+      prefill_chunk: C of the prefill. A MELT's result depends on it, a LoopLM's does not.
+      sampling: how tokens are selected.
+      stop: token ids that end a sequence.
+      block: tokens decoded before the host reads them; 1 streams token by token.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def errors(self):
-        """What is wrong with the values, a line each."""
-        checks = (
-            (self.temperature >= 0, f"temperature must be 0 (greedy) or more, got {self.temperature}"),
-            (self.top_k >= 0, f"top_k must be 0 (no limit) or more, got {self.top_k}"),
-            (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
-            (0 <= self.seed < 2**31, f"seed must be in [0, 2^31), got {self.seed}"),
-        )
-        return [message for fine, message in checks if not fine]
+    max_new_tokens: int
+    prefill_chunk: int = 512
+    sampling: Sampling = GREEDY
+    stop: tuple[int, ...] = ()
+    block: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
-      tokens: for each prompt, its new tokens, the stop token included.
-      exit_loops: for each prompt and new token, the loop (counted from 1) whose logits chose it.
+      tokens: the new tokens of each prompt, including the stop token.
+      exit_loops: for each prompt and new token, the loop (counted from 1) whose logits selected it.
       stopped: for each prompt, whether a stop token ended it.
-      loops: T, as run.
-      prompt_tokens: of all prompts together.
-      cache_bytes: the cache's size, rows of all prompts and slots.
-      compile_seconds: spent compiling and making the cache, in none of the times below.
-      prefill_seconds: until every prompt's first token was chosen.
+      loops: T.
+      prompt_tokens: over all prompts.
+      cache_bytes: size of the KV cache, over all prompts and slots.
+      compile_seconds: time spent compiling; part of neither time below.
+      prefill_seconds: from the first chunk's dispatch until every prompt's first token is computed.
       decode_seconds: from there to the end.
     """
 
-    tokens: list
-    exit_loops: list
-    stopped: list
+    tokens: list[list[int]]
+    exit_loops: list[list[int]]
+    stopped: list[bool]
     loops: int
     prompt_tokens: int
     cache_bytes: int
@@ -77,136 +75,100 @@ class Generation:
     decode_seconds: float
 
     @property
-    def new_tokens(self):
-        """Of all prompts together."""
+    def new_tokens(self) -> int:
+        """New tokens over all prompts."""
         return sum(map(len, self.tokens))
 
     @property
-    def prefill_speed(self):
+    def prefill_speed(self) -> float:
         """Prompt tokens per second."""
         return self.prompt_tokens / self.prefill_seconds
 
     @property
-    def decode_speed(self):
-        """New tokens per second, without each prompt's first one, which the prefill gave; 0 where there is no other."""
+    def decode_speed(self) -> float:
+        """New tokens per second, without each prompt's first, which the prefill computes; 0 if there are no others."""
         decoded = self.new_tokens - len(self.tokens)
         return decoded / self.decode_seconds if decoded else 0.0
 
 
-GREEDY = Sampling()
-
-
 class DecodeState(NamedTuple):
-    """Where each sequence stands, [B] each.
+    """The state of each sequence.
 
     Attributes:
-      tokens: int32, the last token, whose rows are not in the cache.
-      lengths: int32, the rows in the cache.
-      emitted: int32, the new tokens so far.
-      done: bool; a finished sequence is frozen.
+      tokens: the last token, whose KV entry is not in the cache.
+      lengths: entries in the cache.
+      emitted: new tokens so far.
+      done: a finished sequence does not change any more.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    emitted: jax.Array
-    done: jax.Array
+    tokens: Int[Array, " B"]
+    lengths: Int[Array, " B"]
+    emitted: Int[Array, " B"]
+    done: Bool[Array, " B"]
 
 
-class SamplingRequest(NamedTuple):
-    """What the choice of tokens follows: `Sampling`, prompt indices [B], stop tokens [n], the most new tokens []."""
-
-    sampling: Sampling
-    indices: jax.Array
-    stop: jax.Array
-    limit: jax.Array
-
-
-def filter_logits(logits, sampling):
-    """Logits over temperature, −inf outside top-k and then outside the nucleus of what is left: [B, V] → [B, V].
-
-    Of equally likely tokens the lower id counts as the likelier.
-    """
-    logits = logits / jnp.maximum(sampling.temperature, 1e-6)
-    order = jnp.argsort(-logits, axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
-    ordered = jnp.take_along_axis(jnp.where(rank < limit, logits, -jnp.inf), order, axis=-1)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    # The first token is kept by name and top_p = 1 keeps all: rounding in the sum decides neither.
-    keep = (before < sampling.top_p) | (sampling.top_p >= 1) | (jnp.arange(logits.shape[-1]) == 0)
-    ordered = jnp.where(keep, ordered, -jnp.inf)
-    return jnp.take_along_axis(ordered, rank, axis=-1)
-
-
-def sample_tokens(logits, sampling, indices, steps):
-    """A token for each prompt: logits [B, V], prompt indices [B], token numbers [B] → [B] int32."""
-
-    def draw(logits):
-        root = jax.random.key(sampling.seed)
-        keys = jax.vmap(lambda i, n: jax.random.fold_in(jax.random.fold_in(root, i), n))(indices, steps)
-        return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling)).astype(jnp.int32)
-
-    def greedy(logits):
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    return jax.lax.cond(sampling.temperature > 0, draw, greedy, logits)
-
-
-def next_logits(model, hidden, exit_threshold=None):
-    """Logits [B, V] of the loop at which the exit gate leaves, and that loop [B] from 0: hidden is [T, B, D].
-
-    `exit_threshold` stands in for the model's own.
-    """
-    threshold = model.config.exit_threshold if exit_threshold is None else exit_threshold
-    chosen = exit_loop(model.exit_pdf(hidden[:, :, None])[:, 0], threshold)
+def next_logits(
+    model: LoopedTransformer, hidden: Float[Array, "T B D"]
+) -> tuple[Float[Array, "B V"], Int[Array, " B"]]:
+    """The logits of the loop at which the exit gate stops, by the model's `exit_threshold`, and that loop from 0."""
+    chosen = exit_loop(model.exit_pdf(hidden[:, :, None])[:, 0], model.config.exit_threshold)
     return model.logits(jnp.take_along_axis(hidden, chosen[None, :, None], axis=0)[0]), chosen
 
 
-@functools.partial(jax.jit, static_argnames=("loops",), donate_argnums=1)
-def prefill_chunk(model, cache, last_hidden, tokens, start, lengths, loops=None):
-    """Runs one chunk [B, C] of right-padded prompts and writes its rows.
+@functools.partial(jax.jit, donate_argnums=1)
+def prefill_chunk(
+    model: LoopedTransformer,
+    cache: Cache,
+    last_hidden: Float[Array, "T B D"],
+    tokens: Int[Array, "B C"],
+    start: Int[Array, ""],
+    lengths: Int[Array, " B"],
+) -> tuple[Cache, Float[Array, "T B D"]]:
+    """Runs one chunk of right-padded prompts and adds its KV entries to the cache.
 
     Args:
-      model: `LoopedTransformer`.
-      cache: `Cache`; given away.
-      last_hidden: [T, B, D], the hidden states of each prompt's last token, kept from whichever chunk holds it.
-      tokens: [B, C] int32.
-      start: the chunk's first slot, a scalar.
-      lengths: [B], the prompts' lengths.
-      loops: T, where it is not the model's.
+      model: the model.
+      cache: donated.
+      last_hidden: the hidden states of each prompt's last token, once its chunk has run.
+      tokens: the chunk.
+      start: the chunk's first slot.
+      lengths: of the prompts.
 
     Returns:
       (cache, last_hidden).
     """
     slots = start + jnp.arange(tokens.shape[1])
-    segments = (slots < lengths[:, None]).astype(jnp.int32)
-    out = run_chunk(model, tokens, cache, start, segments=segments, loops=loops)
+    segments = (slots[None] < lengths[:, None]).astype(jnp.int32)
+    out = run_chunk(model, tokens, cache, start, segments=segments)
     last = lengths - 1 - start
     inside = (last >= 0) & (last < tokens.shape[1])
     index = jnp.clip(last, 0, tokens.shape[1] - 1)[None, :, None, None]
-    found = jnp.take_along_axis(out.hidden, index, axis=2)[:, :, 0]
-    return cache.write(out.kv, out.segments, start), jnp.where(inside[None, :, None], found, last_hidden)
+    at_last = jnp.take_along_axis(out.hidden, index, axis=2)[:, :, 0]
+    return cache.write(out.kv, out.segments, start), jnp.where(inside[None, :, None], at_last, last_hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("exit_threshold",))
-def first_tokens(model, hidden, lengths, request, exit_threshold=None):
-    """Each prompt's first new token from its last hidden states [T, B, D]: (`DecodeState`, tokens [B], exit loops [B])."""
-    none = jnp.zeros_like(lengths)
-    state = DecodeState(none, lengths, none, none.astype(bool))
-    return _advance(model, state, hidden, request, exit_threshold)
-
-
-@functools.partial(jax.jit, static_argnames=("block", "loops", "exit_threshold"), donate_argnums=1)
-def decode_block(model, cache, state, request, block=1, loops=None, exit_threshold=None):
-    """Up to `block` more tokens of each sequence, each run as a chunk of one: the exact model.
-
-    Finished sequences are frozen: no token, and no row that anything sees. The loop ends when all are.
+@jax.jit
+def first_tokens(
+    model: LoopedTransformer, hidden: Float[Array, "T B D"], state: DecodeState, request: SamplingRequest
+) -> tuple[DecodeState, Int[Array, " B"], Int[Array, " B"]]:
+    """Selects each prompt's first new token from its last hidden states.
 
     Returns:
-      (cache, `DecodeState`, tokens [block, B] with −1 where there is none, exit loops [block, B] from 0, whether all
-      are
-      done).
+      (state, tokens, exit loops from 0).
+    """
+    return _advance(model, state, hidden, request)
+
+
+@functools.partial(jax.jit, static_argnames=("block",), donate_argnums=1)
+def decode_block(
+    model: LoopedTransformer, cache: Cache, state: DecodeState, request: SamplingRequest, block: int = 1
+) -> tuple[Cache, DecodeState, Int[Array, "block B"], Int[Array, "block B"], Bool[Array, ""]]:
+    """Decodes up to `block` more tokens of each sequence, each as a chunk of one.
+
+    Finished sequences emit no token, and their KV entries are padding. The loop ends when all are finished.
+
+    Returns:
+      (cache, state, tokens with −1 for none, exit loops from 0 with −1 for none, whether all sequences are finished).
     """
     nothing = jnp.full((block, *state.tokens.shape), -1, jnp.int32)
 
@@ -217,155 +179,195 @@ def decode_block(model, cache, state, request, block=1, loops=None, exit_thresho
     def one_token(carry):
         step, cache, state, tokens, exits = carry
         live = (~state.done).astype(jnp.int32)[:, None]
-        out = run_chunk(model, state.tokens[:, None], cache, state.lengths, segments=live, loops=loops)
+        out = run_chunk(model, state.tokens[:, None], cache, state.lengths, segments=live)
         cache = cache.write(out.kv, out.segments, state.lengths)
         state = state._replace(lengths=state.lengths + live[:, 0])
-        state, new, left = _advance(model, state, out.hidden[:, :, 0], request, exit_threshold)
+        state, new, left = _advance(model, state, out.hidden[:, :, 0], request)
         return step + 1, cache, state, tokens.at[step].set(new), exits.at[step].set(left)
 
-    _, cache, state, tokens, exits = jax.lax.while_loop(unfinished, one_token, (0, cache, state, nothing, nothing))
+    start = jnp.int32(0), cache, state, nothing, nothing
+    _, cache, state, tokens, exits = jax.lax.while_loop(unfinished, one_token, start)
     return cache, state, tokens, exits, jnp.all(state.done)
 
 
-def prefill(model, prompts, max_new_tokens, chunk, loops=None):
+class Prefill(NamedTuple):
+    """The inputs of a prefill, on the devices.
+
+    Attributes:
+      chunks: [B, C] each.
+      starts: the first slot of each chunk.
+      lengths: of the prompts.
+      cache: empty, with slots for prompts and new tokens.
+      last_hidden: zeros.
+    """
+
+    chunks: list[Int[Array, "B C"]]
+    starts: list[Int[Array, ""]]
+    lengths: Int[Array, " B"]
+    cache: Cache
+    last_hidden: Float[Array, "T B D"]
+
+    @property
+    def arguments(self) -> tuple:
+        """The arguments of `prefill_chunk` after the model, for the first chunk."""
+        return self.cache, self.last_hidden, self.chunks[0], self.starts[0], self.lengths
+
+
+def prepare_prefill(
+    model: LoopedTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int
+) -> Prefill:
+    """Pads prompts, splits them into chunks and creates their cache.
+
+    The chunks' starts do not depend on the other prompts, so neither does a prompt's result.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    for padded, prompt in zip(tokens, prompts):
+        padded[: len(prompt)] = prompt
+    chunk = min(chunk, longest)
+    chunks = split_chunks(replicated(tokens), chunk)
+    slots = max(len(chunks) * chunk, longest + max_new_tokens)
+    return Prefill(
+        chunks=list(chunks),
+        starts=list(jnp.arange(len(chunks), dtype=jnp.int32) * chunk),
+        lengths=replicated(lengths),
+        cache=create_cache(model.config, len(prompts), slots, model.dtype),
+        last_hidden=jnp.zeros((model.config.loops, len(prompts), model.config.width), model.dtype),
+    )
+
+
+def prefill(
+    model: LoopedTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int
+) -> tuple[Cache, Float[Array, "T B D"], Int[Array, " B"]]:
     """Runs prompts of any lengths, chunk after chunk, into a cache with room for `max_new_tokens` more.
 
-    Where chunks begin does not depend on the other prompts, so neither does the outcome.
-
     Returns:
-      (cache, last hidden [T, B, D], lengths [B], seconds spent before the first chunk ran).
+      (cache, hidden states of the last tokens, lengths).
     """
-    begin = time.perf_counter()
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts):
-        row[: len(prompt)] = prompt
-    chunk = min(chunk, int(lengths.max()))
-    chunks = split_chunks(replicated(tokens), chunk)
-    slots = max(chunks.shape[0] * chunk, int(lengths.max()) + max_new_tokens)
-    cache = create_cache(model.config, len(prompts), slots, model.dtype, loops=loops)
-    hidden = jnp.zeros((loops or model.config.loops, len(prompts), model.config.width), model.dtype)
-    lengths = replicated(lengths)
-    pieces, starts = list(chunks), list(jnp.arange(len(chunks), dtype=jnp.int32) * chunk)
-    run, _ = _compiled(prefill_chunk, model, cache, hidden, pieces[0], starts[0], lengths, loops=loops)
-    seconds = time.perf_counter() - begin
-    for piece, start in zip(pieces, starts):
-        cache, hidden = run(model, cache, hidden, piece, start, lengths)
-    return cache, hidden, lengths, seconds
+    inputs = prepare_prefill(model, prompts, max_new_tokens, chunk)
+    return _run_prefill(prefill_chunk, model, inputs)
 
 
 def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    prefill_chunk=512,
-    sampling=GREEDY,
-    stop=(),
-    loops=None,
-    exit_threshold=None,
-    block=32,
-    indices=None,
-    on_tokens=None,
-):
-    """Continues prompts until each has met a stop token or has `max_new_tokens` new ones.
+    model: LoopedTransformer,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    indices: Sequence[int] | None = None,
+    on_tokens: Callable[[list[list[int]]], None] | None = None,
+) -> Generation:
+    """Continues prompts until each has reached a stop token or `max_new_tokens`.
 
     Args:
-      model: `LoopedTransformer`.
-      prompts: lists of token ids, of different lengths if need be; each gives what it gives alone.
-      max_new_tokens: the most new tokens of each.
-      prefill_chunk: C of the prefill. A MELT's outcome depends on it, a LoopLM's does not.
-      sampling: `Sampling`.
-      stop: token ids that end a sequence.
-      loops: T, where it is not the model's.
-      exit_threshold: the cumulative exit probability at which a loop's logits are used, where it is not the model's.
-      block: tokens between two looks of the host; 1 streams token by token.
-      indices: [B], which prompt of a larger whole each is, for `sampling`; 0, 1, … by default.
-      on_tokens: called with the new tokens of each prompt (a list of lists) as they come.
-
-    Returns:
-      `Generation`.
+      model: with its `loops` and `exit_threshold`; `reconfigure` changes them.
+      prompts: token ids, of any lengths. Each prompt's result is what it gives alone.
+      options: see `GenerationOptions`.
+      indices: the number of each prompt in a larger set, for its random key; 0, 1, … by default.
+      on_tokens: called with the new tokens of each prompt after each block.
 
     Raises:
-      ValueError: names every impossible value and every prompt that cannot be run.
+      InputError: lists every value out of range and every prompt that cannot be run.
     """
-    check_request(model.config, prompts, max_new_tokens, prefill_chunk, sampling, loops, exit_threshold, block)
-    clock = time.perf_counter
-    indices = np.asarray(range(len(prompts)) if indices is None else indices, np.int32)
-    # Filled up with what is no token, so that a few stop tokens more or less need no other compilation.
-    stop_tokens = np.asarray((*stop, *[-1] * (8 - len(stop))), np.int32)
-    sampling = jax.tree.map(jnp.asarray, sampling)
-    request = replicated(SamplingRequest(sampling, indices, stop_tokens, np.int32(max_new_tokens)))
-    threshold = None if exit_threshold is None else float(exit_threshold)
+    if errors := request_errors(model.config, prompts, options):
+        raise InputError("cannot generate:\n  " + "\n  ".join(errors))
+    inputs = prepare_prefill(model, prompts, options.max_new_tokens, options.prefill_chunk)
+    size = cache_bytes(inputs.cache)
+    request = _request(options, range(len(prompts)) if indices is None else indices)
+    state = _initial_state(inputs.lengths)
+    blocks = -(-(options.max_new_tokens - 1) // options.block)
+
+    # Everything is compiled before anything runs: a device that runs while the host compiles cannot be timed.
     begin = clock()
-    cache, hidden, lengths, compiling = prefill(model, prompts, max_new_tokens, prefill_chunk, loops)
-    first, seconds = _compiled(first_tokens, model, hidden, lengths, request, exit_threshold=threshold)
-    state, tokens, exits = first(model, hidden, lengths, request)
-    jax.block_until_ready(tokens)
-    compiling += seconds
-    prefill_seconds = clock() - begin - compiling
-    options = {"block": block, "loops": loops, "exit_threshold": threshold}
-    run, seconds = _compiled(decode_block, model, cache, state, request, **options)
-    compiling += seconds
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.shared, cache.per_loop)))
-    begin = clock()
-    first_block = (tokens[None], exits[None], jnp.all(state.done))
-    one_block = lambda carry: run(model, *carry, request)
-    blocks = -(-(max_new_tokens - 1) // block)
+    run_chunk = _compile(prefill_chunk, model, *inputs.arguments)
+    select = _compile(first_tokens, model, inputs.last_hidden, state, request)
+    run_block = _compile(decode_block, model, inputs.cache, state, request, block=options.block)
+    jax.block_until_ready((inputs, request, state))
+    compiled = clock()
+
+    cache, hidden, _ = _run_prefill(run_chunk, model, inputs)
+    state, tokens, exits = select(model, hidden, state, request)
+    jax.block_until_ready((cache, state, tokens, exits))
+    prefilled = clock()
+
+    first_block = tokens[None], exits[None], jnp.all(state.done)
+    one_block = lambda cache, state: run_block(model, cache, state, request)
     collected, left = _collect(one_block, (cache, state), first_block, blocks, on_tokens)
     return Generation(
         tokens=collected,
         exit_loops=left,
-        stopped=[row[-1] in set(stop) for row in collected],
-        loops=loops or model.config.loops,
+        stopped=[new[-1] in options.stop for new in collected],
+        loops=model.config.loops,
         prompt_tokens=sum(map(len, prompts)),
-        cache_bytes=cache_bytes,
-        compile_seconds=compiling,
-        prefill_seconds=prefill_seconds,
-        decode_seconds=clock() - begin,
+        cache_bytes=size,
+        compile_seconds=compiled - begin,
+        prefill_seconds=prefilled - compiled,
+        decode_seconds=clock() - prefilled,
     )
 
 
-def generate_tokens(model, prompts, max_new_tokens, prefill_chunk):
-    """Greedy continuation, without a stop token: token lists of any lengths → [B, max_new_tokens] int32."""
-    return np.array(generate(model, prompts, max_new_tokens, prefill_chunk).tokens, np.int32)
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the KV entries of a cache."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves((cache.shared, cache.per_loop)))
 
 
-def check_request(config, prompts, max_new_tokens, prefill_chunk, sampling, loops, exit_threshold, block):
-    """Raises a ValueError with a line for every impossible value and every prompt that cannot be run."""
-    errors = sampling.errors()
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk), ("block", block)):
-        if value < 1:
-            errors.append(f"{name} must be 1 or more, got {value}")
-    if loops is not None and loops < 1:
-        errors.append(f"loops must be 1 or more, got {loops}")
-    if exit_threshold is not None and not exit_threshold >= 0:
-        errors.append(f"exit_threshold must be 0 or more (1: the last loop), got {exit_threshold}")
+def generate_tokens(
+    model: LoopedTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefill_chunk: int
+) -> Int[np.ndarray, "B new"]:
+    """Greedy continuations of `max_new_tokens` tokens each, without a stop token; prompts may differ in length."""
+    return np.array(generate(model, prompts, GenerationOptions(max_new_tokens, prefill_chunk)).tokens, np.int32)
+
+
+def request_errors(config: ModelConfig, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> list[str]:
+    """An error for each option out of range and each prompt that cannot be run."""
+    errors = options.sampling.errors()
+    for name in ("max_new_tokens", "prefill_chunk", "block"):
+        if getattr(options, name) < 1:
+            errors.append(f"{name}: expected at least 1, found {getattr(options, name)}")
+    if len(options.stop) > STOP_SLOTS:
+        errors.append(f"stop: expected at most {STOP_SLOTS} token ids, found {len(options.stop)}")
     if not prompts:
-        errors.append("there is no prompt: give one or more")
+        errors.append("prompts: expected at least one, found none")
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            errors.append(f"prompt {index} is empty: a prompt needs at least one token")
+            errors.append(f"prompt {index}: expected at least one token, found none")
         if unknown := sorted({int(token) for token in prompt if not 0 <= token < config.vocab}):
-            errors.append(f"prompt {index} has token ids outside the vocabulary of {config.vocab}: {unknown}")
-        if len(prompt) + max_new_tokens > config.max_positions:
+            errors.append(f"prompt {index}: expected token ids from 0 to {config.vocab - 1}, found {unknown}")
+        if (total := len(prompt) + options.max_new_tokens) > config.max_positions:
             errors.append(
-                f"prompt {index} has {len(prompt)} tokens; with {max_new_tokens} new ones that passes the model's"
-                f" {config.max_positions} positions: shorten the prompt or lower max_new_tokens"
+                f"prompt {index}: expected at most {config.max_positions} positions, the model's, found {len(prompt)}"
+                f" tokens and {options.max_new_tokens} new ones, {total}; shorten the prompt or lower max_new_tokens"
             )
-    if errors:
-        raise ValueError("cannot generate:\n  " + "\n  ".join(errors))
+    return errors
 
 
-def _collect(run, carry, first_block, blocks, on_tokens):
-    """Runs up to so many blocks; for each prompt its tokens and its exit loops, the first block's before them."""
+def _request(options: GenerationOptions, indices: Sequence[int]) -> SamplingRequest:
+    stop = np.array((*options.stop, *[-1] * (STOP_SLOTS - len(options.stop))), np.int32)
+    sampling = jax.tree.map(jnp.asarray, options.sampling)
+    return SamplingRequest(*replicated((sampling, np.array(indices, np.int32), stop, np.int32(options.max_new_tokens))))
+
+
+def _initial_state(lengths: Int[Array, " B"]) -> DecodeState:
+    none = jnp.zeros_like(lengths)
+    return DecodeState(none, lengths, none, none.astype(bool))
+
+
+def _run_prefill(run_chunk, model, inputs: Prefill):
+    cache, hidden = inputs.cache, inputs.last_hidden
+    for chunk, start in zip(inputs.chunks, inputs.starts):
+        cache, hidden = run_chunk(model, cache, hidden, chunk, start, inputs.lengths)
+    return cache, hidden, inputs.lengths
+
+
+def _collect(run_block, carry, first_block, blocks, on_tokens):
+    """Runs up to `blocks` blocks after the first: the tokens and the exit loops of each prompt."""
     collected, left = [[[] for _ in range(first_block[0].shape[1])] for _ in range(2)]
     waiting = first_block
     while waiting:
-        # The next block is under way before this one is read; once all are done it is empty and costs nothing.
+        # The next block is dispatched before this one is read; once all sequences are finished it is empty.
         following = None
         if blocks:
             blocks -= 1
-            *carry, tokens, exits, done = run(carry)
+            *carry, tokens, exits, done = run_block(*carry)
             following = tokens, exits, done
         tokens, exits, done = jax.device_get(waiting)
         new = [column[column >= 0].tolist() for column in tokens.T]
@@ -378,19 +380,17 @@ def _collect(run, carry, first_block, blocks, on_tokens):
     return collected, left
 
 
-def _advance(model, state, hidden, request, exit_threshold):
-    """Chooses tokens from hidden [T, B, D]: (`DecodeState`, tokens [B], exit loops [B]), −1 for finished sequences."""
-    logits, left = next_logits(model, hidden, exit_threshold)
+def _advance(model, state, hidden, request):
+    """Selects tokens from hidden [T, B, D]: (`DecodeState`, tokens [B], exit loops [B]), −1 for finished sequences."""
+    logits, left = next_logits(model, hidden)
     chosen = sample_tokens(whole_features(logits), request.sampling, request.indices, state.emitted)
     live = ~state.done
     emitted = state.emitted + live
-    over = (chosen[:, None] == request.stop).any(axis=-1) | (emitted >= request.limit)
+    over = (chosen[:, None] == request.stop[None]).any(axis=-1) | (emitted >= request.limit)
     new_state = DecodeState(jnp.where(live, chosen, state.tokens), state.lengths, emitted, state.done | over)
     return new_state, jnp.where(live, chosen, -1), jnp.where(live, left, -1)
 
 
-def _compiled(function, *args, **static):
-    """A jitted function's executable for these arguments, of JAX's cache if it has one, and the seconds that took."""
-    begin = time.perf_counter()
-    executable = function.lower(*args, **static).compile()
-    return executable, time.perf_counter() - begin
+def _compile(function, *args, **static):
+    """The executable of a jitted function for these arguments, from JAX's cache if it is there."""
+    return function.lower(*args, **static).compile()

@@ -1,54 +1,39 @@
-"""What is measured of a model: exact answers on the arithmetic, perplexity and KL to a teacher per loop, cache bytes.
+"""Scoring: perplexity and KL to a teacher per loop, and the evaluation of a run.
 
-Perplexity and KL are measured with chunks of a given length, as in training, and with chunks of one, as in decoding:
-what lies between the two is the training–inference gap of the model (MELT, arXiv 2605.07721).
+Perplexity and KL are measured with the training chunk over whole sequences, and in decoding (chunk 1) over the first
+tokens of each sequence. The difference between the two on the same tokens is the training-inference gap of the model
+(MELT, arXiv 2605.07721).
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from jaxtyping import Array, Float, Int
 
+from melt_jax.config import InputError, TrainConfig
 from melt_jax.data import arithmetic, stream
 from melt_jax.data.batch import Batch
-from melt_jax.inference.generation import generate
-from melt_jax.model.cache import bytes_per_token
-from melt_jax.model.layout import replicated
-from melt_jax.model.sequence import run_sequence, split_chunks
+from melt_jax.inference.answers import BeforePiece, exact_answers, fresh_problems, silent
+from melt_jax.model.cache import Cache, bytes_per_token, create_cache
+from melt_jax.model.layout import batch_axes
+from melt_jax.model.loops import run_chunk
+from melt_jax.model.model import LoopedTransformer
+from melt_jax.model.sequence import join_chunks, segment_positions, split_chunks
+from melt_jax.sharding import (
+    batch_groups,
+    batch_sharding,
+    for_inference,
+    gather_at_use,
+    local_batch_indices,
+    place_batch,
+)
 from melt_jax.training.objectives import cross_entropy_per_loop, kl_per_loop
 
-PROBLEM_STREAM = 2**63  # beside the training stream, which counts steps: no step reaches it
-SPARE_TOKENS = 12  # room for a completion that takes a step more than the truth
-HEAD_TOKENS = 512  # tokens whose logits exist at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """How problems were answered, a flag or number per problem.
-
-    Attributes:
-      definitions: of each problem.
-      answer_exact: whether what stands between `</think>` and the end is the truth.
-      completion_exact: whether every token is, steps included.
-      completions: the tokens of each.
-    """
-
-    definitions: np.ndarray
-    answer_exact: np.ndarray
-    completion_exact: np.ndarray
-    completions: list
-
-    def by_definitions(self):
-        """[(definitions, problems, fraction of exact answers, of exact completions)]."""
-        rows = []
-        for count in np.unique(self.definitions):
-            of = self.definitions == count
-            rows.append((int(count), int(of.sum()), self.answer_exact[of].mean(), self.completion_exact[of].mean()))
-        return rows
+PIECE_TOKENS = 512  # tokens of a sequence that a LoopLM runs as one chunk, and whose logits exist at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,251 +41,286 @@ class LoopScores:
     """Perplexity and KL(teacher ‖ model) over scored tokens.
 
     Attributes:
-      chunk: C, tokens of a chunk.
-      tokens: scored.
-      perplexity: [T], exp of the mean cross-entropy, per loop.
-      kl: [loops of both], nats, loop by loop; empty without a teacher.
-      final_kl: nats, the last loop of the teacher against the last that the model ran; None without a teacher.
+      chunk: C, tokens per chunk.
+      tokens: scored tokens.
+      perplexity: exp of the mean cross-entropy, per loop.
+      kl: nats per token, per loop that both models have; empty without a teacher.
+      final_kl: nats per token, between the last loops of both; None without a teacher.
     """
 
     chunk: int
     tokens: int
-    perplexity: list
-    kl: list
+    perplexity: list[float]
+    kl: list[float]
     final_kl: float | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
-    """A row of the table; `dataclasses.asdict` of it is plain JSON.
+class Comparison:
+    """The two chunk lengths compared.
 
     Attributes:
-      answers: fraction of problems with an exact answer, None if none was asked.
-      completions: fraction with every token exact.
-      problems: how many were asked.
-      chunked: `LoopScores` with the chunks of training, or None.
-      decoding: `LoopScores` with chunks of one, or None.
-      cache_bytes_per_token: in the dtype that the model ran in.
-      loops: T, as run.
+      chunked: with the training chunk, over whole sequences.
+      chunked_start: with the training chunk, over the first tokens of each sequence; None: decoding is not measured.
+      decoding: with chunk 1, over the same first tokens; None: not measured.
+    """
+
+    chunked: LoopScores
+    chunked_start: LoopScores | None
+    decoding: LoopScores | None
+
+
+def compare(
+    model: LoopedTransformer,
+    teacher: LoopedTransformer | None,
+    batch: Batch,
+    chunk_size: int,
+    decoding_tokens: int,
+    rows: int = 16,
+    before_piece: BeforePiece = silent,
+) -> Comparison:
+    """Perplexity and KL with the training chunk and in decoding.
+
+    Args:
+      model, teacher, batch, chunk_size, rows, before_piece: see `perplexity_and_kl`.
+      decoding_tokens: tokens at the start of each sequence on which decoding is measured; 0: not measured. The same
+        tokens are also scored with `chunk_size`, so that the two numbers can be compared.
+
+    Raises:
+      InputError: see `perplexity_and_kl`.
+    """
+    chunked = perplexity_and_kl(model, teacher, batch, chunk_size, rows, before_piece)
+    if decoding_tokens == 0:
+        return Comparison(chunked, None, None)
+    start = Batch(*(np.asarray(field)[:, :decoding_tokens] for field in batch))
+    same = start.tokens.shape == np.shape(batch.tokens)
+    again = chunked if same else perplexity_and_kl(model, teacher, start, chunk_size, rows, before_piece)
+    return Comparison(chunked, again, perplexity_and_kl(model, teacher, start, 1, rows, before_piece))
+
+
+def perplexity_and_kl(
+    model: LoopedTransformer,
+    teacher: LoopedTransformer | None,
+    batch: Batch,
+    chunk_size: int,
+    rows: int = 16,
+    before_piece: BeforePiece = silent,
+) -> LoopScores:
+    """Perplexity of a model over a batch and its KL to a teacher, per loop.
+
+    Under a mesh (`jax.set_mesh`) the sequences are split over its batch axes. The result is a ratio of sums: it depends
+    neither on the mesh, nor on the number of processes, nor on `rows`.
+
+    Args:
+      model: the model to score.
+      teacher: a model with the same vocabulary, run over the same tokens with all its loops; or None.
+      batch: [B, S] host arrays with targets, the same in every process.
+      chunk_size: C of the model, and of a teacher that is a MELT.
+      rows: sequences run at a time; under a mesh a multiple of its batch groups.
+      before_piece: see `answers.BeforePiece`.
+
+    Raises:
+      InputError: the vocabularies differ, or no token is scored.
+    """
+    check_vocabularies(model, teacher)
+    count = int(np.sum(batch.loss_mask))
+    if count == 0:
+        raise InputError("loss_mask: expected at least one scored token, found none")
+    total_rows, length = np.shape(batch.tokens)
+    rows = min(rows, -(-total_rows // batch_groups()) * batch_groups())
+    totals: dict[str, Any] = {}
+    for first in range(0, total_rows, rows):
+        last = min(first + rows, total_rows)
+        before_piece(f"chunk {chunk_size}, {length} tokens of sequences {first + 1} to {last} of {total_rows}")
+        piece = _place(Batch(*(np.asarray(field)[first:last] for field in batch)), rows)
+        sums = comparison_sums(model, teacher, piece, min(chunk_size, length))
+        totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
+    perplexity = np.exp(totals["cross_entropy"] / count).tolist()
+    kl = (totals["kl"] / count).tolist() if teacher is not None else []
+    return LoopScores(chunk_size, count, perplexity, kl[:-1], kl[-1] if kl else None)
+
+
+def check_vocabularies(model: LoopedTransformer, teacher: LoopedTransformer | None) -> None:
+    """Raises InputError if a model and its teacher have vocabularies of different sizes."""
+    if teacher is not None and teacher.config.vocab != model.config.vocab:
+        raise InputError(
+            f"teacher: expected a vocabulary of {model.config.vocab} tokens, the model's, found {teacher.config.vocab};"
+            " a KL needs a common vocabulary"
+        )
+
+
+def rows_at_a_time(config: TrainConfig) -> int:
+    """Sequences that an evaluation scores at a time, over all devices: those of a training micro-batch."""
+    return config.data.batch // config.micro_batches
+
+
+@functools.partial(jax.jit, static_argnames=("chunk_size",))
+def comparison_sums(
+    model: LoopedTransformer, teacher: LoopedTransformer | None, batch: Batch, chunk_size: int
+) -> dict[str, Float[Array, " sums"]]:
+    """Sums over the scored tokens of a batch, in memory linear in the sequence.
+
+    One scan over the chunks carries the caches of both models and adds up each chunk's sums, so that the hidden states
+    and logits of one chunk exist at a time. Short chunks are run several to a piece of up to `PIECE_TOKENS` tokens,
+    over which a LoopLM teacher runs as one chunk: its result does not depend on the chunk.
+
+    Under a mesh, sequences are split over the batch axes, and weights that are split over fsdp are gathered at each
+    use; weights from `sharding.for_inference` are whole already.
+
+    Args:
+      model: the model to score.
+      teacher: a model with the same vocabulary, or None.
+      batch: [B, S], with targets; under a mesh split by `sharding.batch_sharding`.
+      chunk_size: C of the model and of a MELT teacher; static.
+
+    Returns:
+      cross_entropy [T], nats; with a teacher kl [n + 1], nats: KL(teacher ‖ model) of each of the n loops that both
+      have, then of the last loop of each.
+    """
+    model, teacher = gather_at_use(model), gather_at_use(teacher)
+    piece_size = _piece_size(batch.tokens.shape[1], chunk_size)
+    pieces = split_chunks((batch, segment_positions(batch.segments)), piece_size)
+    count, rows, _ = pieces[0].tokens.shape
+    axes = batch_axes(batch.tokens)
+    empty = lambda m: create_cache(m.config, rows, count * piece_size, m.dtype, batch_axes=axes)
+    teacher_chunk = piece_size if teacher is not None and teacher.config.gate == "none" else chunk_size
+
+    def piece_sums(caches, xs):
+        start, (piece, positions) = xs
+        cache, hidden = _run_piece(model, caches[0], piece, positions, start, chunk_size)
+        mask = piece.loss_mask.astype(jnp.float32)
+        with jax.named_scope("cross_entropy"):
+            cross_entropy = cross_entropy_per_loop(model, hidden, piece.targets)
+            sums = {"cross_entropy": jnp.sum(cross_entropy * mask[None], axis=(1, 2))}
+        if teacher is None:
+            return (cache, None), sums
+        teacher_cache, teacher_hidden = _run_piece(teacher, caches[1], piece, positions, start, teacher_chunk)
+        with jax.named_scope("distillation"):
+            common = min(len(hidden), len(teacher_hidden))
+            of_teacher, of_model = (jnp.concatenate([x[:common], x[-1:]]) for x in (teacher_hidden, hidden))
+            sums["kl"] = kl_per_loop(teacher, model, of_teacher, of_model, mask)
+        return (cache, teacher_cache), sums
+
+    caches = empty(model), None if teacher is None else empty(teacher)
+    starts = jnp.arange(count, dtype=jnp.int32) * piece_size
+    _, sums = jax.lax.scan(piece_sums, caches, (starts, pieces))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+
+def _piece_size(length: int, chunk_size: int) -> int:
+    """Tokens of a piece: a whole number of chunks, about PIECE_TOKENS, with little padding at the sequence's end."""
+    chunks = -(-length // chunk_size)
+    pieces = -(-chunks // max(1, PIECE_TOKENS // chunk_size))
+    return -(-chunks // pieces) * chunk_size
+
+
+def _run_piece(
+    model: LoopedTransformer,
+    cache: Cache,
+    batch: Batch,
+    positions: Int[Array, "B P"],
+    start: Int[Array, ""],
+    chunk_size: int,
+) -> tuple[Cache, Float[Array, "T B P D"]]:
+    """Runs consecutive tokens that begin at slot `start`, chunk after chunk: (cache with them, hidden states)."""
+    chunks = split_chunks((batch.tokens, positions, batch.segments), chunk_size)
+
+    def one_chunk(cache, xs):
+        start, (tokens, positions, segments) = xs
+        out = run_chunk(model, tokens, cache, start, positions=positions, segments=segments)
+        return cache.write(out.kv, out.segments, start), out.hidden
+
+    starts = start + jnp.arange(len(chunks[0]), dtype=jnp.int32) * chunk_size
+    cache, hidden = jax.lax.scan(one_chunk, cache, (starts, chunks))
+    return cache, join_chunks(hidden, 2)
+
+
+def _place(batch: Batch, rows: int) -> Batch:
+    """A batch on the devices, filled up with padding to `rows` sequences: one compilation for all pieces."""
+    pad = lambda x: np.pad(np.asarray(x, np.int32), ((0, rows - len(x)), (0, 0)))
+    batch = jax.tree.map(pad, batch)
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jnp.asarray, batch)
+    sharding = batch_sharding(mesh)
+    indices = local_batch_indices(sharding, rows)
+    return place_batch(jax.tree.map(lambda x: x[indices], batch), sharding, indices, rows)
+
+
+# ---- the evaluation of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """A row of the table of results; `dataclasses.asdict` of it is plain JSON.
+
+    Attributes:
+      answers: fraction of problems with an exact answer; None if no problem was asked.
+      completions: fraction of problems with every token exact; None if no problem was asked.
+      problems: number of problems.
+      comparison: with the teacher; None if it was not measured.
+      cache_bytes_per_token: in the dtype of the computation.
+      loops: T.
     """
 
     answers: float | None
     completions: float | None
     problems: int
-    chunked: LoopScores | None
-    decoding: LoopScores | None
+    comparison: Comparison | None
     cache_bytes_per_token: int
     loops: int
 
 
-def fresh_problems(seed, count, low=2, high=5):
-    """Problems of no training step, as many of each number of definitions, a function of (seed, count, low, high)."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, PROBLEM_STREAM]))
-    return [arithmetic.make_problem(rng, low + i % (high - low + 1)) for i in range(count)]
+def score(
+    model: LoopedTransformer, teacher: LoopedTransformer | None, config: TrainConfig, before_piece: BeforePiece = silent
+) -> Scores:
+    """Runs the evaluation of a `TrainConfig`.
 
-
-def exact_answers(model, problems, prefill_chunk, loops=None, exit_threshold=None, batch=256):
-    """Greedy answers to problems.
+    Problems and arithmetic sequences depend on `evaluation.seed`; other sequences are read from `evaluation.path`.
 
     Args:
-      model: `LoopedTransformer`.
-      problems: `arithmetic.Problem`s.
-      prefill_chunk: C of the prefill.
-      loops: T, where it is not the model's.
-      exit_threshold: where it is not the model's.
-      batch: problems answered at once.
-
-    Returns:
-      `Answers`.
+      model: in any dtype, its weights split over the mesh in any way.
+      teacher: None: no sequence is scored.
+      config: of the run.
+      before_piece: see `answers.BeforePiece`.
     """
-    limit = max(len(problem.completion) for problem in problems) + SPARE_TOKENS
-    options = {"stop": (arithmetic.STOP,), "loops": loops, "exit_threshold": exit_threshold}
-    completions = []
-    for first in range(0, len(problems), batch):
-        prompts = [problem.prompt for problem in problems[first : first + batch]]
-        completions += generate(model, prompts, limit, prefill_chunk, **options).tokens
-    return Answers(
-        np.array([problem.question.count(";") for problem in problems]),
-        np.array([answer_of(tokens) == answer_of(p.completion) for tokens, p in zip(completions, problems)]),
-        np.array([tokens == p.completion for tokens, p in zip(completions, problems)]),
-        completions,
-    )
-
-
-def answer_of(completion):
-    """What stands between the first `</think>` and the last token, `<|im_end|>`; None where one of them is missing."""
-    if arithmetic.ANSWER not in completion or completion[-1] != arithmetic.STOP:
-        return None
-    return completion[completion.index(arithmetic.ANSWER) + 1 : -1]
-
-
-def problem_batch(problems):
-    """A `Batch` of problems, one a row, padded to the longest; their completions are scored."""
-    length = max(len(problem.prompt) + len(problem.completion) for problem in problems)
-    tokens, segments, mask, targets = (np.zeros((len(problems), length), np.int32) for _ in range(4))
-    for i, problem in enumerate(problems):
-        ids = problem.prompt + problem.completion
-        tokens[i, : len(ids)] = ids
-        segments[i, : len(ids)] = 1
-        targets[i, : len(ids) - 1] = ids[1:]
-        mask[i, len(problem.prompt) - 1 : len(ids) - 1] = 1
-    return Batch(tokens, segments, mask, targets)
-
-
-def perplexity_and_kl(model, teacher, batch, chunk_size, loops=None, rows=16):
-    """Perplexity of a model over a batch and its KL to a teacher, per loop.
-
-    Args:
-      model: `LoopedTransformer`.
-      teacher: another of the same vocabulary, run over the same tokens with all its loops; or None.
-      batch: `Batch` with targets.
-      chunk_size: C of the model, and of a teacher whose outcome depends on it.
-      loops: T of the model, where it is not its own.
-      rows: sequences run at once.
-
-    Returns:
-      `LoopScores`.
-
-    Raises:
-      ValueError: the vocabularies differ, or nothing is scored.
-    """
-    check_vocabularies(model, teacher)
-    count = int(np.sum(batch.loss_mask))
-    if count == 0:
-        raise ValueError("no token of the batch is scored: its loss_mask is zero everywhere")
-    length = np.shape(batch.tokens)[1]
-    rows, total = min(rows, len(batch.tokens)), 0
-    for first in range(0, len(batch.tokens), rows):
-        part = jax.tree.map(lambda x: _pad_rows(x[first : first + rows], rows), batch)  # noqa: B023
-        sums = _comparison_sums(model, teacher, replicated(part), min(chunk_size, length), loops)
-        total = jax.tree.map(lambda x, y: x + np.asarray(y, np.float64), total or jax.tree.map(lambda _: 0, sums), sums)
-    kl = (total["kl"] / count).tolist() if teacher is not None else []
-    perplexity = np.exp(total["cross_entropy"] / count).tolist()
-    return LoopScores(chunk_size, count, perplexity, kl[:-1], kl[-1] if kl else None)
-
-
-def check_vocabularies(model, teacher):
-    """ValueError where a model and its teacher, if it has one, have other numbers of tokens."""
-    if teacher is not None and teacher.config.vocab != model.config.vocab:
-        raise ValueError(
-            f"a KL needs one vocabulary: the teacher has {teacher.config.vocab} tokens, the model {model.config.vocab}"
-        )
-
-
-def measure(model, teacher, problems=(), batch=None, chunk_size=512):
-    """Everything of a model that a row of the table shows.
-
-    Args:
-      model: `LoopedTransformer`.
-      teacher: its teacher, or None.
-      problems: to be answered; none: not measured.
-      batch: `Batch` for perplexity and KL; None: not measured.
-      chunk_size: C of prefill and scoring; decoding's chunk of one is measured beside it.
-
-    Returns:
-      `Scores`.
-    """
-    answers = exact_answers(model, problems, chunk_size) if len(problems) else None
-    both = [None, None]
-    if batch is not None:
-        both = [perplexity_and_kl(model, teacher, batch, chunk) for chunk in (chunk_size, 1)]
+    evaluation, data = config.evaluation, config.data
+    answers = comparison = None
+    if evaluation.problems:
+        problems = fresh_problems(evaluation.seed, evaluation.problems, data.low, data.high)
+        whole = for_inference(model, config.dtype)
+        answers = exact_answers(whole, problems, config.chunk_size, before_piece=before_piece)
+        del whole
+    if evaluation.sequences and teacher is not None:
+        batch = stream.evaluation_batch(config)
+        model, teacher = scoring_weights(model, config), scoring_weights(teacher, config)
+        tokens, rows = evaluation.decoding_tokens, rows_at_a_time(config)
+        comparison = compare(model, teacher, batch, config.chunk_size, tokens, rows, before_piece)
     return Scores(
         None if answers is None else float(answers.answer_exact.mean()),
         None if answers is None else float(answers.completion_exact.mean()),
-        len(problems),
-        *both,
-        cache_bytes_per_token(model),
+        evaluation.problems,
+        comparison,
+        bytes_per_token(model.config, jnp.dtype(config.dtype).itemsize),
         model.config.loops,
     )
 
 
-def cache_bytes_per_token(model, loops=None):
-    """Bytes of cache that a token takes, in the dtype of the weights; T of a LoopLM's rows count, one of a MELT's."""
-    return bytes_per_token(model.config, jnp.dtype(model.dtype).itemsize, loops)
+def scoring_weights(model: LoopedTransformer, config: TrainConfig) -> LoopedTransformer:
+    """A model in the dtype of the computation, its weights held as the training step holds them (`config.gather`).
 
-
-def score(model, teacher, config):
-    """`measure` by the evaluation that a `TrainConfig` asks for, as plain JSON.
-
-    Problems and sequences are of `evaluation.seed`, of which training has none, or else sequences of `evaluation.path`.
+    "step": whole over the batch axes. "layer": split as stored; `comparison_sums` gathers them at each use.
     """
-    evaluation, data = config.evaluation, config.data
-    problems, batch = (), None
-    if evaluation.problems:
-        problems = fresh_problems(evaluation.seed, evaluation.problems, data.low, data.high)
-    if evaluation.sequences:
-        batch = next(iter(stream.batches(stream.evaluation_data(config), evaluation.seed, 0, 1)))
-    return dataclasses.asdict(measure(model, teacher, problems, batch, config.chunk_size))
+    if config.gather == "step":
+        return for_inference(model, config.dtype)
+    return jax.jit(lambda model: jax.tree.map(lambda x: x.astype(config.dtype), model))(model)
 
 
-def sample(model, seed, prefill_chunk=512):
-    """One fresh problem as text: the question, what the model makes of it, and the truth."""
+def sample(model: LoopedTransformer, seed: int, prefill_chunk: int = 512) -> str:
+    """One fresh problem as text: the question, the model's completion, and whether its answer is correct."""
     problem = fresh_problems(seed, 4)[-1]
     answers = exact_answers(model, [problem], prefill_chunk)
     names = dict(enumerate(arithmetic.VOCABULARY))
     text = lambda tokens: "".join(names.get(token, "\N{REPLACEMENT CHARACTER}") for token in tokens)
     verdict = "exact" if answers.answer_exact[0] else f"wrong: the answer is {problem.answer}"
     return f"{text(problem.prompt)}{text(answers.completions[0])}   ({verdict})"
-
-
-def table(rows):
-    """A table as text of {name: `Scores`, or its `asdict`}; the KL is that of the last loops, nats a token."""
-    out = Table(box=None, pad_edge=False)
-    out.add_column("model")
-    for heading in ("loops", "exact answers", "KL to teacher, chunked", "decoding", "cache bytes/token"):
-        out.add_column(heading, justify="right")
-    for name, scores in rows.items():
-        row = scores if isinstance(scores, dict) else dataclasses.asdict(scores)
-        answers = "–" if row["answers"] is None else f"{row['answers']:.1%} of {row['problems']}"
-        kl = [_kl_text(row[which]) for which in ("chunked", "decoding")]
-        out.add_row(name, str(row["loops"]), answers, *kl, f"{row['cache_bytes_per_token']:,}")
-    return render(out)
-
-
-def render(renderable, width=120):
-    """A rich renderable as plain text."""
-    console = Console(width=width, color_system=None, force_terminal=False, highlight=False)
-    with console.capture() as capture:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
-
-
-def _kl_text(scores):
-    # Rounding makes the KL of equal models a negative zero.
-    return "–" if scores is None or scores["final_kl"] is None else f"{max(scores['final_kl'], 0.0):.4f}"
-
-
-def _pad_rows(x, rows):
-    """The last rows of a batch filled up with zeros, padding that nothing scores: one compilation for all."""
-    x = np.asarray(x, np.int32)
-    return np.pad(x, ((0, rows - len(x)), (0, 0)))
-
-
-@functools.partial(jax.jit, static_argnames=("chunk_size", "loops"))
-def _comparison_sums(model, teacher, batch, chunk_size, loops):
-    """Sums over scored tokens: cross_entropy [T]; with a teacher kl [loops of both, and the last of each]."""
-    hidden = run_sequence(model, batch.tokens, chunk_size, segments=batch.segments, loops=loops).hidden
-    teacher_hidden = None
-    if teacher is not None:
-        # A LoopLM's outcome does not depend on the chunk: long ones are quicker.
-        chunk = max(chunk_size, HEAD_TOKENS) if teacher.config.gate == "none" else chunk_size
-        teacher_hidden = jnp.moveaxis(run_sequence(teacher, batch.tokens, chunk, segments=batch.segments).hidden, 0, 2)
-
-    def piece_sums(totals, piece):
-        hidden, teacher_hidden, targets, mask = piece
-        hidden = jnp.moveaxis(hidden, 2, 0)
-        mask = mask.astype(jnp.float32)
-        sums = {"cross_entropy": jnp.sum(cross_entropy_per_loop(model, hidden, targets) * mask, axis=(1, 2))}
-        if teacher is not None:
-            teacher_hidden = jnp.moveaxis(teacher_hidden, 2, 0)
-            shared = min(len(hidden), len(teacher_hidden))
-            pairs = [jnp.concatenate([x[:shared], x[-1:]]) for x in (teacher_hidden, hidden)]
-            sums["kl"] = kl_per_loop(teacher, model, *pairs, mask)
-        return jax.tree.map(jnp.add, totals, sums), None
-
-    pieces = (jnp.moveaxis(hidden, 0, 2), teacher_hidden, batch.targets, batch.loss_mask)
-    pieces = split_chunks(pieces, min(HEAD_TOKENS, batch.tokens.shape[1]))
-    empty = {"cross_entropy": jnp.zeros(len(hidden))}
-    if teacher is not None:
-        empty["kl"] = jnp.zeros(min(len(hidden), teacher.config.loops) + 1)
-    return jax.lax.scan(piece_sums, empty, pieces)[0]

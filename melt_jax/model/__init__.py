@@ -1,1 +1,1 @@
-"""What is computed: pure functions and Flax modules of arrays and a frozen config."""
+"""The model: pure functions and Flax modules of arrays and a frozen config."""

@@ -1,116 +1,137 @@
-"""The key/value cache: a row per token and layer shared by the loops, T of them for the LoopLM, both in the transition.
+"""The key/value cache: one KV entry per token and layer for MELT, T entries for the LoopLM, both for the transition.
 
-A `Cache` keeps up to two kinds of rows over the same slots:
+A `Cache` has up to two sets of entries over the same slots:
 
-    shared   [L, B, S, K, E]       the shared cache of MELT: one row per token and layer, projected from the last latent
-    per_loop     [T, L, B, S, K, E]    the loop cache of the LoopLM: a row per token, layer and loop, projected from u
+    shared      [L, B, S, K, E]       the shared cache: projected from the token's last latent, read by all loops
+    per_loop    [T, L, B, S, K, E]    the per-loop cache: projected from u, an entry for each loop
 
-MELT has the first, the LoopLM the second, the transition both. Everything else is common to them.
+Letters in shapes: L layers, T loops, B batch, S slots, C chunk length, K key/value heads, E head width.
 """
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
-from melt_jax.model.layout import split_zeros
+from melt_jax.config import InputError, ModelConfig
+from melt_jax.model.layout import split_zeros, upcast
 
 
 class KV(NamedTuple):
     """Keys (after RoPE) and values of tokens, [..., B, tokens, K, E] each."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Float[Array, "*lead B S K E"]
+    values: Float[Array, "*lead B S K E"]
 
 
 class ChunkKV(NamedTuple):
-    """The rows that one chunk adds to a cache; None where the cache keeps none."""
+    """The KV entries that one chunk adds to a cache; None for a set that the cache does not have."""
 
     shared: KV | None
     per_loop: KV | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """KV of S slots and the segment each slot belongs to.
+class Cache(NamedTuple):
+    """KV entries of S slots and the segment of each slot.
 
     Attributes:
       shared: `KV` of [L, B, S, K, E], or None.
       per_loop: `KV` of [T, L, B, S, K, E], or None.
-      segments: [B, S] int32; 0 is an empty slot or padding, which nothing sees.
+      segments: [B, S]; 0 is an empty slot or padding, which no token attends to.
     """
 
     shared: KV | None
     per_loop: KV | None
-    segments: jax.Array
+    segments: Int[Array, "B S"]
 
     @property
-    def keys(self):
-        """The shared keys [L, B, S, K, E] where there are some, else the loop cache's [T, L, B, S, K, E]."""
-        return (self.shared or self.per_loop).keys
+    def keys(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
+        """The shared keys [L, B, S, K, E] of a cache that has them, else the per-loop keys [T, L, B, S, K, E]."""
+        return self._entries.keys
 
     @property
-    def values(self):
+    def values(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
         """The values, of the shape of `keys`."""
-        return (self.shared or self.per_loop).values
+        return self._entries.values
 
     @property
-    def length(self):
+    def length(self) -> int:
         """S, the number of slots."""
         return self.segments.shape[1]
 
-    def read(self, start, length):
-        """The `ChunkKV` of slots start … start + length − 1."""
+    @property
+    def _entries(self) -> KV:
+        entries = self.per_loop if self.shared is None else self.shared
+        assert entries is not None, "a cache has shared or per-loop entries"
+        return entries
+
+    def read(self, start: Int[Array, ""] | int, length: int) -> ChunkKV:
+        """The entries of slots start … start + length − 1."""
         take = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis)
         return ChunkKV(jax.tree.map(take(2), self.shared), jax.tree.map(take(3), self.per_loop))
 
-    def write(self, rows, segments, start):
-        """The cache with a chunk's `ChunkKV` and its segments [B, C] at slots start … start + C − 1.
+    def write(
+        self, entries: ChunkKV, segments: Int[Array, "B C"], start: Int[Array, ""] | Int[Array, " B"] | int
+    ) -> "Cache":
+        """The cache with a chunk's entries and segments in slots start … start + C − 1.
 
-        `start` is one slot for all batch rows, or [B] with a slot for each.
+        `start` is one slot for the whole batch, or a slot per sequence.
         """
         put = lambda axis: lambda old, new: _write_slots(old, new.astype(old.dtype), start, axis)
-        shared = jax.tree.map(put(2), self.shared, rows.shared)
-        per_loop = jax.tree.map(put(3), self.per_loop, rows.per_loop)
+        shared = jax.tree.map(put(2), self.shared, entries.shared)
+        per_loop = jax.tree.map(put(3), self.per_loop, entries.per_loop)
         return Cache(shared, per_loop, _write_slots(self.segments, segments, start, 1))
 
 
-def create_cache(config, batch, length, dtype=jnp.bfloat16, transition=False, loops=None, batch_axes=None):
+def create_cache(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    transition: bool = False,
+    batch_axes: Any = None,
+) -> Cache:
     """An empty cache for a model.
 
     Args:
-      config: `ModelConfig`; gate "none" makes a loop cache, any other a shared one.
+      config: gate "none" gives a per-loop cache, any other gate a shared one.
       batch: B.
       length: S, in tokens.
-      dtype: of the rows.
-      transition: keep per-loop entries beside the shared ones.
-      loops: T, where it is not the config's.
-      batch_axes: the mesh axes that batch rows are split over, under a mesh; heads are split over its tensor axis.
+      dtype: of the entries.
+      transition: add per-loop entries to the shared ones.
+      batch_axes: the mesh axes that split the batch, under a mesh; heads are split over its tensor axis.
+
+    Raises:
+      InputError: a transition cache for a model without a gate.
     """
-    shape = (config.layers, batch, length, config.kv_heads, config.head_width)
-    zeros = lambda lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
-    empty = lambda *lead: KV(zeros(lead), zeros(lead))
     melt = config.gate != "none"
     if transition and not melt:
-        raise ValueError("a transition needs a model with a gate; this one has gate='none' (a LoopLM)")
-    per_loop = empty(loops or config.loops) if transition or not melt else None
-    return Cache(empty() if melt else None, per_loop, split_zeros((batch, length), jnp.int32, 0, batch_axes))
+        raise InputError("gate: expected a gate variant for a transition, found 'none' (a LoopLM); reconfigure it")
+    shape = (config.layers, batch, length, config.kv_heads, config.head_width)
+    zeros = lambda *lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
+    shared = KV(zeros(), zeros()) if melt else None
+    per_loop = KV(zeros(config.loops), zeros(config.loops)) if transition or not melt else None
+    return Cache(shared, per_loop, split_zeros((batch, length), jnp.int32, 0, batch_axes))
 
 
-def bytes_per_token(config, itemsize=2, loops=None):
-    """Bytes of cache that one token takes: 2·L·K·E numbers, times the loops for the LoopLM."""
-    rows = 1 if config.gate != "none" else (loops or config.loops)
-    return 2 * rows * config.layers * config.kv_heads * config.head_width * itemsize
+def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
+    """Bytes of cache per token: 2·L·K·E numbers of `itemsize` bytes, times T for the LoopLM."""
+    entries = 1 if config.gate != "none" else config.loops
+    return 2 * entries * config.layers * config.kv_heads * config.head_width * itemsize
 
 
-def blend(shared, per_loop, alpha):
-    """KV as attention sees them: α·shared + (1 − α)·per_loop, or whichever is kept alone."""
-    if shared is None or per_loop is None:
-        return shared if per_loop is None else per_loop
-    mix = lambda s, b: (alpha * s.astype(jnp.float32) + (1 - alpha) * b.astype(jnp.float32)).astype(s.dtype)
-    return jax.tree.map(mix, shared, per_loop)
+def blend(kv: ChunkKV, alpha: Float[Array, ""] | float | None) -> KV:
+    """The entries that attention reads: α·shared + (1 − α)·per_loop, or the only set there is."""
+    if kv.shared is None or kv.per_loop is None:
+        only = kv.per_loop if kv.shared is None else kv.shared
+        assert only is not None, "shared or per-loop entries are needed"
+        return only
+    assert alpha is not None, "two sets of entries need an α"
+    mix = lambda s, p: (alpha * upcast(s) + (1 - alpha) * upcast(p)).astype(s.dtype)
+    return jax.tree.map(mix, kv.shared, kv.per_loop)
 
 
 def _write_slots(old, new, start, slot_axis):
@@ -118,10 +139,12 @@ def _write_slots(old, new, start, slot_axis):
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, slot_axis)
     batch_axis = slot_axis - 1
 
-    def put(old, xs):  # one sequence after the other, in place: a scatter makes a TPU copy the whole cache
-        i, row, slot = xs
-        at = [0] * old.ndim
+    def put(old, xs):  # one sequence at a time, in place: a scatter makes a TPU copy the whole cache
+        i, entry, slot = xs
+        at = [jnp.int32(0)] * old.ndim
         at[batch_axis], at[slot_axis] = i, slot
-        return jax.lax.dynamic_update_slice(old, jnp.expand_dims(row, batch_axis), at), None
+        return jax.lax.dynamic_update_slice(old, jnp.expand_dims(entry, batch_axis), at), None
 
-    return jax.lax.scan(put, old, (jnp.arange(len(start)), jnp.moveaxis(new, batch_axis, 0), start))[0]
+    start = start.astype(jnp.int32)
+    sequences = jnp.arange(len(start), dtype=jnp.int32)
+    return jax.lax.scan(put, old, (sequences, jnp.moveaxis(new, batch_axis, 0), start))[0]

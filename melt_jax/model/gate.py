@@ -1,14 +1,18 @@
-"""The cache recurrence (MELT, arXiv 2605.07721): a token's latent, from which its row is projected, loop by loop.
+"""The cache recurrence of MELT (arXiv 2605.07721): it updates a token's latent, the source of its KV entry, per loop.
 
 z  = σ(u W_z + hᵗ⁻¹ U_z + b_z)
 hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u          z = 1 keeps, z = 0 overwrites
+
+A gate variant is a function `(gate, u, latent, loop) → z` in `VARIANTS`; z broadcasts against u.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
-from melt_jax.model.layout import whole_features
+from melt_jax.config import ModelConfig
+from melt_jax.model.layout import accumulation_dtype, einsum, upcast, whole_features
 
 EMA_KEEP = 0.8  # z of the `ema` variant
 
@@ -16,37 +20,37 @@ EMA_KEEP = 0.8  # z of the `ema` variant
 class Gate(nnx.Module):
     """The learned gate of one layer, shared by all loops; W_z and U_z are (in, out)."""
 
-    def __init__(self, config, init):
+    def __init__(self, config: ModelConfig, init):
         D = config.width
         self.w_z = init.normal((D, D), ("embed", "latent"))
         self.u_z = init.normal((D, D), ("embed", "latent"))
         self.b_z = init.zeros((D,), ("latent",))
 
 
-def elementwise_gate(gate, u, latent, loop):
+def elementwise_gate(gate: Gate, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
     """z = σ(u W_z + h U_z + b_z), one number per component."""
     return _sigmoid_gate(gate.w_z[...], gate.u_z[...], gate.b_z[...], u, latent)
 
 
-def scalar_gate(gate, u, latent, loop):
-    """The first output column of W_z, U_z and b_z gates the whole vector."""
+def scalar_gate(gate: Gate, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
+    """One z for the whole vector, from the first output column of W_z, U_z and b_z."""
     first = lambda weight: whole_features(weight[...])[..., :1]
     return _sigmoid_gate(first(gate.w_z), first(gate.u_z), first(gate.b_z), u, latent)
 
 
-def mean_gate(gate, u, latent, loop):
+def mean_gate(gate: Gate | None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
     """z = (t − 1)/t: the latent is the mean of its inputs."""
-    return (loop - 1).astype(jnp.float32) / loop
+    return ((loop - 1).astype(accumulation_dtype(u.dtype)) / loop)[None, None, None]
 
 
-def ema_gate(gate, u, latent, loop):
+def ema_gate(gate: Gate | None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
     """z = 0.8: an exponential moving average of the inputs."""
-    return jnp.float32(EMA_KEEP)
+    return jnp.full((1, 1, 1), EMA_KEEP, accumulation_dtype(u.dtype))
 
 
-def last_gate(gate, u, latent, loop):
-    """z = 0: the latent is the last input. One chunk of it is the LoopLM."""
-    return jnp.float32(0)
+def last_gate(gate: Gate | None, u: Float[Array, "B C D"], latent: Float[Array, "B C D"], loop: Int[Array, ""]):
+    """z = 0: the latent is the last input. In a single chunk this is the LoopLM."""
+    return jnp.zeros((1, 1, 1), accumulation_dtype(u.dtype))
 
 
 VARIANTS = {
@@ -58,31 +62,37 @@ VARIANTS = {
 }
 
 
-def update_latent(kind, first_loop, gate, u, latent, loop):
+def update_latent(
+    kind: str,
+    first_loop: str,
+    gate: Gate | None,
+    u: Float[Array, "B C D"],
+    latent: Float[Array, "B C D"],
+    loop: Int[Array, ""],
+) -> tuple[Float[Array, "B C D"], Float[Array, "B C"]]:
     """One step of the recurrence for every token of a chunk.
 
     Args:
       kind: a name of `VARIANTS`.
       first_loop: "copy": h¹ = u; "gated": the gate is applied at loop 1 too, to h⁰ = 0.
-      gate: a `Gate`, or None for the variants without weights.
-      u: [B, C, D], the normed input.
-      latent: [B, C, D], hᵗ⁻¹; zeros before loop 1.
-      loop: t, an int32 scalar counted from 1.
+      gate: None for the variants without weights.
+      u: the normed input.
+      latent: hᵗ⁻¹; zeros before loop 1.
+      loop: t, counted from 1.
 
     Returns:
-      (hᵗ [B, C, D] in u's dtype, gate_openness [B, C] float32: the mean of 1 − z over the components).
+      (hᵗ in u's dtype, gate openness: the mean of 1 − z over the components, at least float32).
     """
     z = VARIANTS[kind](gate, u, latent, loop)
     if first_loop == "copy":
         z = jnp.where(loop == 1, 0.0, z)
-    u_float, latent_float = u.astype(jnp.float32), latent.astype(jnp.float32)
-    new_latent = z * latent_float + (1 - z) * u_float
-    gate_openness = jnp.mean(jnp.broadcast_to(1 - z, (*u.shape[:-1], z.shape[-1] if z.ndim else 1)), axis=-1)
+    # hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u
+    new_latent = z * upcast(latent) + (1 - z) * upcast(u)
+    gate_openness = jnp.mean(jnp.broadcast_to(1 - z, (*u.shape[:-1], z.shape[-1])), axis=-1)
     return new_latent.astype(u.dtype), gate_openness
 
 
 def _sigmoid_gate(w_z, u_z, b_z, u, latent):
-    precision = jax.lax.Precision.HIGHEST if u.dtype == jnp.float32 else None
-    dot = lambda x, w: jnp.einsum("bcd,de->bce", x, w, precision=precision, preferred_element_type=jnp.float32)
-    latent = whole_features(latent)
-    return jax.nn.sigmoid(dot(u, w_z) + dot(latent, u_z) + b_z.astype(jnp.float32))
+    dot = lambda x, w: einsum("bcd,de->bce", x, w, accumulate=True)
+    # z = σ(u W_z + h U_z + b_z)
+    return jax.nn.sigmoid(dot(u, w_z) + dot(whole_features(latent), u_z) + upcast(b_z)[None, None])

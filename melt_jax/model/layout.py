@@ -1,64 +1,94 @@
-"""Products of activations, and how activations lie under a mesh: tokens over the batch axes, features over tensor.
+"""Precision and layout of activations: einsum, accumulation dtypes, and shardings under a mesh.
 
-Without a mesh nothing is done. Which axis splits a weight's dimension is said in `melt_jax.sharding`.
+Under a mesh, tokens are split over the batch axes and features over the tensor axis. Without a mesh every function
+here that concerns sharding is a no-op. `melt_jax.sharding` decides which mesh axis splits each dimension of a weight.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Shaped
 
-TENSOR = "tensor"  # the mesh axis that splits heads, latents and rows
+TENSOR = "tensor"  # the mesh axis that splits heads, latents and KV entries
 
 
-def einsum(equation, *operands, out_sharding=None, **kwargs):
-    """`jnp.einsum` that keeps float32 exact on accelerators, where the default would round operands to bfloat16."""
+def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:
+    """The dtype of norms, softmax, sigmoids, logits, losses and gradient sums: at least float32."""
+    return np.dtype(jnp.result_type(*dtypes, jnp.float32))
+
+
+def upcast(x: Shaped[Array | np.ndarray, "..."]) -> Shaped[Array, "..."]:
+    """x in its accumulation dtype."""
+    return jnp.asarray(x, accumulation_dtype(x.dtype))
+
+
+def einsum(
+    equation: str,
+    *operands: Shaped[Array | np.ndarray, "..."],
+    accumulate: bool = False,
+    out_sharding: jax.P | None = None,
+) -> Shaped[Array, "..."]:
+    """`jnp.einsum` that keeps float32 exact on accelerators, which by default round float32 operands to bfloat16.
+
+    With `accumulate` the result has the accumulation dtype of the operands.
+    """
     exact = all(x.dtype == jnp.float32 for x in operands)
     return jnp.einsum(
         equation,
         *operands,
         precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=accumulation_dtype(*(x.dtype for x in operands)) if accumulate else None,
         out_sharding=out_sharding,
-        **kwargs,
     )
 
 
-def token_sharding(x):
-    """The sharding of a [batch, chunk, features] array whose tokens lie as those of `x` do; None without a mesh."""
+def token_sharding(x: Shaped[Array, "B C ..."]) -> jax.P | None:
+    """The spec of a [B, C, features] array whose tokens are split as those of x, its features whole; None: no mesh."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else jax.P(*sharding.spec[:2], None)
 
 
-def batch_axes(x):
-    """The mesh axes over which the leading dimension of x is split; None without a mesh."""
+def batch_axes(x: Shaped[Array, "B ..."]) -> Any:
+    """The mesh axes that split the leading dimension of x, as an entry of a `PartitionSpec`; None without a mesh."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else sharding.spec[0]
 
 
-def replicated(tree):
-    """Host arrays, the same in every process, on the current mesh's devices, whole on each; without a mesh, on one."""
+def replicated(tree: Any) -> Any:
+    """Host arrays, equal in every process, replicated on the devices of the current mesh; without a mesh, on one."""
     spec = None if jax.sharding.get_abstract_mesh().empty else jax.P()
     return jax.tree.map(lambda x: jax.device_put(x, spec), tree)
 
 
-def whole_features(x):
-    """[…, features] x with its features whole on every device, as a product, a norm or a sort over them needs it."""
-    return _over_features(x, None)
+def whole_features(x: Shaped[Array, "... D"]) -> Shaped[Array, "... D"]:
+    """x with its last dimension whole on every device, as a matrix product, norm or sort over it requires."""
+    return _reshard_features(x, None)
 
 
-def split_features(x):
-    """[…, features] x with its features split over the mesh's tensor axis: how it is kept, not used."""
-    return _over_features(x, TENSOR)
+def split_features(x: Shaped[Array, "... D"]) -> Shaped[Array, "... D"]:
+    """x with its last dimension split over the tensor axis, for storage."""
+    return _reshard_features(x, TENSOR)
 
 
-def _over_features(x, axis):
+def _reshard_features(x, axis):
     sharding = jax.typeof(x).sharding
     return x if sharding.mesh.empty else jax.reshard(x, jax.P(*sharding.spec[:-1], axis))
 
 
-def split_zeros(shape, dtype, batch_axis, batch_axes, tensor_axis=None):
-    """Zeros, laid out under a mesh: one dimension over `batch_axes`, one over the tensor axis."""
+def split_zeros(
+    shape: Sequence[int], dtype: DTypeLike, batch_axis: int, batch_axes: Any, tensor_axis: int | None = None
+) -> Shaped[Array, "..."]:
+    """Zeros whose dimension `batch_axis` is split over the mesh axes `batch_axes`, `tensor_axis` over the tensor axis.
+
+    Without a mesh, plain zeros.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.zeros(shape, dtype)
-    spec = [None] * len(shape)
+    spec: list[Any] = [None] * len(shape)
     spec[batch_axis] = batch_axes
     if tensor_axis is not None:
         spec[tensor_axis] = TENSOR

@@ -1,19 +1,23 @@
-"""T loops over one chunk: the one function that training, prefill and decoding run."""
+"""T loops over one chunk: the function that training, prefill and decoding share."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
-from melt_jax.model.cache import ChunkKV, blend, create_cache
+from melt_jax.model.cache import Cache, ChunkKV, blend, create_cache
 from melt_jax.model.gate import update_latent
-from melt_jax.model.layers import rms_norm, rope_table
-from melt_jax.model.layout import batch_axes, split_features, split_zeros, whole_features
+from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
+from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features
+from melt_jax.model.model import LoopedTransformer
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(SAVED)
-# What the gradient of a layer keeps of its forward pass beside its inputs: the outcome of attention always.
+# By `ModelConfig.remat`: what the backward pass keeps of a layer, besides its inputs, instead of recomputing it.
 REMAT = {
     "products": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
     "layer": _attention,
@@ -21,98 +25,141 @@ REMAT = {
 
 
 class ChunkOutput(NamedTuple):
-    """What `run_chunk` computes.
+    """The result of `run_chunk`.
 
     Attributes:
-      hidden: [T, B, C, D], the normed stream at the end of each loop.
-      attention_output: [T, L, B, C, D], after W_O and before the sandwich norm.
-      gate_openness: [T, L, B, C] float32, the gate's mean 1 − z; ones for the LoopLM.
-      kv: `ChunkKV`: the chunk's final shared rows and its per-loop entries of every loop, as the cache keeps them.
-      segments: [B, C] int32, to be written beside the rows.
+      hidden: the normed stream at the end of each loop.
+      attention_output: after W_O and before the sandwich norm.
+      gate_openness: the gate's mean 1 − z, at least float32; ones for the LoopLM.
+      kv: the chunk's entries for the cache: shared ones from the last loop, per-loop ones of every loop.
+      segments: to be written to the cache with the entries.
     """
 
-    hidden: jax.Array
-    attention_output: jax.Array
-    gate_openness: jax.Array
+    hidden: Float[Array, "T B C D"]
+    attention_output: Float[Array, "T L B C D"]
+    gate_openness: Float[Array, "T L B C"]
     kv: ChunkKV
-    segments: jax.Array
+    segments: Int[Array, "B C"]
 
 
-def run_chunk(model, tokens, cache, start, *, positions=None, segments=None, alpha=None, loops=None):
-    """Runs all T loops over C consecutive tokens in parallel.
+class _Context(NamedTuple):
+    """What is the same for all layers and loops of a chunk."""
 
-    A query of loop t sees its chunk's rows as they stand in loop t, causally, and of earlier chunks the cache's rows:
-    the final ones of a shared cache, loop t's of a loop cache, both blended in the transition.
+    rope: RopeTable
+    mask: AttentionMask
+    alpha: Float[Array, ""] | None
+
+
+def run_chunk(
+    model: LoopedTransformer,
+    tokens: Int[Array, "B C"],
+    cache: Cache,
+    start: Int[Array, ""] | Int[Array, " B"] | int,
+    *,
+    positions: Int[Array, "B C"] | None = None,
+    segments: Int[Array, "B C"] | None = None,
+    alpha: Float[Array, ""] | float | None = None,
+) -> ChunkOutput:
+    """Runs all T loops over C consecutive tokens in parallel (MELT, arXiv 2605.07721, Fig. 3a).
+
+    A query of loop t attends causally to its chunk's entries as they are in loop t, and to the cache's entries of
+    earlier tokens: the final ones of a shared cache, those of loop t of a per-loop cache, both blended in the
+    transition.
 
     Args:
-      model: `LoopedTransformer`.
-      tokens: [B, C] int32.
-      cache: `Cache`; only slots before `start` are seen.
-      start: the chunk's first slot, a scalar or [B].
-      positions: [B, C] int32 for RoPE; by default the slots.
-      segments: [B, C] int32; tokens see only their own segment, and nothing sees segment 0. Ones by default.
-      alpha: the transition's blend, for a cache that keeps both kinds of rows.
-      loops: T, where it is not the model's.
+      model: a LoopLM or a MELT; T is `model.config.loops`.
+      tokens: token ids.
+      cache: only slots before `start` are read.
+      start: the chunk's first slot, for the whole batch or per sequence.
+      positions: for RoPE; by default the slots.
+      segments: tokens attend only to their own segment, and no token to segment 0. Ones by default.
+      alpha: the transition's α, for a cache with both sets of entries.
 
     Returns:
-      `ChunkOutput`. The cache is not changed; `cache.write(out.kv, out.segments, start)` adds the chunk.
+      `ChunkOutput`. The cache is unchanged; `cache.write(out.kv, out.segments, start)` adds the chunk.
+
+    Raises:
+      InputError: α without a transition cache, or the reverse.
     """
-    config = model.config
-    batch, length = tokens.shape
-    loops = loops or config.loops
-    slots = jnp.reshape(start, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
+    config, (batch, length) = model.config, tokens.shape
+    if (alpha is None) != (cache.shared is None or cache.per_loop is None):
+        raise InputError(f"alpha: expected a number if the cache has shared and per-loop entries, else None: {alpha}")
+    slots = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
     if positions is None:
         positions = jnp.broadcast_to(slots, (batch, length))
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
-    if (alpha is None) != (cache.shared is None or cache.per_loop is None):
-        raise ValueError(
-            "alpha goes with a transition cache, which keeps shared and per-loop entries, and only with one"
-        )
-    rope = rope_table(positions, config.head_width, config.rope_theta)
-    mask = AttentionMask(segments, cache.segments, jnp.asarray(start, jnp.int32))
-
-    def run_layer(y, xs):
-        layer, latent, earlier_shared, earlier_per_loop, loop = xs
-        with jax.named_scope("gate"):
-            u = layer.norm(y, "input_layernorm")
-            gate_openness = jnp.ones(u.shape[:-1], jnp.float32)
-            shared = per_loop = None
-            if cache.shared is not None:
-                latent, gate_openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
-                shared = layer.project_kv(whole_features(latent), rope)
-            if cache.per_loop is not None:
-                per_loop = layer.project_kv(u, rope)
-        with jax.named_scope("attention"):
-            earlier, own = ChunkKV(earlier_shared, earlier_per_loop), blend(shared, per_loop, alpha)
-            heads = blockwise_attention(layer.project_query(u, rope), earlier, own, alpha, mask, config.attention_block)
-            attended = layer.project_output(heads)
-            y = y + layer.norm(attended, "input_layernorm_2")
-        with jax.named_scope("mlp"):
-            m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
-            y = y + layer.norm(m, "post_attention_layernorm_2")
-        return y, (latent, shared, per_loop, split_features(attended), gate_openness)
-
+    wide = accumulation_dtype(model.dtype)
+    context = _Context(
+        rope_table(positions, config.head_width, config.rope_theta, wide),
+        AttentionMask(segments, cache.segments, jnp.asarray(start, jnp.int32)),
+        None if alpha is None else jnp.asarray(alpha, wide),
+    )
+    run_layer = functools.partial(_run_layer, config, context)
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
     def run_loop(state, xs):
         x, latents, _ = state
-        loop, earlier_per_loop = xs
+        loop, per_loop = xs
         layer_loop = jnp.full((config.layers,), loop)
-        y, (latents, shared, per_loop, attended, gate_openness) = jax.lax.scan(
-            run_layer, x, (model.layers, latents, cache.shared, earlier_per_loop, layer_loop)
+        x, (latents, kv, attention_output, gate_openness) = jax.lax.scan(
+            run_layer, x, (model.layers, latents, ChunkKV(cache.shared, per_loop), layer_loop)
         )
         with jax.named_scope("final_norm"):
-            x = rms_norm(y, model.norm[...], config.rms_eps)
-        return (x, latents, shared), (x, per_loop, attended, gate_openness)
+            x = rms_norm(x, model.norm[...], config.rms_eps)
+        return (x, latents, kv.shared), (x, kv.per_loop, attention_output, gate_openness)
 
     x = model.embed(tokens)
-    latents = shared = None
-    if cache.shared is not None:
-        latents = split_zeros((config.layers, *x.shape), x.dtype, 1, batch_axes(x), -1)
-        shared = create_cache(config, batch, length, x.dtype, batch_axes=batch_axes(x)).shared
-    (_, _, shared), (hidden, per_loop, attended, gate_openness) = jax.lax.scan(
-        run_loop, (x, latents, shared), (jnp.arange(1, loops + 1, dtype=jnp.int32), cache.per_loop)
+    latents, shared = _before_first_loop(config, cache, x)
+    (_, _, shared), (hidden, per_loop, attention_output, gate_openness) = jax.lax.scan(
+        run_loop, (x, latents, shared), (jnp.arange(1, config.loops + 1, dtype=jnp.int32), cache.per_loop)
     )
-    return ChunkOutput(hidden, attended, gate_openness, ChunkKV(shared, per_loop), segments)
+    return ChunkOutput(hidden, attention_output, gate_openness, ChunkKV(shared, per_loop), segments)
+
+
+def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D"]):
+    """Zeros for h⁰ [L, B, C, D] and for the chunk's shared entries; None for a LoopLM."""
+    if cache.shared is None:
+        return None, None
+    batch, length, _ = x.shape
+    split = batch_axes(x)
+    latents = split_zeros((config.layers, *x.shape), x.dtype, 1, split, -1)
+    return latents, create_cache(config, batch, length, x.dtype, batch_axes=split).shared
+
+
+def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"], xs):
+    """One layer in one loop, a step of a scan; xs are (layer, its latent, its cached entries, t)."""
+    layer, latent, earlier, loop = xs
+    with jax.named_scope("gate"):
+        u = layer.norm(y, "input_layernorm")
+        latent, kv, gate_openness = _chunk_kv(config, context.rope, layer, u, latent, earlier, loop)
+    with jax.named_scope("attention"):
+        own, query = blend(kv, context.alpha), layer.project_query(u, context.rope)
+        heads = blockwise_attention(query, earlier, own, context.alpha, context.mask, config.attention_block)
+        attention_output = layer.project_output(heads)
+        y = y + layer.norm(attention_output, "input_layernorm_2")
+    with jax.named_scope("mlp"):
+        m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
+        y = y + layer.norm(m, "post_attention_layernorm_2")
+    return y, (latent, kv, split_features(attention_output), gate_openness)
+
+
+def _chunk_kv(
+    config: ModelConfig,
+    rope: RopeTable,
+    layer: DecoderLayer,
+    u: Float[Array, "B C D"],
+    latent: Float[Array, "B C D"] | None,
+    earlier: ChunkKV,
+    loop: Int[Array, ""],
+) -> tuple[Float[Array, "B C D"] | None, ChunkKV, Float[Array, "B C"]]:
+    """(hᵗ, the chunk's entries of this loop in the sets that the cache has, gate openness)."""
+    gate_openness = jnp.ones(u.shape[:-1], accumulation_dtype(u.dtype))
+    shared = per_loop = None
+    if latent is not None:
+        latent, gate_openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
+        shared = layer.project_kv(whole_features(latent), rope)
+    if earlier.per_loop is not None:
+        per_loop = layer.project_kv(u, rope)
+    return latent, ChunkKV(shared, per_loop), gate_openness

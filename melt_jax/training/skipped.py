@@ -1,4 +1,7 @@
-"""Steps skipped because a loss or gradient was not finite: a few are passed over, many in a row stop the run."""
+"""Steps skipped because a loss or gradient was not finite: a few are tolerated, many in a row stop the run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 class NonFiniteError(RuntimeError):
@@ -6,34 +9,34 @@ class NonFiniteError(RuntimeError):
 
 
 class SkippedSteps:
-    """Counts skipped steps in a row as the metrics are read, some steps after they ran.
+    """Counts skipped steps in a row from the metrics, which arrive some steps after the steps ran.
 
     Args:
-      phase: its name.
+      phase: its name, for messages.
       first_step: the run's step at which the phase begins.
       limit: skipped steps in a row that stop the run.
-      start: the phase's step from which the run goes on.
-      row: steps skipped in a row before that one and with it, as the checkpoint has them.
+      start: the phase's step from which the run resumes.
+      row: steps skipped in a row up to `start`, from the checkpoint.
 
     Raises:
-      NonFiniteError: the limit is reached already, so that a run does not pass over what stopped it before.
+      NonFiniteError: the checkpoint already reaches the limit, so resuming would pass over what stopped the run.
     """
 
-    def __init__(self, phase, first_step, limit, start=0, row=0):
+    def __init__(self, phase: str, first_step: int, limit: int, start: int = 0, row: int = 0):
         self._phase, self._first_step, self._limit = phase, first_step, limit
         self._row = row
         self._check(start, lambda: start)
 
-    def read(self, step, interval, latest):
-        """Takes the metrics of the steps that end with `step`, each with "skipped": (0 or 1, 1).
+    def read(self, step: int, interval: Sequence[Mapping[str, tuple[Any, Any]]], latest: Callable[[], int | None]):
+        """Counts the metrics of the steps that end with `step`.
 
         Args:
           step: of the phase.
-          interval: [{name: (sum, count)}], numbers.
-          latest: a function; the step of the newest whole checkpoint, or None.
+          interval: [{name: (sum, count)}] of the host, each with "skipped": (0 or 1, 1).
+          latest: returns the step of the newest complete checkpoint, or None.
 
         Raises:
-          NonFiniteError: the limit is reached; says where, and where a run that is started again begins.
+          NonFiniteError: the limit is reached; the message names the batches and the checkpoint to resume from.
         """
         for at, metrics in enumerate(interval, step - len(interval) + 1):
             self._row = self._row + 1 if metrics["skipped"][0] else 0
@@ -45,9 +48,9 @@ class SkippedSteps:
         first, batch = at - self._row + 1, self._first_step + at - 1
         raise NonFiniteError(
             f"{self._phase}: the loss or a gradient was not finite in {self._row} steps in a row, {first} to {at}"
-            f" (batches {batch - self._row + 1} to {batch} of the run); they were skipped and the weights are those of"
-            f" step {first - 1}. The same command begins at {_place(latest())}, with the steps skipped before it"
-            " counted: look at those batches, or lower the learning rate in another workdir"
+            f" (batches {batch - self._row + 1} to {batch} of the run); they were skipped, so the weights are those of"
+            f" step {first - 1}. The same command would resume from {_place(latest())} and count the steps skipped"
+            " before it; inspect those batches, or lower the learning rate in another workdir"
         )
 
 

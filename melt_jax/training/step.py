@@ -1,12 +1,19 @@
-"""One step of training: gradients of a batch in micro-batches, one update, metrics as (sum, count)."""
+"""One training step: gradients of a batch in micro-batches, one update, metrics as (sum, count) pairs."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
+from melt_jax.config import AlignmentConfig, PhaseConfig, PretrainingConfig, TransitionConfig
+from melt_jax.data.batch import Batch
+from melt_jax.model.layout import accumulation_dtype
+from melt_jax.model.model import LoopedTransformer
 from melt_jax.sharding import (
     add_groups,
     batch_groups,
@@ -17,6 +24,7 @@ from melt_jax.sharding import (
     ungroup_batch,
 )
 from melt_jax.training.objectives import (
+    Sums,
     distillation_loss,
     distillation_sums,
     normalize,
@@ -26,27 +34,41 @@ from melt_jax.training.objectives import (
 )
 from melt_jax.training.optimizer import group_norms
 
+Metrics = dict[str, tuple[Array, Array]]  # {name: (sum, count)}
+
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
       params: the model, float32 masters.
       opt_state: the optimizer's moments.
-      step: of the phase, int32.
-      skipped: how many steps, counted back from that one, were skipped in a row, int32.
+      step: steps of the phase so far.
+      skipped: how many of the last steps were skipped in a row.
     """
 
-    params: Any
-    opt_state: Any
-    step: jax.Array
-    skipped: jax.Array
+    params: LoopedTransformer
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
 
 
-def init_state(params, optimizer):
-    """The state before a phase's first step. The weights are given away to it, as each step gives its state away."""
+class Objective(NamedTuple):
+    """What a phase minimises: `loss` of the normalised sums of `sums`.
 
-    @functools.partial(jax.jit, donate_argnums=0)  # compiled, so that every leaf, scalars too, lies on the mesh
+    Attributes:
+      sums: `(weights, teacher, batch, step, perturbation) → sums over scored tokens`.
+      loss: `metrics → scalar`, of sums or of means per scored token; it is linear.
+    """
+
+    sums: Callable[[LoopedTransformer, LoopedTransformer | None, Batch, Int[Array, ""], Any], Sums]
+    loss: Callable[[Sums], Float[Array, ""]]
+
+
+def init_state(params: LoopedTransformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before a phase's first step. It takes over the weights: they are donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)  # compiled, so that every leaf, also a scalar, is on the mesh
     def init(params):
         zero = jnp.zeros((), jnp.int32)
         return TrainState(params, optimizer.init(params), zero, zero)
@@ -54,111 +76,154 @@ def init_state(params, optimizer):
     return init(params)
 
 
-def transition_alpha(step, steps, ramp):
-    """α of a step: linear from 0 at the first step to 1 at the fraction `ramp` of the phase (1: at its last step)."""
+def transition_alpha(step: Int[Array, ""] | int, steps: int, ramp: float) -> Float[Array, ""]:
+    """α of a step, counted from 0: it rises linearly from 0 at the first step to 1, where it stays.
+
+    α is 1 from step ramp · (steps − 1) on: with ramp 1 at the phase's last step only.
+    """
     return jnp.clip(step / max(ramp * (steps - 1), 1.0), 0.0, 1.0)
 
 
-def phase_objective(name, phase, chunk_size):
-    """An objective: `sums(weights, teacher, batch, step, perturbation) → dict` and `loss(metrics) → scalar`."""
-    if name == "pretraining":
-        sums = lambda weights, teacher, batch, step, perturbation: pretraining_sums(
-            weights, batch, chunk_size, perturbation
-        )
-        return sums, lambda metrics: pretraining_loss(metrics, phase.entropy_bonus)
-    if name == "transition":
-        alpha = lambda step: transition_alpha(step, phase.steps, phase.ramp)
-        sums = lambda weights, teacher, batch, step, perturbation: distillation_sums(
-            weights, teacher, batch, chunk_size, alpha(step), perturbation=perturbation
-        )
-        return sums, distillation_loss
-    if name == "alignment":
-        sums = lambda weights, teacher, batch, step, perturbation: distillation_sums(
-            weights, teacher, batch, chunk_size, align=True, perturbation=perturbation
-        )
-        return sums, lambda metrics: distillation_loss(metrics, phase.beta)
-    raise ValueError(f"unknown phase {name!r}; phases are pretraining, transition and alignment")
+def pretraining_objective(phase: PretrainingConfig, chunk_size: int) -> Objective:
+    """Ouro's objective (arXiv 2510.25741)."""
+
+    def sums(weights, teacher, batch, step, perturbation):
+        return pretraining_sums(weights, batch, chunk_size, perturbation)
+
+    return Objective(sums, functools.partial(pretraining_loss, entropy_bonus=phase.entropy_bonus))
 
 
-def make_train_step(objective, optimizer, micro_batches=1, dtype="float32", gather="step"):
+def transition_objective(phase: TransitionConfig, chunk_size: int) -> Objective:
+    """Phase 1 of MELT (arXiv 2605.07721): L_KD, with entries blended by the α of the step."""
+
+    def sums(weights, teacher, batch, step, perturbation):
+        alpha = transition_alpha(step, phase.steps, phase.ramp)
+        return distillation_sums(weights, teacher, batch, chunk_size, alpha, perturbation=perturbation)
+
+    return Objective(sums, distillation_loss)
+
+
+def alignment_objective(phase: AlignmentConfig, chunk_size: int) -> Objective:
+    """Phase 2 of MELT (arXiv 2605.07721): L_KD + β·L_align."""
+
+    def sums(weights, teacher, batch, step, perturbation):
+        return distillation_sums(weights, teacher, batch, chunk_size, align=True, perturbation=perturbation)
+
+    return Objective(sums, functools.partial(distillation_loss, beta=phase.beta))
+
+
+OBJECTIVES: dict[str, Callable[[Any, int], Objective]] = {
+    "pretraining": pretraining_objective,
+    "transition": transition_objective,
+    "alignment": alignment_objective,
+}
+
+
+def phase_objective(name: str, phase: PhaseConfig, chunk_size: int) -> Objective:
+    """The objective of the phase called `name`, one of `OBJECTIVES`."""
+    return OBJECTIVES[name](phase, chunk_size)
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int = 1,
+    dtype: DTypeLike = "float32",
+    gather: str = "step",
+) -> Callable[[TrainState, LoopedTransformer | None, Batch], tuple[TrainState, Metrics]]:
     """The jitted step `(state, teacher, batch) → (state, metrics)`; the state is donated.
 
     Under a mesh (`jax.set_mesh`) the state is split by `sharding.weight_shardings` and the batch over the batch axes.
 
-    Gradients of `micro_batches` equal parts of the batch are added up in float32 by a scan. Every part's sums are
-    divided by the scored tokens of the *whole* batch, so the result is the big batch's, however the scored tokens lie.
+    A scan adds up the gradients of `micro_batches` equal parts of the batch in float32. The sums of every part are
+    divided by the scored tokens of the *whole* batch, so the result is that of the whole batch, however the scored
+    tokens are distributed.
 
-    Where the loss or a gradient is not finite the update is skipped: weights and moments stay as they are, and the step
-    counts all the same, so that the next one meets another batch. A skipped step adds nothing to the metrics of an
-    interval but its 1 in "skipped".
+    If the loss or a gradient is not finite, the update is skipped: weights and moments stay as they are, but the step
+    counts, so that the next one gets another batch. All metrics of a skipped step are zero, with count zero, except
+    "skipped".
 
     Args:
       objective: from `phase_objective`.
       optimizer: from `make_optimizer`.
       micro_batches: parts; divides each device's share of the batch.
       dtype: of the computation.
-      gather: where weights are gathered over fsdp. "step": all of them once a step, and each group of devices runs its
-        sequences on a copy of its own, so that gradients are added up once, too. "layer": each whenever it is used:
-        less memory, and T gathers and reductions a chunk of every layer.
-
-    Returns:
-      The step. Its metrics are {name: (sum, count)}.
+      gather: when weights are gathered over fsdp. "step": all of them once per step; each group of devices runs its
+        sequences on its own copy, and gradients are reduced once. "layer": each weight at every use, which takes less
+        memory, and T gathers and reductions of every layer per chunk.
     """
-    objective_sums, objective_loss = objective
-
-    def gradients_of_parts(weights, teacher, parts, step, count):
-        perturbation = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
-
-        @functools.partial(jax.grad, has_aux=True)
-        def part_gradients(perturbation, batch):
-            sums = objective_sums(weights, teacher, batch, step, perturbation)
-            return objective_loss(normalize(sums, count)), sums
-
-        part = jax.tree.map(lambda x: x[0], parts)
-        if micro_batches == 1:
-            return part_gradients(perturbation, part)
-        zeros = lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=in_mesh(jax.P()))
-        totals = perturbation, jax.tree.map(zeros, jax.eval_shape(part_gradients, perturbation, part)[1])
-        add_part = lambda totals, part: (jax.tree.map(jnp.add, totals, part_gradients(perturbation, part)), None)
-        return jax.lax.scan(add_part, totals, parts)[0]
-
-    def gather_once(params, weights, teacher, parts, step, count):
-        with jax.named_scope("gather_weights"):
-            weights, teacher = gather_weights(weights), gather_weights(teacher)
-        over_groups = jax.vmap(gradients_of_parts, (0, 0, 0, None, None))
-        gradients, sums = over_groups(weights, teacher, parts, step, count)
-        with jax.named_scope("reduce"):
-            return add_groups(gradients, params), jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-
-    def gather_each_use(params, weights, teacher, parts, step, count):
-        weights, teacher = gather_at_use(weights), gather_at_use(teacher)
-        gradients, sums = gradients_of_parts(weights, teacher, ungroup_batch(parts), step, count)
-        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
 
     def train_step(state, teacher, batch):
         count = scored_tokens(batch)
         weights = jax.tree.map(lambda x: x.astype(dtype), state.params)
         parts = group_batch(batch, micro_batches)
         # A single group has nothing to gather, and no copies to keep apart.
-        batch_gradients = gather_once if gather == "step" and batch_groups() > 1 else gather_each_use
-        gradients, sums = batch_gradients(state.params, weights, teacher, parts, state.step, count)
+        batch_gradients = _gather_once if gather == "step" and batch_groups() > 1 else _gather_at_each_use
+        part_gradients = functools.partial(_gradients_of_parts, objective, micro_batches)
+        gradients, sums = batch_gradients(part_gradients, state.params, weights, teacher, parts, state.step, count)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        metrics = {name: (value, count) for name, value in sums.items()}
-        one = jnp.float32(1)
-        metrics["loss"] = (objective_loss(sums), count)
-        norms = group_norms(gradients)
-        metrics |= {f"gradient_norm/{group}": (norm, one) for group, norm in norms.items()}
-
-        finite = jnp.all(jnp.isfinite(jnp.stack([metrics["loss"][0], *norms.values()])))
-        params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
-        metrics = _where(finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
-        metrics["skipped"] = (jnp.float32(~finite), one)
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        return TrainState(params, opt_state, state.step + 1, skipped), metrics
+            updated = optax.apply_updates(state.params, updates), opt_state
+        metrics = _step_metrics(sums, objective.loss(sums), count, gradients)
+        return _skip_unless_finite(state, updated, metrics)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _gradients_of_parts(objective, micro_batches, weights, teacher, parts, step, count):
+    """(gradients, sums), added up over the parts [micro_batches, …] of a batch."""
+    perturbation = jax.tree.map(lambda w: jnp.zeros_like(w, accumulation_dtype(w.dtype)), weights)
+
+    @functools.partial(jax.grad, has_aux=True)
+    def part_gradients(perturbation, batch):
+        sums = objective.sums(weights, teacher, batch, step, perturbation)
+        return objective.loss(normalize(sums, count)), sums
+
+    def add_part(totals, part):
+        return jax.tree.map(jnp.add, totals, part_gradients(perturbation, part)), None
+
+    part = jax.tree.map(lambda x: x[0], parts)
+    if micro_batches == 1:
+        return part_gradients(perturbation, part)
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=in_mesh(jax.P()))
+    totals = perturbation, jax.tree.map(zeros, jax.eval_shape(part_gradients, perturbation, part)[1])
+    return jax.lax.scan(add_part, totals, parts)[0]
+
+
+def _gather_once(part_gradients, params, weights, teacher, parts, step, count):
+    """(gradients, sums): each group of devices computes on its own copy of the weights."""
+    with jax.named_scope("gather_weights"):
+        weights, teacher = gather_weights(weights), gather_weights(teacher)
+    over_groups = jax.vmap(part_gradients, (0, 0, 0, None, None))
+    gradients, sums = over_groups(weights, teacher, parts, step, count)
+    with jax.named_scope("reduce"):
+        return add_groups(gradients, params), jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+
+def _gather_at_each_use(part_gradients, params, weights, teacher, parts, step, count):
+    """(gradients, sums): all groups of devices compute on one model, whose weights are gathered when they are read."""
+    weights, teacher = gather_at_use(weights), gather_at_use(teacher)
+    gradients, sums = part_gradients(weights, teacher, ungroup_batch(parts), step, count)
+    # The gathering hooks belong to the structure of `weights`; the gradients have that of `params`.
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
+
+
+def _step_metrics(sums: Sums, loss: Float[Array, ""], count: Float[Array, ""], gradients: Any) -> Metrics:
+    metrics = {name: (value, count) for name, value in sums.items()}
+    metrics["loss"] = (loss, count)
+    norms = group_norms(gradients)
+    return metrics | {f"gradient_norm/{group}": (norm, jnp.float32(1)) for group, norm in norms.items()}
+
+
+def _skip_unless_finite(state: TrainState, updated: tuple[Any, Any], metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """The next state and its metrics: updated if the loss and all gradients are finite, else the old weights."""
+    checked = [value for name, (value, _) in metrics.items() if name == "loss" or name.startswith("gradient_norm/")]
+    finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
+    params, opt_state = _where(finite, updated, (state.params, state.opt_state))
+    metrics = _where(finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
+    metrics["skipped"] = ((~finite).astype(jnp.float32), jnp.float32(1))
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    return TrainState(params, opt_state, state.step + 1, skipped), metrics
 
 
 def _where(condition, tree, other):

@@ -1,9 +1,9 @@
-"""Steps on meshes of eight CPU devices beside the same step on one device.
+"""Compares steps on meshes of eight CPU devices with the same step on one device, in float64.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.helpers.mesh_steps
 
-Prints the largest relative difference of any gradient, as the first moments hold it, or metric; with --quick of some of
-the meshes, and with --json as JSON.
+Prints the largest relative difference of any metric or optimizer moment, which hold the gradients. --quick compares
+fewer meshes, --json prints JSON too.
 """
 
 import dataclasses
@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from melt_jax.config import MeshConfig
+from melt_jax.config import MeshConfig, ModelConfig
 from melt_jax.sharding import batch_sharding, local_batch_indices, make_mesh, place_batch, place_weights
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import init_state, make_train_step, phase_objective
-from tests.helpers.tiny import TINY, make_model, random_batch
-from tests.test_training import ALIGNMENT, OPTIMIZER, TRANSITION
+from tests.helpers.tiny import ALIGNMENT, OPTIMIZER, TINY, TRANSITION, make_model, random_batch
 
 CONFIG = dataclasses.replace(TINY, vocab=32, heads=8, kv_heads=8, feed_forward=24, loops=2, remat="products",
                              attention_block=4)  # fmt: skip
@@ -29,15 +28,18 @@ QUICK = {"transition": ("data", "mixed"), "alignment": ("fsdp", "tensor")}
 BATCH, LENGTH, CHUNK = 16, 12, 5
 
 
-def one_step(phase, mesh, gather, parts, config=CONFIG):
-    """{name: array}: metrics and first moments after one step from the middle of a phase.
+def one_step(
+    phase: str, mesh: jax.sharding.Mesh, gather: str, parts: int, config: ModelConfig = CONFIG
+) -> dict[str, np.ndarray]:
+    """{name: array}: metrics and moments after one step from the middle of a phase.
 
-    Not the weights: Adam's first update is the learning rate wherever a gradient is not zero, of whatever sign.
+    The weights are left out: Adam's first update is the learning rate wherever a gradient is not zero, even if the
+    gradient is only rounding.
     """
     student, teacher = make_model(config), make_model(dataclasses.replace(config, gate="none"), 1)
     optimizer = make_optimizer(PHASES[phase], OPTIMIZER, student)
-    step = make_train_step(phase_objective(phase, PHASES[phase], CHUNK), optimizer, parts, gather=gather)
-    student, batch = jax.tree.map(jnp.copy, student), random_batch(BATCH, LENGTH)  # the state takes the weights
+    step = make_train_step(phase_objective(phase, PHASES[phase], CHUNK), optimizer, parts, "float64", gather)
+    student, batch = jax.tree.map(jnp.copy, student), random_batch(BATCH, LENGTH)  # `init_state` donates the weights
     with jax.set_mesh(mesh):
         sharding = batch_sharding(mesh)
         rows = local_batch_indices(sharding, BATCH)
@@ -46,17 +48,16 @@ def one_step(phase, mesh, gather, parts, config=CONFIG):
         state = state._replace(step=state.step + PHASES[phase].steps // 2)
         state, metrics = step(state, place_weights(teacher, mesh), batch)
     leaves = jax.tree_util.tree_leaves_with_path({"metrics": metrics, "moments": state.opt_state})
-    named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    return {name: leaf for name, leaf in named.items() if ".nu" not in name}  # squares differ by twice as much
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def gap(got, want):
-    """The largest difference of any array, relative to the array's largest number; nan where any is not finite."""
-    return float(np.max([relative(got[name], x) for name, x in want.items()]))  # of nan, Python's max may say 0
+def gap(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
+    """The largest `relative` difference of any array; nan if a number is not finite."""
+    return float(np.max([relative(got[name], x) for name, x in want.items()]))  # Python's max may drop a nan
 
 
-def relative(found, wanted):
-    """The largest difference of two arrays, relative to the largest number wanted; nan where one is not finite."""
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference of two arrays, relative to the largest number wanted; nan if a number is not finite."""
     if not (np.all(np.isfinite(found)) and np.all(np.isfinite(wanted))):
         return float("nan")
     return float(np.max(np.abs(found - wanted)) / max(np.max(np.abs(wanted)), 1e-30))
@@ -64,6 +65,7 @@ def relative(found, wanted):
 
 def main():
     """Prints a line for each phase and mesh."""
+    jax.config.update("jax_enable_x64", True)
     gaps = {}
     for phase in PHASES:
         want = one_step(phase, make_mesh(MeshConfig(), jax.devices()[:1]), "step", 1)

@@ -1,74 +1,156 @@
-"""The mathematics of the LoopLM (Ouro, arXiv 2510.25741) and MELT (arXiv 2605.07721) token by token, in float64 numpy.
+"""The LoopLM (Ouro, arXiv 2510.25741) and MELT (arXiv 2605.07721), token by token, in float64 NumPy.
 
-Slow and plain on purpose: one token, one head, one row at a time, from published tensors; no code of melt_jax's.
+Slow and plain on purpose: one token and one head at a time, from published tensors, with no code of melt_jax.
 """
 
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes  # noqa: F401, gives NumPy the bfloat16 of published files
 import numpy as np
+from safetensors import safe_open
+
+Tensors = dict[str, np.ndarray]
 
 
-def run_reference(tensors, config, tokens, segments=None, bounds=(0,), alpha=None):
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """The fields of a checkpoint's config.json that the mathematics needs, named as those of `ModelConfig`."""
+
+    width: int
+    layers: int
+    loops: int
+    heads: int
+    kv_heads: int
+    rope_theta: float
+    rms_eps: float
+    gate: str
+    first_loop: str = "copy"
+
+
+def read_folder(folder: str | pathlib.Path) -> tuple[Tensors, ReferenceConfig]:
+    """({published name: float64 array (out, in)}, config) of a checkpoint folder."""
+    folder, tensors = pathlib.Path(folder), {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as opened:
+            tensors |= {name: opened.get_tensor(name).astype(np.float64) for name in opened.keys()}
+    names = {
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "loops": "total_ut_steps",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "rope_theta": "rope_theta",
+        "rms_eps": "rms_norm_eps",
+    }
+    published = json.loads((folder / "config.json").read_text())
+    gate = "elementwise" if published["model_type"] == "melt" else "none"
+    return tensors, ReferenceConfig(**{name: published[key] for name, key in names.items()}, gate=gate)
+
+
+def run_reference(
+    tensors: Tensors,
+    config: Any,
+    tokens: Sequence[int] | np.ndarray,
+    segments: np.ndarray | None = None,
+    bounds: Sequence[int] = (0,),
+    alpha: float | None = None,
+) -> dict[str, np.ndarray]:
     """Runs one sequence.
 
     Args:
       tensors: {published name: float64 array (out, in)}.
-      config: anything with the fields of `ModelConfig`.
+      config: `ReferenceConfig`, `ModelConfig` or anything with these fields.
       tokens: [S] token ids.
-      segments: [S]; a token sees its own document only; 0 is padding.
+      segments: [S]; a token sees only its own document; 0 is padding.
       bounds: the first token of each chunk, from 0; chunks may have any lengths.
       alpha: the transition's blend, or None.
 
     Returns:
-      dict: hidden [T, S, D], attention_output [T, L, S, D]; shared_keys, shared_values [L, S, K, E] of the last loop
-      (MELT); per_loop_keys, per_loop_values [T, L, S, K, E] (LoopLM and transition).
+      The arrays of `ReferenceRun.arrays`.
     """
-    length = len(tokens)
-    segments = np.ones(length, int) if segments is None else segments
-    positions = [s - first_of_run(segments, s) for s in range(length)]
-    melt = config.gate != "none"
-    layers = [Layer(tensors, config, i) for i in range(config.layers)]
-    shared, per_loop, hidden, attended = {}, {}, {}, {}
+    run = ReferenceRun(tensors, config, alpha)
+    segments = np.ones(len(tokens), int) if segments is None else segments
+    for start, stop in zip(bounds, [*bounds[1:], len(tokens)]):
+        run.append(tokens[start:stop], segments[start:stop])
+    return run.arrays()
 
-    def visible_row(loop, layer, token):
-        if not melt:
-            return per_loop[loop, layer, token]
-        if alpha is None:
-            return shared[layer, token]
-        return alpha * shared[layer, token] + (1 - alpha) * per_loop[loop, layer, token]
 
-    for start, stop in zip(bounds, [*bounds[1:], length]):
-        chunk = range(start, stop)
-        x = {s: tensors["model.embed_tokens.weight"][tokens[s]] for s in chunk}
-        latent = {(i, s): np.zeros(config.width) for i in range(config.layers) for s in chunk}
-        for t in range(1, config.loops + 1):
-            for i, layer in enumerate(layers):
-                u = {s: layer.norm("input_layernorm", x[s]) for s in chunk}
-                for s in chunk:
-                    if melt:
-                        latent[i, s] = layer.next_latent(u[s], latent[i, s], t)
-                        shared[i, s] = layer.row(latent[i, s], positions[s])
-                    per_loop[t, i, s] = layer.row(u[s], positions[s])
-                for s in chunk:
-                    seen = [r for r in range(s + 1) if r == s or segments[r] == segments[s] != 0]
-                    rows = np.array([visible_row(t, i, r) for r in seen])
-                    attended[t, i, s] = layer.attend(u[s], positions[s], rows)
-                    x[s] = x[s] + layer.norm("input_layernorm_2", attended[t, i, s])
-                    m = layer.mlp(layer.norm("post_attention_layernorm", x[s]))
-                    x[s] = x[s] + layer.norm("post_attention_layernorm_2", m)
+class ReferenceRun:
+    """One sequence, extended chunk by chunk.
+
+    Entries are (key, value) arrays [2, K, E]. Those of dicts are by (layer, token) or (loop, layer, token), with loops
+    from 1.
+    """
+
+    def __init__(self, tensors: Tensors, config: Any, alpha: float | None = None):
+        self.tensors, self.config, self.alpha = tensors, config, alpha
+        self.layers = [Layer(tensors, config, i) for i in range(config.layers)]
+        self.segments, self.positions = [], []
+        self.shared, self.per_loop = {}, {}
+        self.hidden, self.attended, self.layer_out = {}, {}, {}
+
+    def append(self, tokens, segments=None) -> np.ndarray:
+        """Runs the next chunk, with all loops; returns its last token's final hidden state [D]."""
+        chunk = range(len(self.segments), len(self.segments) + len(tokens))
+        for segment in np.ones(len(tokens), int) if segments is None else segments:
+            follows = bool(self.segments) and self.segments[-1] == segment
+            self.positions.append(self.positions[-1] + 1 if follows else 0)
+            self.segments.append(segment)
+        x = {s: self.tensors["model.embed_tokens.weight"][token] for s, token in zip(chunk, tokens)}
+        latent = {(i, s): np.zeros(self.config.width) for i in range(self.config.layers) for s in chunk}
+        for t in range(1, self.config.loops + 1):
+            for i in range(self.config.layers):
+                self._run_layer(t, i, x, latent)
             for s in chunk:
-                x[s] = hidden[t, s] = rms(x[s], tensors["model.norm.weight"], config.rms_eps)
+                x[s] = self.hidden[t, s] = rms(x[s], self.tensors["model.norm.weight"], self.config.rms_eps)
+        return x[chunk[-1]]
 
-    loops, depth, span = range(1, config.loops + 1), range(config.layers), range(length)
-    out = {
-        "hidden": np.array([[hidden[t, s] for s in span] for t in loops]),
-        "attention_output": np.array([[[attended[t, i, s] for s in span] for i in depth] for t in loops]),
-    }
-    if melt:
-        rows = np.array([[shared[i, s] for s in span] for i in depth])
-        out |= {"shared_keys": rows[:, :, 0], "shared_values": rows[:, :, 1]}
-    if not melt or alpha is not None:
-        rows = np.array([[[per_loop[t, i, s] for s in span] for i in depth] for t in loops])
-        out |= {"per_loop_keys": rows[:, :, :, 0], "per_loop_values": rows[:, :, :, 1]}
-    return out
+    def _run_layer(self, t, i, x, latent):
+        """Replaces the streams x {token: [D]} and the latents by those after layer i of loop t."""
+        layer = self.layers[i]
+        u = {s: layer.norm("input_layernorm", x[s]) for s in x}
+        for s in x:
+            if self.config.gate != "none":
+                latent[i, s] = layer.next_latent(u[s], latent[i, s], t)
+                self.shared[i, s] = layer.entry(latent[i, s], self.positions[s])
+            self.per_loop[t, i, s] = layer.entry(u[s], self.positions[s])
+        for s in x:
+            visible = [r for r in range(s + 1) if r == s or self.segments[r] == self.segments[s] != 0]
+            entries = np.array([self._entry(t, i, r) for r in visible])
+            self.attended[t, i, s] = layer.attend(u[s], self.positions[s], entries)
+            x[s] = x[s] + layer.norm("input_layernorm_2", self.attended[t, i, s])
+            m = layer.mlp(layer.norm("post_attention_layernorm", x[s]))
+            x[s] = self.layer_out[t, i, s] = x[s] + layer.norm("post_attention_layernorm_2", m)
+
+    def _entry(self, loop, layer, token):
+        if self.config.gate == "none":
+            return self.per_loop[loop, layer, token]
+        if self.alpha is None:
+            return self.shared[layer, token]
+        return self.alpha * self.shared[layer, token] + (1 - self.alpha) * self.per_loop[loop, layer, token]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """hidden [T, S, D], attention_output and layer_output [T, L, S, D]; shared_keys, shared_values [L, S, K, E] of
+        the last loop (MELT); per_loop_keys, per_loop_values [T, L, S, K, E] (LoopLM and transition).
+        """
+        loops, depth, span = range(1, self.config.loops + 1), range(self.config.layers), range(len(self.segments))
+        stack = lambda values: np.array([[[values[t, i, s] for s in span] for i in depth] for t in loops])
+        out = {
+            "hidden": np.array([[self.hidden[t, s] for s in span] for t in loops]),
+            "attention_output": stack(self.attended),
+            "layer_output": stack(self.layer_out),
+        }
+        if self.config.gate != "none":
+            entries = np.array([[self.shared[i, s] for s in span] for i in depth])
+            out |= {"shared_keys": entries[:, :, 0], "shared_values": entries[:, :, 1]}
+        if self.config.gate == "none" or self.alpha is not None:
+            entries = stack(self.per_loop)
+            out |= {"per_loop_keys": entries[:, :, :, 0], "per_loop_values": entries[:, :, :, 1]}
+        return out
 
 
 class Layer:
@@ -100,21 +182,21 @@ class Layer:
             z = 1 / (1 + np.exp(-(z if kind == "elementwise" else z[0])))
         return z * latent + (1 - z) * u
 
-    def row(self, stream, position):
-        """The key and the value of every key/value head: [2, K, E]."""
+    def entry(self, stream, position):
+        """The KV entry [2, K, E] projected from a stream [D]."""
         keys = self.project("self_attn.k_proj", stream).reshape(self.config.kv_heads, -1)
         values = self.project("self_attn.v_proj", stream).reshape(self.config.kv_heads, -1)
         return np.array([[rotate(key, position, self.config.rope_theta) for key in keys], values])
 
-    def attend(self, u, position, rows):
-        """Attention of one token over rows [n, 2, K, E], and W_O."""
+    def attend(self, u, position, entries):
+        """The attention output of one token over entries [n, 2, K, E], after W_O."""
         queries = self.project("self_attn.q_proj", u).reshape(self.config.heads, -1)
         mixed = []
         for head, query in enumerate(queries):
             query = rotate(query, position, self.config.rope_theta)
             kv_head = head // (self.config.heads // self.config.kv_heads)
-            weights = np.exp([key @ query / np.sqrt(len(query)) for key in rows[:, 0, kv_head]])
-            mixed.append(weights / weights.sum() @ rows[:, 1, kv_head])
+            weights = np.exp([key @ query / np.sqrt(len(query)) for key in entries[:, 0, kv_head]])
+            mixed.append(weights / weights.sum() @ entries[:, 1, kv_head])
         return self.project("self_attn.o_proj", np.concatenate(mixed))
 
     def mlp(self, x):
@@ -129,16 +211,34 @@ def rms(x, scale, eps):
 def rotate(head, position, theta):
     """Rotates component j with component j + E/2 by position · theta^(−2j/E)."""
     half = len(head) // 2
-    out = np.empty_like(head)
-    for j in range(half):
-        angle = position * theta ** (-2 * j / len(head))
-        out[j] = head[j] * np.cos(angle) - head[j + half] * np.sin(angle)
-        out[j + half] = head[j + half] * np.cos(angle) + head[j] * np.sin(angle)
-    return out
+    angles = position * theta ** (-2 * np.arange(half) / len(head))
+    first, second = head[:half], head[half:]
+    return np.concatenate(
+        [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
+    )
 
 
-def first_of_run(segments, token):
-    """The first token of the run of equal segment ids that holds `token`."""
-    while token > 0 and segments[token - 1] == segments[token]:
-        token -= 1
-    return token
+def logits(tensors: Tensors, hidden: np.ndarray) -> np.ndarray:
+    """The head's output: hidden [..., D] → [..., V]."""
+    return hidden @ tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]).T
+
+
+def exit_logits(tensors: Tensors, hidden: np.ndarray) -> np.ndarray:
+    """w·x + b of the exit gate: hidden [..., D] → [...]."""
+    return hidden @ tensors["model.early_exit_gate.weight"][0] + tensors["model.early_exit_gate.bias"][0]
+
+
+def exit_pdf(gate: np.ndarray) -> np.ndarray:
+    """pₜ = λₜ Πₛ<ₜ(1−λₛ), and the rest for the last loop: the exit gate's logits [T, ...] → [..., T]."""
+    probability = 1 / (1 + np.exp(-gate))
+    remaining, out = np.ones(gate.shape[1:]), []
+    for stop in probability[:-1]:
+        out.append(stop * remaining)
+        remaining = remaining * (1 - stop)
+    return np.stack([*out, remaining], axis=-1)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

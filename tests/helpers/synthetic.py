@@ -1,15 +1,24 @@
 """Synthetic published checkpoints of any config, written tensor by tensor, so that large ones need little memory."""
 
+import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from melt_jax.checkpoints.published import INDEX, STORED_DTYPES, abstract_model, published_tensors
+from melt_jax.checkpoints.published import INDEX, STORED_DTYPES, Shape, published_tensors
 from melt_jax.checkpoints.published_config import published_config, write_config
+from melt_jax.config import ModelConfig
+from melt_jax.model.model import abstract_model
 
+OURO = ModelConfig(
+    vocab=29, width=16, layers=3, loops=2, heads=4, kv_heads=2, head_width=6, feed_forward=20, bos=1, eos=2
+)
+MELT = dataclasses.replace(OURO, gate="elementwise")
 OURO_KEYS = {
     "architectures": ["OuroForCausalLM"],
     "attention_dropout": 0.0,
@@ -37,11 +46,18 @@ TOKENIZER_FILES = {
 }
 
 
-def write_published(folder, config, files=1, metadata=False, seed=0, dtype="bfloat16"):
-    """Writes a random published checkpoint of a `ModelConfig`: config.json, safetensors, tokenizer files.
+def write_published(
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    files: int = 1,
+    metadata: bool = False,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+) -> pathlib.Path:
+    """Writes a random published checkpoint: config.json, safetensors and tokenizer files; returns its folder.
 
-    Tensors go into files in a scattered order, as if sorted by size. `metadata` is whether files have `__metadata__`.
-    Nothing larger than one tensor is held.
+    Tensors are distributed over the files in a scattered order, as if sorted by size. `metadata` adds `__metadata__` to
+    the files. At most one tensor is held in memory.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
@@ -61,7 +77,7 @@ def write_published(folder, config, files=1, metadata=False, seed=0, dtype="bflo
     for i in range(files):
         own = names[i::files]
         file = folder / ("model.safetensors" if files == 1 else f"model-{i + 1:05d}-of-{files:05d}.safetensors")
-        tensors = ((name, random_tensor(rng, name, shapes[name], dtype)) for name in own)
+        tensors = (random_tensor(rng, name, shapes[name], dtype) for name in own)
         write_safetensors(file, {name: shapes[name] for name in own}, dtype, tensors, metadata)
         index |= dict.fromkeys(own, file.name)
     if files > 1:
@@ -69,17 +85,19 @@ def write_published(folder, config, files=1, metadata=False, seed=0, dtype="bflo
     return folder
 
 
-def random_tensor(rng, name, shape, dtype):
-    """Random values of a plausible size; norms about one."""
+def random_tensor(rng: np.random.Generator, name: str, shape: Shape, dtype: str) -> np.ndarray:
+    """Random values of a plausible size; the scales of norms are about one."""
     values = rng.standard_normal(shape, np.float32)
     return (1 + 0.1 * values if "norm" in name else 0.02 * values).astype(jnp.dtype(dtype))
 
 
-def write_safetensors(file, shapes, dtype, tensors, metadata=False):
-    """The safetensors format: the header's length, 8 bytes; the header, JSON; the tensors, in the order of `shapes`."""
+def write_safetensors(
+    file: pathlib.Path, shapes: Mapping[str, Shape], dtype: str, tensors: Iterable[np.ndarray], metadata: bool = False
+) -> None:
+    """Writes the safetensors format: the header's length in 8 bytes, the header as JSON, the tensors of `shapes`."""
     size = jnp.dtype(dtype).itemsize
     header, end = {"__metadata__": {"format": "pt"}} if metadata else {}, 0
-    code = {ours: code for code, ours in STORED_DTYPES.items()}.get(dtype, {"int8": "I8", "int32": "I32"}.get(dtype))
+    code = next(code for code, name in STORED_DTYPES.items() if name == dtype)
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * size
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
@@ -87,5 +105,33 @@ def write_safetensors(file, shapes, dtype, tensors, metadata=False):
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in tensors:
-            out.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1))
+        for tensor in tensors:
+            out.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
+
+
+def stored_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """{name: array} of all safetensors files of a folder."""
+    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+def edit_config(folder: pathlib.Path, remove: Iterable[str] = (), **changes: object) -> None:
+    """Rewrites config.json with some keys changed or removed."""
+    raw = json.loads((folder / "config.json").read_text())
+    raw = {key: value for key, value in (raw | changes).items() if key not in remove}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def edit_tensors(file: pathlib.Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Rewrites a safetensors file with `edit` applied to its {name: array}."""
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def assert_same_bits(tensors: Mapping, others: Mapping) -> None:
+    """Both have the same names, dtypes, shapes and bytes."""
+    assert sorted(tensors) == sorted(others)
+    for name, tensor in tensors.items():
+        other = np.asarray(others[name])
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
+        assert np.asarray(tensor).tobytes() == other.tobytes(), name

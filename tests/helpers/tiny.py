@@ -1,5 +1,9 @@
-"""Small models, token batches and compiled functions that the tests share."""
+"""Small models, token batches and compiled functions that the tests share.
 
+Models have JAX's default float type: float64 in a test that uses the `float64` fixture, else float32.
+"""
+
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from melt_jax import ModelConfig, init_model, run_sequence, to_hf_tensors
+from melt_jax import LoopedTransformer, ModelConfig, run_sequence, to_hf_tensors
+from melt_jax.config import AlignmentConfig, OptimizerConfig, TransitionConfig
 from melt_jax.data.batch import Batch
+from melt_jax.model.model import abstract_model, reconfigure
+from melt_jax.model.sequence import SequenceOutput
 
 TINY = ModelConfig(
     vocab=29,
@@ -23,46 +30,58 @@ TINY = ModelConfig(
     attention_block=3,
 )
 
-jit_run = jax.jit(run_sequence, static_argnames=("chunk_size", "loops"))
+OPTIMIZER = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+TRANSITION = TransitionConfig(
+    steps=4, learning_rate=1e-3, gate_learning_rate=1e-2, warmup_steps=0, final_fraction=0.1, ramp=1.0
+)
+ALIGNMENT = AlignmentConfig(
+    steps=4, learning_rate=1e-3, gate_learning_rate=1e-2, warmup_steps=0, final_fraction=0.1, beta=0.1
+)
+
+jit_run = jax.jit(run_sequence, static_argnames="chunk_size")
 
 
-def run(*args, **kwargs):
-    """`run_sequence`, compiled; its arrays are numpy's, whose slices need no compilation."""
+def run(*args, **kwargs) -> SequenceOutput:
+    """`run_sequence`, compiled, with numpy arrays as results."""
     return jax.device_get(jit_run(*args, **kwargs))
 
 
+def make_model(config: ModelConfig = TINY, seed: int = 0) -> LoopedTransformer:
+    """A model whose gates open unevenly, whose attention is not flat, with no norm of one and no bias of zero."""
+    return _random_model(config, seed, jnp.zeros(()).dtype.name)
+
+
 @functools.cache
-def make_model(config=TINY, seed=0):
-    """Random float32 weights: gates open unevenly, attention is not flat, no norm is one and no bias zero."""
-    abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+def _random_model(config, seed, dtype):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_model(config))
     rng = np.random.default_rng(seed)
     noise = [0.3 * rng.standard_normal(leaf.shape, np.float32) for _, leaf in leaves]
-    weights = [jnp.asarray(x + ("norm" in keystr(path))) for x, (path, _) in zip(noise, leaves)]
+    weights = [jnp.asarray(x + ("norm" in keystr(path)), dtype) for x, (path, _) in zip(noise, leaves)]
     return jax.tree.unflatten(structure, weights)
 
 
-def with_config(model, config):
-    """The weights of `model` that a model of another gate has, as that model."""
-    abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    paths = lambda tree: jax.tree_util.tree_flatten_with_path(tree)[0]
-    weights = {keystr(path): leaf for path, leaf in paths(model)}
-    kept = [weights[keystr(path)] for path, _ in paths(abstract)]
-    return jax.tree.unflatten(jax.tree.structure(abstract), kept)
+def with_config(model: LoopedTransformer, config: ModelConfig) -> LoopedTransformer:
+    """The model with that config; it may have fewer gates."""
+    return reconfigure(model, **dataclasses.asdict(config))
 
 
-def numpy_tensors(model):
+def looplm(model: LoopedTransformer) -> LoopedTransformer:
+    """The LoopLM inside a MELT: the same weights without gates."""
+    return reconfigure(model, gate="none")
+
+
+def numpy_tensors(model: LoopedTransformer) -> dict[str, np.ndarray]:
     """{published name: float64 array (out, in)}."""
     return {name: np.asarray(tensor, np.float64) for name, tensor in to_hf_tensors(model).items()}
 
 
-def random_tokens(batch, length, seed=0, vocab=TINY.vocab):
+def random_tokens(batch: int, length: int, seed: int = 0, vocab: int = TINY.vocab) -> np.ndarray:
     """[batch, length] int32."""
     return np.random.default_rng(seed).integers(vocab, size=(batch, length), dtype=np.int32)
 
 
-def packed_segments(batch, length, seed=0):
-    """[batch, length] int32: documents of random lengths side by side, then padding."""
+def packed_segments(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    """[batch, length] int32: three documents side by side, then padding."""
     rng = np.random.default_rng(seed)
     segments = np.zeros((batch, length), np.int32)
     for row in segments:
@@ -72,8 +91,8 @@ def packed_segments(batch, length, seed=0):
     return segments
 
 
-def random_batch(batch, length, seed=0, packed=True):
-    """A `Batch` with about two thirds of its tokens scored, none of them padding."""
+def random_batch(batch: int, length: int, seed: int = 0, packed: bool = True) -> Batch:
+    """A `Batch` of which about two thirds of the tokens are scored, none of them padding."""
     rng = np.random.default_rng(seed)
     segments = packed_segments(batch, length, seed) if packed else np.ones((batch, length), np.int32)
     mask = ((rng.random((batch, length)) < 0.66) & (segments != 0)).astype(np.int32)

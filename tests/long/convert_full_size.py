@@ -1,13 +1,13 @@
-"""Converts a synthetic checkpoint of Ouro-1.4B's exact shapes there and back, and measures each conversion's memory.
+"""Converts a synthetic checkpoint of Ouro-1.4B's exact shapes in both directions and measures peak memory.
 
-Not a test of the suite: 2.87 GB of random bfloat16 are written, and five times that is on disk at the end. The peak is
-the process's largest resident set (ru_maxrss), interpreter and libraries included; the bound is 1.3 times the input's
-size, also where fresh gates make the output the larger.
+Not part of the test suite: it writes 2.87 GB of random bfloat16 weights and takes five times that space on disk. Peak
+memory is the largest resident set of each conversion's process (ru_maxrss), including the interpreter and libraries.
+The bound is 1.3 times the size of the input, even if fresh gates make the output larger.
 
     python -m tests.long.convert_full_size /tmp/full            Ouro-1.4B, a few minutes
     python -m tests.long.convert_full_size /tmp/full --files 3 --layers 48     Ouro-2.6B in three files
 
-Prints one line per conversion, and fails where a bound is passed or a tensor comes back with other bits.
+Prints one line per conversion. Fails if a conversion exceeds the bound or a tensor changes.
 """
 
 import argparse
@@ -29,12 +29,13 @@ from tests.helpers.synthetic import write_published
 BOUND = 1.3
 
 
-def main():
+def main() -> None:
+    """Runs all conversions; exits with status 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=pathlib.Path, help="where everything is written; must not exist")
+    parser.add_argument("folder", type=pathlib.Path, help="new folder for all checkpoints")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--files", type=int, default=1)
-    parser.add_argument("--keep", action="store_true", help="leave the folder")
+    parser.add_argument("--keep", action="store_true", help="do not remove the folder")
     args = parser.parse_args()
     base = args.folder
     write_published(base / "ouro", ModelConfig(layers=args.layers), args.files)
@@ -53,18 +54,11 @@ def main():
     sys.exit(0 if good else 1)
 
 
-def convert(source, target, form, more):
-    """Runs one conversion as a process of its own; whether its peak memory keeps the bound."""
+def convert(source: pathlib.Path, target: pathlib.Path, form: str, more: list[str]) -> bool:
+    """Runs one conversion in a process of its own; returns whether its peak memory is within the bound."""
     start = time.perf_counter()
-    command = [
-        sys.executable,
-        "-m",
-        "melt_jax.convert",
-        f"--input={source}",
-        f"--output={target}",
-        f"--to={form}",
-        *more,
-    ]
+    command = [sys.executable, "-m", "melt_jax.convert"]
+    command += [f"--input={source}", f"--output={target}", f"--to={form}", *more]
     child = subprocess.Popen(command)
     _, status, usage = os.wait4(child.pid, 0)
     peak = usage.ru_maxrss * 1024
@@ -76,8 +70,8 @@ def convert(source, target, form, more):
     return good
 
 
-def same_tensors(first, second):
-    """Whether two published folders hold the same tensors, bit for bit."""
+def same_tensors(first: pathlib.Path, second: pathlib.Path) -> bool:
+    """Whether two published folders hold bitwise identical tensors."""
     ours, theirs = scan_tensors(first)[0], scan_tensors(second)[0]
     same = sorted(ours) == sorted(theirs)
     for name in ours if same else ():
@@ -86,7 +80,7 @@ def same_tensors(first, second):
             with safe_open(file, framework="numpy") as stored:
                 tensors.append(stored.get_tensor(name))
         same &= tensors[0].dtype == tensors[1].dtype and np.array_equal(*(t.view(np.uint16) for t in tensors))
-    print(f"{first.name} and {second.name}: {'the same bits in every tensor' if same else 'FAIL, tensors differ'}")
+    print(f"{first.name} and {second.name}: {'bitwise identical tensors' if same else 'FAIL, tensors differ'}")
     return same
 
 

@@ -1,0 +1,202 @@
+"""The report of `melt_jax.compile`: memory, FLOPs and collectives of one compiled program."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from melt_jax.analysis.chips import Chip
+from melt_jax.analysis.hlo import Collective, Program, innermost
+from melt_jax.analysis.hlo_text import Groups
+
+SCOPES = ("gate", "attention", "within_chunk", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
+          "reduce", "optimizer")  # fmt: skip
+WHOLE_COPY = 0.9  # a step gathers each weight at least once: less than this share of a copy was not all attributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Memory of one device, in bytes.
+
+    Attributes:
+      arguments: inputs of the program.
+      temporaries: the compiler's total without arguments and outputs.
+      outputs: results that do not reuse the memory of arguments.
+      analysed_temporaries: temporaries by `memory_analysis`, which may exceed those that exist at once.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    analysed_temporaries: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that a device holds at once."""
+        return self.arguments + self.temporaries + self.outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeights:
+    """The weights that a program may gather.
+
+    Attributes:
+      groups: devices that gather a weight from each other; empty if every device has its weights whole.
+      sizes: elements, on one device, of each weight and of one layer of it, once gathered.
+      copy_bytes: of one copy of all models' weights in the compute dtype, on one device, once gathered.
+    """
+
+    groups: Groups
+    sizes: frozenset[int]
+    copy_bytes: float
+
+    @property
+    def group(self) -> int:
+        """Devices that gather a weight from each other; 1 if weights are whole."""
+        return max(map(len, self.groups), default=1)
+
+    def gathered_bytes(self, collectives: Iterable[Collective]) -> tuple[float, float]:
+        """Returns the bytes of all-gathers (of weights, of unknown arrays).
+
+        libtpu 0.0.47 and later drop the named scope of most all-gathers. Without it, an all-gather over `groups`
+        gathers weights if its arrays have their sizes. Others over `groups`, parts of them, or groups that could not be
+        read, are unknown.
+        """
+        weights = unknown = 0.0
+        for collective in collectives:
+            if collective.kind != "all-gather" or not self.groups or self._is_elsewhere(collective.groups):
+                continue
+            scoped = innermost(collective.op_name, SCOPES) == "gather_weights"
+            if scoped or (collective.groups == self.groups and self.sizes.issuperset(collective.sizes)):
+                weights += collective.bytes
+            else:
+                unknown += collective.bytes
+        return weights, unknown
+
+    def _is_elsewhere(self, groups: Groups | None) -> bool:
+        return groups is not None and not all(any(part <= group for group in self.groups) for part in groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Memory and work of one program. Bytes and FLOPs are per device unless stated otherwise.
+
+    Attributes:
+      title: the program and its machine.
+      chip: of the topology, or None if `chips` has no figures for it.
+      devices: in the mesh.
+      compile_seconds: for compiling on this machine.
+      memory: of a device.
+      program: FLOPs and collectives.
+      necessary_flops: FLOPs of all devices by `melt_jax.analysis.flops`.
+      weights: those that the program may gather.
+      steps: of the phase; 0 if the program is not a training step.
+    """
+
+    title: str
+    chip: Chip | None
+    devices: int
+    compile_seconds: float
+    memory: Memory
+    program: Program
+    necessary_flops: float
+    weights: StoredWeights
+    steps: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program fits the device's memory; true for an unknown chip."""
+        return self.chip is None or self.memory.total <= self.chip.device_memory
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs of all devices over the necessary ones."""
+        return self.program.flops * self.devices / self.necessary_flops
+
+    @property
+    def gathered_ratio(self) -> float | None:
+        """Bytes of gathered weights over one copy of all models' weights; None if unknown, or if none is gathered."""
+        if not self.weights.groups:
+            return None
+        ratio = self.weights.gathered_bytes(self.program.collectives)[0] / self.weights.copy_bytes
+        return ratio if ratio >= WHOLE_COPY else None
+
+    def seconds(self, chip: Chip) -> tuple[float, float]:
+        """Returns seconds of (products, collectives) at a chip's peak, collectives along one ring of its links.
+
+        HBM traffic is not counted.
+        """
+        sent = sum(collective.sent_bytes for collective in self.program.collectives)
+        return self.program.bf16_flops / chip.device_flops, sent / chip.ring_bandwidth
+
+    def chip_hours(self, chip: Chip) -> float:
+        """Returns the chip-hours of the whole phase, if products and collectives do not overlap."""
+        return self.steps * sum(self.seconds(chip)) * self.devices / chip.devices / 3600
+
+    def text(self) -> str:
+        """Returns the report as lines to print."""
+        memory = self.memory
+        limit = ""
+        if self.chip:
+            limit = f" of {_giga(self.chip.device_memory)}: {'fits' if self.fits else 'DOES NOT FIT'}"
+        lines = [
+            self.title,
+            f"compiled in {self.compile_seconds:.0f} s",
+            f"memory of a device, GB (1e9 bytes): arguments {_giga(memory.arguments)},"
+            f" temporaries {_giga(memory.temporaries)}, outputs {_giga(memory.outputs)},"
+            f" total {_giga(memory.total)}{limit}",
+            f"(temporaries by memory_analysis: {_giga(memory.analysed_temporaries)})",
+            self.program.summary(SCOPES),
+            f"necessary {self.necessary_flops / 1e9:,.1f} GFLOP over all devices; compiled / necessary"
+            f" {self.flops_ratio:.3f}",
+        ]
+        if self.flops_ratio < 1:
+            lines.append("(below 1: products that XLA rewrote as multiply and reduce are not counted)")
+        return "\n".join([*lines, *self._gather_lines(), *self._peak_lines()])
+
+    def record(self) -> dict[str, Any]:
+        """Returns the numbers of the tables as plain JSON; chip figures only if the chip is known."""
+        kinds = self.program.collectives_by_kind().items()
+        record = {
+            "title": self.title, "devices": self.devices, "compile_seconds": self.compile_seconds,
+            "arguments": self.memory.arguments, "temporaries": self.memory.temporaries,
+            "outputs": self.memory.outputs, "total": self.memory.total, "fits": self.fits,
+            "flops": self.program.flops, "flops_ratio": self.flops_ratio, "necessary_flops": self.necessary_flops,
+            "gather_group": self.weights.group, "gathered_ratio": self.gathered_ratio,
+            "unknown_gathers": self.weights.gathered_bytes(self.program.collectives)[1],
+            "copy_bytes": self.weights.copy_bytes, "steps": self.steps,
+            "collectives": {f"{kind} {dtype} {group}": moved for (kind, group, dtype), moved in kinds},
+        }  # fmt: skip
+        if self.chip is None:
+            return record
+        compute, links = self.seconds(self.chip)
+        return record | {
+            "chip": self.chip.name, "chips": self.devices // self.chip.devices, "memory": self.chip.device_memory,
+            "compute_seconds": compute, "collective_seconds": links, "chip_hours": self.chip_hours(self.chip),
+        }  # fmt: skip
+
+    def _gather_lines(self):
+        if not self.weights.groups:
+            return []
+        gathered, unknown = self.weights.gathered_bytes(self.program.collectives)
+        copy = f"one copy of all models, {_giga(self.weights.copy_bytes)} GB"
+        if self.gathered_ratio is None:
+            return [f"weights gathered: unknown; {_giga(gathered)} GB are attributed to weights, less than {copy}, and"
+                    f" {_giga(unknown)} GB to nothing"]  # fmt: skip
+        rest = f"; {_giga(unknown)} GB of all-gathers are not attributed" if unknown else ""
+        return [f"weights gathered: {self.gathered_ratio:.2f} of {copy}{rest}"]
+
+    def _peak_lines(self):
+        if self.chip is None:
+            return []
+        compute, links = self.seconds(self.chip)
+        lines = [f"at {self.chip.name}'s peak rates: products {compute:.3f} s, collectives {links:.3f} s,"
+                 f" together {compute + links:.3f} s"]  # fmt: skip
+        if self.steps:
+            lines.append(
+                f"{self.steps} steps of the phase: {self.chip_hours(self.chip):,.1f} chip-hours at those rates"
+            )
+        return lines
+
+
+def _giga(number: float) -> str:
+    return f"{number / 1e9:,.2f}"

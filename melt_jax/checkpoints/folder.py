@@ -1,0 +1,105 @@
+"""A model folder of either form, and how a model is assembled from one."""
+
+import abc
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from melt_jax.checkpoints.published_config import parse_config, raise_errors, read_raw_config
+from melt_jax.config import ModelConfig
+from melt_jax.model.model import LoopedTransformer, abstract_model, module_leaves
+
+
+class ModelFolder(abc.ABC):
+    """A model checkpoint: checked completely when it is opened, weights read on demand.
+
+    Attributes:
+      form: "published" or "orbax".
+      folder: its absolute path.
+      raw: the dict in config.json.
+      config: of the model.
+      shapes: {path: shape} of the weights, all layers stacked.
+      dtypes: {path: dtype name} of the stored weights; None if the layers of a weight differ.
+    """
+
+    form: ClassVar[str]
+    dtypes: dict[str, str | None]
+
+    def __init__(self, folder: str | pathlib.Path):
+        """Reads config.json; a subclass also checks the weights.
+
+        Raises:
+          InputError: lists everything in config.json that this model does not support; if there is nothing, every
+            missing, unknown or misshapen weight.
+        """
+        self.folder = pathlib.Path(folder).absolute()
+        self.raw = read_raw_config(folder)
+        self.config = parse_config(self.raw, self.folder / "config.json")
+        self.shapes = {path: tuple(leaf.shape) for path, leaf in module_leaves(abstract_model(self.config))}
+
+    @property
+    def dtype(self) -> str | None:
+        """The name of the dtype of all stored weights; None if they differ."""
+        dtypes = set(self.dtypes.values())
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+    @abc.abstractmethod
+    def read(self, path: str, dtype: str) -> np.ndarray:
+        """The weight of that path in host memory, all layers stacked."""
+
+    @abc.abstractmethod
+    def load(self, paths: Iterable[str], dtype: str, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """{path: weight} on devices; a weight without an entry in `shardings` is on the default device."""
+
+
+def assemble(
+    source: ModelFolder,
+    dtype: str | None = None,
+    gate: str | None = None,
+    first_loop: str | None = None,
+    shardings: LoopedTransformer | None = None,
+) -> LoopedTransformer:
+    """A model from an open folder.
+
+    Args:
+      source: the folder.
+      dtype: of the weights in memory; None: as stored.
+      gate: a gate variant to use instead of the folder's; "none" is the LoopLM inside a MELT.
+      first_loop: "copy" or "gated", to use instead of the folder's.
+      shardings: a model whose leaves are shardings; None: the default device.
+
+    Raises:
+      InputError: the gate needs weights that the folder lacks, or `dtype` is None and stored dtypes differ.
+    """
+    config = override(source.config, gate, first_loop)
+    dtype = chosen_dtype(source, dtype)
+    abstract = abstract_model(config, dtype)
+    paths = [path for path, _ in module_leaves(abstract)]
+    lacking = [f"{path}: expected by gate {config.gate!r}, found none" for path in paths if path not in source.shapes]
+    hint = f"melt_jax.convert --gate={config.gate} writes a checkpoint with fresh gates"
+    raise_errors(source.folder, [*lacking, hint] if lacking else [])
+    weights = source.load(paths, dtype, dict(module_leaves(shardings)) if shardings is not None else {})
+    return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in paths])
+
+
+def override(config: ModelConfig, gate: str | None = None, first_loop: str | None = None) -> ModelConfig:
+    """The config with another gate or first loop; None leaves them as they are."""
+    changes = {name: value for name, value in (("gate", gate), ("first_loop", first_loop)) if value is not None}
+    return dataclasses.replace(config, **changes)
+
+
+def chosen_dtype(source: ModelFolder, dtype: str | None) -> str:
+    """The name of the given dtype, or of the stored one if it is None.
+
+    Raises:
+      InputError: `dtype` is None and stored dtypes differ.
+    """
+    if dtype is None and source.dtype is None:
+        found = ", ".join(sorted({str(name) for name in source.dtypes.values()}))
+        raise_errors(source.folder, [f"dtype: expected weights of one dtype, found several ({found}); choose one"])
+    return jnp.dtype(source.dtype if dtype is None else dtype).name

@@ -1,0 +1,28 @@
+"""Opens a checkpoint's model as generation and evaluation run it."""
+
+from melt_jax.checkpoints.orbax import open_model
+from melt_jax.model.model import LoopedTransformer, reconfigure
+
+
+def open_for_inference(
+    folder: str,
+    gate: str | None = None,
+    dtype: str | None = None,
+    loops: int | None = None,
+    exit_threshold: float | None = None,
+) -> LoopedTransformer:
+    """Opens a model; values that are given replace the checkpoint's.
+
+    Args:
+      folder: checkpoint, published or of this package.
+      gate: a gate variant; "none": the LoopLM inside a MELT.
+      dtype: of weights and KV entries.
+      loops: T.
+      exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
+
+    Raises:
+      InputError: a value is impossible, or the checkpoint cannot be opened.
+    """
+    changes = {"loops": loops, "exit_threshold": exit_threshold}
+    model = open_model(folder, dtype=dtype, gate=gate)
+    return reconfigure(model, **{name: value for name, value in changes.items() if value is not None})

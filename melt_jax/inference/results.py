@@ -1,0 +1,113 @@
+"""The results of a run: one row per model, kept in a file, and the table of them."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from melt_jax.config import TrainConfig
+from melt_jax.files import write_text
+from melt_jax.inference import scoring
+from melt_jax.model.model import LoopedTransformer
+from melt_jax.training.preemption import exit_if_preempted
+from melt_jax.training.processes import broadcast_from_process_0
+
+PROGRESS_SECONDS = 10.0
+
+
+class Results:
+    """The scores of a run's models, kept in a file: a resumed run measures nothing twice.
+
+    A row whose settings (`evaluation` and the chunk) are not those of the present config is measured again.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Reads `path` if it exists."""
+        self._path = path
+        self._rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def measure(
+        self,
+        name: str,
+        make_model: Callable[[], LoopedTransformer],
+        teacher: LoopedTransformer | None,
+        config: TrainConfig,
+    ) -> None:
+        """Scores a model under a name, unless the file has its row. Every process calls it, at the same place.
+
+        The teacher itself is not compared with the teacher: that KL is 0 by definition.
+
+        Raises:
+          SystemExit: SIGTERM came, which is checked before each piece.
+        """
+        evaluation = config.evaluation
+        settings = dataclasses.asdict(evaluation) | {"chunk_size": config.chunk_size}
+        del settings["sample"]
+        measured = self._rows.get(name, {}).get("settings") == settings
+        if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(measured):
+            return
+        console = Console(quiet=jax.process_index() > 0)
+        progress = Progress(f"evaluating {name}", console)
+        model = make_model()
+        scores = scoring.score(model, None if model is teacher else teacher, config, progress)
+        self._rows[name] = dataclasses.asdict(scores) | {"settings": settings}
+        if jax.process_index() == 0:
+            write_text(self._path, json.dumps(self._rows, indent=1))
+
+    def table(self) -> str:
+        """The rows as text; empty if nothing was measured."""
+        return table(self._rows) if self._rows else ""
+
+
+class Progress:
+    """A `before_piece` that exits if SIGTERM came, and prints a line, at most one per `PROGRESS_SECONDS`."""
+
+    def __init__(self, title: str, console: Console):
+        self._title, self._console, self._printed = title, console, -PROGRESS_SECONDS
+
+    def __call__(self, piece: str) -> None:
+        """Called before each piece."""
+        exit_if_preempted()
+        if time.monotonic() >= self._printed + PROGRESS_SECONDS:
+            self._printed = time.monotonic()
+            self._console.print(f"{self._title}: {piece}", markup=False, highlight=False, soft_wrap=True)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table as text of {name: `dataclasses.asdict` of `Scores`}; the KL compares the last loops, nats per token."""
+    comparisons = [row["comparison"] for row in rows.values() if row["comparison"]]
+    columns = {"chunked": "KL to teacher, chunked", "decoding": "decoding"}
+    if any(c["chunked_start"] not in (None, c["chunked"]) for c in comparisons):
+        columns = {
+            "chunked": "KL to teacher, chunked",
+            "chunked_start": "first tokens, chunked",
+            "decoding": "first tokens, decoding",
+        }
+    out = Table(box=None, pad_edge=False)
+    out.add_column("model")
+    for heading in ("loops", "exact answers", *columns.values(), "cache bytes/token"):
+        out.add_column(heading, justify="right")
+    for name, row in rows.items():
+        answers = "–" if row["answers"] is None else f"{row['answers']:.1%} of {row['problems']}"
+        kl = [_kl_text((row["comparison"] or {}).get(column)) for column in columns]
+        out.add_row(name, str(row["loops"]), answers, *kl, f"{row['cache_bytes_per_token']:,}")
+    return render(out)
+
+
+def render(renderable: RenderableType, width: int = 120) -> str:
+    """A rich renderable as plain text."""
+    console = Console(width=width, color_system=None, force_terminal=False, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+
+
+def _kl_text(scores: Mapping[str, Any] | None) -> str:
+    # The computed KL of two equal models can be slightly negative.
+    return "–" if scores is None or scores["final_kl"] is None else f"{max(scores['final_kl'], 0.0):.4f}"

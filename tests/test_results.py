@@ -1,0 +1,103 @@
+"""The results of a run: measured once, kept in a file, printed as a table."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from configs import nano
+from melt_jax.config import freeze
+from melt_jax.inference import results, scoring
+from melt_jax.inference.results import Progress, Results, table
+from melt_jax.inference.scoring import Comparison, LoopScores, Scores
+from tests.helpers.tiny import TINY, looplm, make_model
+
+
+def run_config(**evaluation):
+    config = nano.get_config()
+    config.data.length, config.data.batch, config.data.high, config.chunk_size = 32, 2, 2, 8
+    config.evaluation.update({"problems": 2, "sequences": 2, "decoding_tokens": 16} | evaluation)
+    return freeze(config)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Replaces `scoring.score` by a record of the teachers that it was called with."""
+    calls = []
+
+    def score(model, teacher, config, before_piece):
+        before_piece("a piece")
+        calls.append(teacher)
+        return Scores(0.5, 0.25, 2, None, 64, 4)
+
+    monkeypatch.setattr(scoring, "score", score)
+    return calls
+
+
+def test_a_model_is_measured_once(measured, tmp_path):
+    """A resumed run reads its rows from the file; another evaluation is measured again, another sample is not."""
+    teacher, path = object(), tmp_path / "results.json"
+    Results(path).measure("student", object, teacher, run_config())
+    again = Results(path)
+    again.measure("student", object, teacher, run_config(sample=False))
+    assert measured == [teacher]
+    again.measure("student", object, teacher, run_config(sequences=1))
+    assert measured == [teacher, teacher]
+    assert "student" in again.table()
+    Results(tmp_path / "none").measure("student", object, teacher, run_config(problems=0, sequences=0))
+    assert len(measured) == 2
+
+
+def test_a_teacher_is_not_compared_with_itself(measured, tmp_path):
+    teacher = object()
+    Results(tmp_path / "results.json").measure("teacher", lambda: teacher, teacher, run_config())
+    assert measured == [None]
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_on_both_tasks(tmp_path):
+    """Exact answers, and the KL of sequences to the teacher; the row is plain JSON with a line in the table."""
+    model = make_model(dataclasses.replace(TINY, vocab=64, layers=1, loops=2))
+    rows = Results(tmp_path / "results.json")
+    rows.measure("student", lambda: model, looplm(model), run_config())
+    row = json.loads((tmp_path / "results.json").read_text())["student"]
+    assert row["problems"] == 2 and 0 <= row["answers"] <= 1 and row["loops"] == 2
+    assert row["cache_bytes_per_token"] == 2 * TINY.kv_heads * TINY.head_width * 4
+    assert row["comparison"]["decoding"]["chunk"] == 1
+    assert 0 < row["comparison"]["decoding"]["tokens"] <= row["comparison"]["chunked"]["tokens"]
+    assert f"{row['comparison']['decoding']['final_kl']:.4f}" in rows.table()
+    assert "<think>" in scoring.sample(model, 1, 8)
+
+
+def loop_scores(chunk, final_kl, tokens=100):
+    return LoopScores(chunk, tokens, [2.0, 1.5], [0.5, final_kl], final_kl)
+
+
+def test_the_table_shows_what_was_compared():
+    """Unmeasured values are dashes, rounding below zero is not shown, first tokens have columns if they are fewer."""
+    asdict = dataclasses.asdict
+    same = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.25), loop_scores(1, -1e-9))
+    rows = {"teacher": asdict(Scores(None, None, 0, None, 128, 4)), "melt": asdict(Scores(0.5, 0.5, 8, same, 32, 4))}
+    heading, teacher, melt = table(rows).splitlines()
+    assert teacher.split() == ["teacher", "4", "–", "–", "–", "128"]
+    assert melt.split() == ["melt", "4", "50.0%", "of", "8", "0.2500", "0.0000", "32"]
+    assert "first tokens" not in heading
+    fewer = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.125, 10), loop_scores(1, 0.375, 10))
+    rows["melt"] = asdict(Scores(0.5, 0.5, 8, fewer, 32, 4))
+    heading, _, melt = table(rows).splitlines()
+    assert "first tokens, chunked" in heading and "first tokens, decoding" in heading
+    assert melt.split()[5:8] == ["0.2500", "0.1250", "0.3750"]
+
+
+def test_progress_prints_at_intervals_and_asks_for_preemption(monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(results.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(results, "exit_if_preempted", lambda: asked.append(now[0]))
+    console = Console(record=True, width=80, file=io.StringIO())
+    progress = Progress("evaluating", console)
+    for now[0] in (0.0, 1.0, 9.0, 11.0):
+        progress(f"piece at {now[0]}")
+    assert asked == [0.0, 1.0, 9.0, 11.0]
+    assert console.export_text().splitlines() == ["evaluating: piece at 0.0", "evaluating: piece at 11.0"]

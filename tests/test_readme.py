@@ -1,33 +1,256 @@
-"""What the README tells a reader to run on data of their own runs as it stands there."""
+"""The READMEs: every fenced block runs, and every command, flag, config key, path and module they mention exists."""
 
+import ast
+import functools
 import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
-from melt_jax.checkpoints.orbax import default_chunk, open_model
-from melt_jax.data.records import open_records
+import pytest
+
+from configs import base
 
 TOP = pathlib.Path(__file__).parent.parent
+FOLDERS = ("configs", "launch", "melt_jax", "tests")
+READMES = (
+    "README.md",
+    *sorted(
+        str(path.relative_to(TOP))
+        for folder in FOLDERS
+        for path in (TOP / folder).rglob("README.md")
+        if "golden" not in path.parts
+    ),
+)
+SLOW = ("README.md", "melt_jax/data/README.md")  # their blocks generate, differentiate or train
+FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INTERPRETERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable, "-"]}
+# Imports go from a higher layer to a lower or the same one; every other top-level module is a command.
+LAYERS = {
+    "config": 0, "config_keys": 0, "files": 0, "model": 1, "data": 2, "checkpoints": 2, "sharding": 2,
+    "training": 3, "inference": 3, "analysis": 3, "command_line": 3,
+}  # fmt: skip
+COMMAND_LAYER = 4
 
 
-def test_files_of_both_forms_are_prepared_and_trained_on_for_ten_steps(tmp_path):
-    (script,) = re.findall(r"```sh\n(.*?)```", (TOP / "README.md").read_text(), re.DOTALL)
-    for name in ("melt_jax", "configs"):
-        (tmp_path / name).symlink_to(TOP / name)
-    script = re.sub(r"^python", sys.executable, script, flags=re.MULTILINE)
-    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def fenced_blocks(readme):
+    """[(language, source)] of a README."""
+    return FENCE.findall((TOP / readme).read_text())
 
-    assert "200 documents read" in done.stdout
-    manifest = json.loads((tmp_path / "data/few/manifest.json").read_text())
-    assert manifest["counts"]["malformed"] == 0 and manifest["package"] == "0.1.0"
-    row = open_records(tmp_path / "data/few")[0]
-    assert row.tokens.shape == (128,) and 0 < row.loss_mask.sum() < 128
 
-    steps = [(tmp_path / "runs/few" / phase / "metrics.jsonl").read_text() for phase in ("transition", "alignment")]
-    assert [json.loads(lines.splitlines()[-1])["step"] for lines in steps] == [6, 4]
-    folder = tmp_path / "runs/few/alignment/model"
-    assert default_chunk(folder, open_model(folder).config) == 16
+@functools.cache
+def outside_blocks(readme):
+    """A README's text without its fenced blocks."""
+    return FENCE.sub("", (TOP / readme).read_text())
+
+
+def indented_lines(readme):
+    """The lines of a README's indented blocks, with continuation lines joined."""
+    text = outside_blocks(readme).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+def code_spans(readme):
+    """The inline code of a README."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", outside_blocks(readme))]
+
+
+def commands(readme):
+    """Every command line that a README shows, in any kind of block or in inline code."""
+    scripts = [source for language, source in fenced_blocks(readme) if language == "sh"]
+    lines = [line.strip() for source in scripts for line in source.replace("\\\n", " ").splitlines()]
+    candidates = [*lines, *indented_lines(readme), *code_spans(readme)]
+    return [line for line in candidates if re.search(r"(^|\s)(python3? |launch/\S+\.(sh|sbatch) )", line)]
+
+
+@functools.cache
+def declared_flags(source):
+    """The flags that a command's source file declares, with absl or argparse.
+
+    A flag is the constant first argument of `DEFINE_…`, of `add_argument`, or of any call within `define_flags`.
+    """
+    tree = ast.parse(source.read_text())
+    calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call)]
+    declaring = [call for call in calls if re.match("DEFINE_|add_argument", callee(call))]
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name == "define_flags":
+            declaring += [call for call in ast.walk(function) if isinstance(call, ast.Call)]
+    first = [call.args[0].value for call in declaring if call.args and isinstance(call.args[0], ast.Constant)]
+    names = {name.lstrip("-") for name in first if isinstance(name, str)} | {"help"}
+    if any(callee(call) == "define_config_flag" for call in calls):
+        names.add("config")
+    return names | {f"no{name}" for name in names}
+
+
+def callee(call):
+    """The last name of the function that a call names."""
+    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+
+
+def command_source(line):
+    """The source file of the Python command on a line, or None."""
+    if module := re.search(r"python3? -m ([\w.]+)", line):
+        name = module[1].replace(".", "/")
+        return TOP / f"{name}.py"
+    if script := re.search(r"python3? ((?:launch|tests)/\S+\.py)", line):
+        return TOP / script[1]
+    return None
+
+
+def config_has(key):
+    """Whether the base configuration has a key, or a group of keys of that name."""
+    value = base.get_config()
+    for name in key.split("."):
+        if not hasattr(value, "keys") or name not in value:
+            return False
+        value = value[name]
+    return True
+
+
+def run_block(language, source, folder):
+    """Runs one block in a folder that looks like the repository; `python` is the test's interpreter."""
+    tools = folder / ".tools"
+    tools.mkdir(exist_ok=True)
+    if not (tools / "python").exists():
+        (tools / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        (tools / "python").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "PYTHON_RUN": sys.executable,
+    }
+    return subprocess.run(
+        INTERPRETERS[language], input=source, cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def repository_copy(folder):
+    """Fills a folder with links to the parts of the repository."""
+    for name in FOLDERS:
+        (folder / name).symlink_to(TOP / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "readme", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in READMES]
+)
+def test_fenced_blocks_run(readme, tmp_path):
+    """A README's blocks run in their order in one folder; a block in a language without an interpreter fails."""
+    folder = repository_copy(tmp_path)
+    for language, source in fenced_blocks(readme):
+        assert language in INTERPRETERS, f"{readme}: expected a block of {sorted(INTERPRETERS)}, found {language!r}"
+        done = run_block(language, source, folder)
+        assert done.returncode == 0, f"{readme}:\n{source}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    if readme == "melt_jax/data/README.md":
+        check_prepared_and_trained(folder)
+
+
+def check_prepared_and_trained(folder):
+    """The data README's example leaves prepared data of all 200 documents and a run of 6 + 4 steps."""
+    manifest = json.loads((folder / "data/few/manifest.json").read_text())
+    assert manifest["counts"]["documents"] == 200 and manifest["counts"]["malformed"] == 0
+    logs = [(folder / "runs/few" / phase / "metrics.jsonl").read_text() for phase in ("transition", "alignment")]
+    assert [json.loads(log.splitlines()[-1])["step"] for log in logs] == [6, 4]
+    assert (folder / "runs/few/alignment/model").is_dir()
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_fences_are_closed(readme):
+    """No block escapes the test above because its fence is not closed or is indented."""
+    text = (TOP / readme).read_text()
+    assert text.count("```") == 2 * len(fenced_blocks(readme))
+    assert "~~~" not in text
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_commands_and_flags_exist(readme):
+    """Every module, script, flag and `--config.key` of every command exists."""
+    for line in commands(readme):
+        source = command_source(line)
+        if source is not None:
+            assert source.is_file(), f"{readme}: {line}: no {source.relative_to(TOP)}"
+        for flag in re.findall(r"\s--([\w.]+)", line):
+            if flag.startswith("config."):
+                continue  # the test of config keys below
+            if source is not None:
+                known = declared_flags(source)
+            elif "launch/local_processes.sh" in line or "launch/tpu" in line or "launch/slurm" in line:
+                known = declared_flags(TOP / "melt_jax/train.py")
+            else:
+                continue
+            assert flag in known, f"{readme}: {line}: no flag --{flag}"
+
+
+def test_flags_mentioned_alone_exist():
+    """A flag in inline code without its command belongs to some command."""
+    sources = [*TOP.glob("melt_jax/*.py"), *TOP.glob("launch/*.py"), *TOP.glob("tests/long/*.py")]
+    known = set().union(*(declared_flags(source) for source in sources))
+    for readme in READMES:
+        mentioned = {match[1] for span in code_spans(readme) if (match := re.fullmatch(r"--(\w+)(=\S*)?", span))}
+        assert not (missing := mentioned - known), f"{readme}: {missing}"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_config_keys_exist(readme):
+    """Every `--config.key`, every `key=value` and `group.key` in inline code, is a key of `configs/base.py`."""
+    text = (TOP / readme).read_text()
+    keys = set(re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)*)", text))
+    groups = {name for name, value in base.get_config().items() if hasattr(value, "keys")}
+    for span in code_spans(readme):
+        for word in span.split():
+            key = word.partition("=")[0]
+            is_key = re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*", key) and not word.endswith((".py", ".jsonl"))
+            if is_key and key.partition(".")[0] in groups and "." in key:
+                keys.add(key)
+    assert not (missing := {key for key in keys if not config_has(key)}), f"{readme}: {missing}"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_paths_and_links_exist(readme):
+    """Every path into the repository and every relative link leads to a file or folder."""
+    text = (TOP / readme).read_text()
+    paths = re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./-]*\w", outside_blocks(readme))
+    missing = [path for path in paths if not (TOP / path).exists()]
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target and not ((TOP / readme).parent / target).exists():
+            missing.append(target)
+    modules = [span for span in code_spans(readme) if re.fullmatch(r"(melt_jax|tests)(\.\w+)+", span)]
+    missing += [name for name in modules if not list(TOP.glob(name.replace(".", "/") + "*"))]
+    assert not missing, f"{readme}: {missing}"
+
+
+def test_root_readme_is_short():
+    """A newcomer's page: at most 9 kB."""
+    assert len((TOP / "README.md").read_bytes()) <= 9 * 1024
+
+
+def test_every_file_is_described():
+    """Each recipe, script and module of a folder with a README is named there."""
+    for readme, pattern in (
+        ("configs/README.md", "configs/*.py"),
+        ("launch/README.md", "launch/*"),
+        ("melt_jax/README.md", "melt_jax/*.py"),
+        ("melt_jax/README.md", "melt_jax/[!d_]*/*.py"),
+        ("melt_jax/data/README.md", "melt_jax/data/*.py"),
+    ):
+        text = (TOP / readme).read_text()
+        names = [path.name for path in TOP.glob(pattern) if path.is_file() and path.name[0] not in "_."]
+        mentioned = {name for name in names if re.search(rf"(?<!\w){re.escape(name)}", text)}
+        assert names and not (missing := {*names} - mentioned - {"README.md"}), f"{readme}: {missing}"
+
+
+def test_imports_go_one_way():
+    """No module imports a command or a module of a higher layer, as melt_jax/README.md says."""
+    for path in (TOP / "melt_jax").rglob("*.py"):
+        parts = path.relative_to(TOP / "melt_jax").with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        layer = LAYERS.get(parts[0], COMMAND_LAYER)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("melt_jax."):
+                imported = node.module.split(".")[1]
+                assert imported in LAYERS, f"{path}: imports the command {imported}"
+                assert LAYERS[imported] <= layer, f"{path}: imports {node.module} of a higher layer"

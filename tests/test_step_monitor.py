@@ -1,11 +1,7 @@
 """Monitoring of the steps: SIGTERM, stalls, skipped steps, performance and profiles; how processes join."""
 
 import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -23,9 +19,8 @@ from melt_jax.training.processes import initialize_distributed
 from melt_jax.training.skipped import NonFiniteError, SkippedSteps
 from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 from melt_jax.training.watchdog import Watchdog
+from tests.helpers.start_processes import start_processes
 from tests.helpers.tiny import TINY
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run_config(**changes):
@@ -81,18 +76,6 @@ for measured in range(100):
         outputs = [process.communicate(timeout=900)[0] for process in processes]
         assert [process.returncode for process in processes] == [PREEMPTED] * 2
         assert outputs[0] == outputs[1] and "measures 2\n" in outputs[0]
-
-
-def start_processes(count, program):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = os.environ | {"MELT_COORDINATOR": coordinator, "MELT_PROCESSES": str(count)}
-    command = [sys.executable, "-c", program]
-    return [
-        subprocess.Popen(command, cwd=ROOT, env=shared | {"MELT_PROCESS": str(i)}, stdout=subprocess.PIPE, text=True)
-        for i in range(count)
-    ]
 
 
 @pytest.fixture

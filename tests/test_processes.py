@@ -114,6 +114,7 @@ def test_a_single_process_broadcasts_to_itself():
     assert [broadcast_text_from_process_0(text) for text in ("", "T × L")] == ["", "T × L"]
 
 
+@pytest.mark.slow
 def test_a_text_of_process_0_reaches_all():
     """Texts of several lengths, one of them empty."""
     program = """

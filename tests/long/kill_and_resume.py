@@ -3,9 +3,9 @@
     JAX_PLATFORMS=cpu python -m tests.long.kill_and_resume [--folder=/tmp/kill_and_resume]
 
 Trains a small configs/nano.py three times: undisturbed; killed once in each phase with SIGKILL; and stopped once in
-each phase with SIGTERM, which must save the running step and exit with status 75. A stopped run is restarted with the same
-command until it ends. Every leaf of every phase's model and of the last checkpoint must then be bitwise equal to the
-undisturbed run's. Prints a table and exits with status 1 if anything differs. Takes some minutes.
+each phase with SIGTERM, which must save the running step and exit with status 75. A stopped run is restarted with the
+same command until it ends. Every leaf of every phase's model and of the last checkpoint must then be bitwise equal to
+the undisturbed run's. Prints a table and exits with status 1 if anything differs. Takes some minutes.
 """
 
 import argparse

@@ -49,7 +49,7 @@ UNMEASURED = {
     "evaluation.problems": 0,
     "evaluation.sequences": 0,
 }  # for runs of several parts: evaluation takes most of their time
-# Generous bounds of what rounding may change over a run: a loss, in nats; a weight, relative to the largest of its array.
+# Generous bounds of what rounding may change over a run: a loss, in nats; a weight, relative to its array's largest.
 # That meshes compute the same is tested in float64, step by step (tests/helpers/mesh_steps.py).
 LOSSES, WEIGHTS = 1e-4, 1e-2
 

@@ -2,21 +2,26 @@
 
     python -m melt_jax.plot --workdir=runs/nano --output=curves.png
 
-A distillation (MELT, arXiv 2605.07721) gives the KL to the teacher, the attention alignment, the gate openness with
-the transition's α, and the norms of the gradients; a pre-training (Ouro, arXiv 2510.25741) its cross-entropy and exit
-gate instead. A run under way is drawn as far as it has come.
+A distillation (MELT, arXiv 2605.07721) has curves of the KL to the teacher, the attention alignment, the gate openness
+with the transition's α, and the gradient norms; a pre-training (Ouro, arXiv 2510.25741) has cross-entropy and exit
+probabilities instead. An unfinished run is drawn up to its last logged step.
 """
 
-import argparse
 import collections
 import dataclasses
 import json
 import pathlib
 import re
+from typing import Any
 
 import matplotlib
+from absl import flags
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from melt_jax import command_line
+from melt_jax.config import InputError
 
 FORMATS = (".png", ".svg", ".pdf")
 GRAY = "0.55"
@@ -28,22 +33,22 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-      title: what is drawn, with its unit.
-      metrics: names in the log; entries per loop (`kd/loop1`) are curves of their own, those per layer are averaged.
-      log: whether the vertical axis is logarithmic.
-      limits: of the vertical axis, or None.
+      title: quantity and unit.
+      metrics: names in the log; each loop (`kd/loop1`) is a curve, layers are averaged.
+      log: the vertical axis is logarithmic.
+      limits: of the vertical axis; None: automatic.
     """
 
     title: str
-    metrics: tuple
+    metrics: tuple[str, ...]
     log: bool = False
-    limits: tuple | None = None
+    limits: tuple[float, float] | None = None
 
 
 PANELS = (
-    Panel("KL(teacher ‖ student), nats a token", ("kd",), log=True),
-    Panel("cross-entropy, nats a token", ("cross_entropy",), log=True),
-    Panel("gate gate_openness, mean of 1 − z; dashed: α", ("gate_openness", "alpha"), limits=(-0.03, 1.03)),
+    Panel("KL(teacher ‖ student), nats per token", ("kd",), log=True),
+    Panel("cross-entropy, nats per token", ("cross_entropy",), log=True),
+    Panel("gate openness, mean of 1 − z; dashed: α", ("gate_openness", "alpha"), limits=(-0.03, 1.03)),
     Panel("exit probability", ("exit_probability",), limits=(-0.03, 1.03)),
     Panel("attention alignment, ‖o student − o teacher‖²", ("alignment",), log=True),
     Panel("exit entropy, nats", ("exit_entropy",)),
@@ -53,33 +58,27 @@ PANELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run has logged.
+    """The logged metrics of a run.
 
     Attributes:
-      phases: {name: (first step, last step)} in the run's steps, planned ones too.
+      phases: {name: (first step, last step)}, counted from the run's start; planned phases are included.
       curves: {metric: {curve: (steps, values)}}; curve is "loop1" …, "backbone", "gate", or the metric's own name.
     """
 
-    phases: dict
-    curves: dict
+    phases: dict[str, tuple[int, int]]
+    curves: dict[str, dict[str, tuple[list[int], list[float]]]]
 
 
-def read_run(workdir):
-    """Reads a run's config and logs.
-
-    Args:
-      workdir: folder of the run.
-
-    Returns:
-      `Run`.
+def read_run(workdir: str | pathlib.Path) -> Run:
+    """Reads the config and the logs in a run's workdir.
 
     Raises:
-      FileNotFoundError: the folder holds no run, or nothing has been logged yet.
+      InputError: the folder holds no run, or nothing has been logged yet.
     """
     workdir = pathlib.Path(workdir)
     file = workdir / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{workdir}: no config.json; expected the workdir of a run of melt_jax.train")
+        raise InputError(f"{workdir}: expected the workdir of a run of melt_jax.train, found no config.json")
     config = json.loads(file.read_text())
     phases, curves, start = {}, {}, 0
     for name in config["phases"]:
@@ -92,20 +91,20 @@ def read_run(workdir):
         start = phases[name][1]
     if not curves:
         logs = ", ".join(f"{name}/metrics.jsonl" for name in phases)
-        raise FileNotFoundError(f"{workdir}: nothing logged yet; expected lines in {logs}")
+        raise InputError(f"{workdir}: expected lines in {logs}, found none; wait until the run has logged a step")
     return Run(phases, curves)
 
 
-def read_log(path):
-    """The records of a `metrics.jsonl`; none if there is no such file. A last line still being written is left out."""
+def read_log(path: pathlib.Path) -> list[dict[str, float]]:
+    """The records of a `metrics.jsonl`, without an incomplete last line; none if there is no such file."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text().rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def average_layers(record):
-    """{(metric, curve): value} of one record: `a/loop2/layer1` and `a/loop2/layer2` become the mean ("a", "loop2")."""
+def average_layers(record: dict[str, float]) -> dict[tuple[str, str], float]:
+    """{(metric, curve): value} of a record; the mean of `a/loop2/layer1`, `a/loop2/layer2`, … is ("a", "loop2")."""
     found = collections.defaultdict(list)
     for name, value in record.items():
         if name not in ("phase", "step"):
@@ -114,25 +113,26 @@ def average_layers(record):
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
-def draw(run):
-    """The curves of a `Run` as a matplotlib figure: one pair of axes for each panel that has something to show."""
+def draw(run: Run) -> Figure:
+    """The curves of a run as a matplotlib figure: one panel for each of `PANELS` whose metrics were logged.
+
+    Raises:
+      InputError: there is no such panel.
+    """
     panels = [panel for panel in PANELS if any(metric in run.curves for metric in panel.metrics)]
     if not panels:
-        raise ValueError(f"nothing to draw: the run logged {', '.join(sorted(run.curves))}")
-    rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 0.7 + 2.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, sharex=True, squeeze=False).ravel()
-    loops = sorted(
-        {name for curves in run.curves.values() for name in curves if re.fullmatch(r"loop\d+", name)}, key=natural
-    )
-    shades = matplotlib.colormaps["viridis_r"]
-    colors = {name: shades(0.12 + 0.82 * i / max(len(loops) - 1, 1)) for i, name in enumerate(loops)}
+        known = ", ".join(metric for panel in PANELS for metric in panel.metrics)
+        raise InputError(f"metrics.jsonl: expected some of {known}, found {', '.join(sorted(run.curves))}")
+    grid_rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 0.7 + 2.5 * grid_rows), layout="constrained")
+    grid = figure.subplots(grid_rows, 2, sharex=True, squeeze=False).ravel()
+    colors = curve_colors(run)
     handles = {}
     for axes, panel in zip(grid, panels):
         for metric in panel.metrics:
             for name, (steps, values) in sorted(run.curves.get(metric, {}).items(), key=lambda item: natural(item[0])):
-                color = colors.get(name) or GROUP_COLORS.get(name, "tab:blue")
                 style = {"linestyle": "--", "linewidth": 1.2} if metric == "alpha" else {"linewidth": 1.6}
+                color = colors.get(name, "tab:blue")
                 (handles[name],) = axes.plot(steps, values, color=color, label=name, **style)
         dress(axes, panel, run.phases)
     for axes in grid[len(panels) :]:
@@ -140,11 +140,11 @@ def draw(run):
     for axes in grid[max(len(panels) - 2, 0) : len(panels)]:
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
-    names = {"backbone": "backbone weights", "gate": "gates", "alpha": "α"}
-    shown = {name: handles[name] for name in (*loops, "backbone", "gate", "alpha") if name in handles}
+    labels = {"backbone": "backbone weights", "gate": "gates", "alpha": "α"}
+    shown = {name: handles[name] for name in colors if name in handles}
     figure.legend(
-        shown.values(),
-        [names.get(name, name.replace("loop", "loop ")) for name in shown],
+        list(shown.values()),
+        [labels.get(name, name.replace("loop", "loop ")) for name in shown],
         loc="outside upper center",
         ncols=len(shown),
         frameon=False,
@@ -152,8 +152,15 @@ def draw(run):
     return figure
 
 
-def dress(axes, panel, phases):
-    """Title, scales, and where the phases meet; the phases' names stand at the foot of each panel."""
+def curve_colors(run: Run) -> dict[str, Any]:
+    """{curve: color}, the same in all panels, in the order of the legend."""
+    names = {name for curves in run.curves.values() for name in curves if re.fullmatch(r"loop\d+", name)}
+    loops, shades = sorted(names, key=natural), matplotlib.colormaps["viridis_r"]
+    return {name: shades(0.12 + 0.82 * i / max(len(loops) - 1, 1)) for i, name in enumerate(loops)} | GROUP_COLORS
+
+
+def dress(axes: Axes, panel: Panel, phases: dict[str, tuple[int, int]]) -> None:
+    """Adds title, scales, phase boundaries, and the phases' names at the bottom."""
     axes.set_title(panel.title, fontsize=10, loc="left")
     if panel.log:
         axes.set_yscale("log")
@@ -173,27 +180,41 @@ def dress(axes, panel, phases):
             axes.text((start + stop) / 2, 0.02, name, color=GRAY, fontsize=9, **place)
 
 
-def natural(name):
-    """A sort key by which loop10 comes after loop2."""
+def natural(name: str) -> list[int | str]:
+    """A sort key that puts loop10 after loop2."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def main(arguments=None):
-    """Reads, draws, writes; `arguments` are the command line's unless given."""
-    parser = argparse.ArgumentParser("python -m melt_jax.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="folder of a run of melt_jax.train")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help=f"the picture: {', '.join(FORMATS)}")
-    args = parser.parse_args(arguments)
-    if args.output.suffix not in FORMATS:
-        parser.error(f"--output: expected a name that ends in {', '.join(FORMATS)}, found {args.output.name}")
-    try:
-        figure = draw(read_run(args.workdir))
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=150)
-    print(f"wrote {args.output}")
+def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path) -> None:
+    """Draws the curves of a run into a file.
+
+    Args:
+      workdir: the run's.
+      output: the file, whose suffix is one of `FORMATS`; its folder is created.
+
+    Raises:
+      InputError: the suffix is another, the workdir holds no run, or nothing has been logged yet.
+    """
+    output = pathlib.Path(output)
+    if output.suffix not in FORMATS:
+        raise InputError(f"--output: expected a name that ends in {', '.join(FORMATS)}, found {output.name!r}")
+    figure = draw(read_run(workdir))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("workdir", None, "Folder of a run of melt_jax.train.", required=True)
+    flags.DEFINE_string("output", None, f"The picture: a name that ends in {', '.join(FORMATS)}.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Draws as the flags say."""
+    plot_run(flags.FLAGS.workdir, flags.FLAGS.output)
+    print(f"wrote {flags.FLAGS.output}")
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

@@ -1,31 +1,32 @@
-"""Trains: a LoopLM becomes a MELT in two phases, or a small LoopLM is made from scratch.
+"""Trains a MELT from a LoopLM in two phases, or a small LoopLM from scratch.
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 
-Started again with the same workdir, a run goes on from its last checkpoint, to the same bits. The workdir gets, for
-each phase, `checkpoints/` (masters, moments, step), `metrics.jsonl` and TensorBoard files, and at its end `model/`, a
-checkpoint folder that `melt_jax.generate`, `.evaluate` and `.convert` open; and `results.json`, what the table at the
-end is made of. SIGTERM saves a checkpoint and leaves with status 75, a stall that `run.stall_seconds` notices with 76:
-both ask to be started again (`melt_jax.training.preemption`).
+Rerun the command to resume a killed run from its last checkpoint; the result is bitwise identical to an uninterrupted
+run. The workdir gets `config.json`, `results.json` (the evaluations), and a folder for each phase: `checkpoints/`
+(weights, moments, step), `metrics.jsonl`, TensorBoard files and, when the phase has ended, `model/`, a checkpoint
+folder for `melt_jax.generate`, `.evaluate` and `.convert`. When a phase's model is written, its checkpoints are
+deleted, except the last phase's. After SIGTERM the command saves a checkpoint and exits with status 75, after a stall
+of `run.stall_seconds` with 76: rerun it then too (`melt_jax.training.preemption`).
 """
 
 import dataclasses
-import json
 import pathlib
+import shutil
 import sys
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from melt_jax import command_line
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
-from melt_jax.config import ConfigError, freeze
+from melt_jax.config import ConfigError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
-from melt_jax.files import write_text
 from melt_jax.inference import scoring
 from melt_jax.inference.results import Results
-from melt_jax.model.model import abstract_model, init_model, parameter_count, reconfigure
+from melt_jax.model.model import LoopedTransformer, abstract_model, init_model, parameter_count, reconfigure
 from melt_jax.sharding import (
     batch_sharding,
     for_inference,
@@ -38,17 +39,12 @@ from melt_jax.sharding import (
 )
 from melt_jax.training.checkpoints import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
+from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
 from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
+from melt_jax.training.run_config import keep_config
 from melt_jax.training.step import init_state, make_train_step, phase_objective
-from melt_jax.training.step_monitor import StepMonitor
-
-RESUMABLE_KEYS = {
-    "run",
-    "mesh",
-    "gather",
-    "micro_batches",
-}  # may change in a run: how it is watched, and where its steps run
+from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 
 
 def define_flags() -> None:
@@ -66,53 +62,84 @@ def main(argv: list[str]) -> None:
     run(config, pathlib.Path(flags.FLAGS.workdir))
 
 
-def run(config_dict, workdir):
-    """One run of a ConfigDict, new or resumed, in a folder. Returns the trained model, float32."""
+def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransformer:
+    """Trains by a config in a folder, from the start or from where an earlier run in the folder stopped.
+
+    Args:
+      config_dict: a recipe, such as `configs.nano.get_config()`.
+      workdir: the run's folder.
+
+    Returns:
+      The trained model, float32, split over the mesh.
+
+    Raises:
+      InputError: config, teacher, data and devices do not fit each other, or the folder holds a run with others.
+      NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
+      SystemExit: SIGTERM came to this run's processes, and a checkpoint was saved (status 75).
+    """
+    workdir = pathlib.Path(workdir)
     console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
 
-    # ---- the config, checked before anything is allocated
+    # ---- check everything before anything is allocated
     config = freeze(config_dict)
     pretraining = config.phases == ("pretraining",)
-    shape = config.model if pretraining else open_folder(config.teacher).config
-    wrong = stream.run_errors(config, shape, config.tokenizer or config.teacher)
-    wrong += mesh_errors(config, shape if pretraining else dataclasses.replace(shape, gate=config.student.gate))
-    if wrong:
-        fit = "teacher, data and devices do not fit the run:\n"
-        raise ConfigError(fit + "\n".join(f"  - {line}" for line in wrong))
+    looplm = config.model if pretraining else open_folder(config.teacher).config
+    student, trained = config.student, looplm
+    if not pretraining:
+        trained = dataclasses.replace(looplm, gate=student.gate, first_loop=student.first_loop)
+    errors = stream.run_errors(config, looplm, config.tokenizer or config.teacher) + mesh_errors(config, trained)
+    if errors:
+        mismatch = "teacher, data and devices do not fit the run:\n"
+        raise ConfigError(mismatch + "\n".join(f"  - {error}" for error in errors))
+    keep_config(config, workdir)
+    for line in plan(config, trained, workdir):
+        console.print(line)
+
     mesh = make_mesh(config.mesh)
-    _keep_config(config_dict, stream.fingerprints(config), workdir)
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    parameters = parameter_count(abstract_model(trained))
+    console.print(f"{parameters:,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
     with jax.set_mesh(mesh):
-        return _run(config, shape, workdir, mesh, console)
+        return _run(config, looplm, workdir, mesh, console)
 
 
-def _run(config, shape, workdir, mesh, console):
-    # ---- where the student starts
-    key = jax.random.key(config.seed)
-    teacher = None
-    if config.phases == ("pretraining",):
-        phase = config.pretraining
-        params = init_model(shape, key, phase.init_std, embedding_std=phase.embedding_std)
-    else:
-        shardings = weight_shardings(abstract_model(shape), mesh)
+def _run(
+    config: TrainConfig, looplm: ModelConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh, console: Console
+) -> LoopedTransformer:
+    # ---- the teacher
+    pretraining = config.phases == ("pretraining",)
+    teacher, results = None, Results(workdir / "results.json")
+    shardings = weight_shardings(abstract_model(looplm), mesh)
+    if not pretraining:
         teacher = open_model(config.teacher, dtype=config.dtype, shardings=shardings)
         teacher = reconfigure(teacher, attention_block=config.attention_block)
-        params = make_student(open_model(config.teacher, dtype="float32", shardings=shardings), config, key)
-    params = place_weights(params, mesh)
-    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    console.print(f"{parameter_count(params):,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
-    results = Results(workdir / "results.json")
-    if teacher is not None:
         results.measure("teacher", lambda: teacher, teacher, config)
         results.measure("single shared KV entry, untrained", lambda: reconfigure(teacher, gate="last"), teacher, config)
 
-    # ---- the phases
-    first_step = 0
-    for name in config.phases:
-        params = run_phase(name, config, mesh, workdir / name, params, teacher, first_step, console)
-        results.measure(f"after {name}", lambda params=params: params, teacher, config)
-        first_step += config.phase(name).steps
+    # ---- phases that an earlier run has ended; their evaluation may be missing
+    ended = [name for name in config.phases if broadcast_from_process_0((workdir / name / "model").exists())]
+    for name in ended:
+        _delete_checkpoints(name, config, workdir / name)
+        results.measure(f"after {name}", lambda name=name: read_model(workdir / name, mesh), teacher, config)
 
-    # ---- the table, and a sample
+    # ---- the student: what the last of them made, or the teacher with new gates
+    key = jax.random.key(config.seed)
+    if ended:
+        params = read_model(workdir / ended[-1], mesh)
+        console.print(f"{ended[-1]}: complete, read from {workdir / ended[-1] / 'model'}")
+    elif pretraining:
+        stds = config.pretraining
+        params = place_weights(init_model(looplm, key, stds.init_std, embedding_std=stds.embedding_std), mesh)
+    else:
+        params = make_student(open_model(config.teacher, dtype="float32", shardings=shardings), config, key)
+        params = place_weights(params, mesh)
+
+    # ---- the phases that remain
+    for name in config.phases[len(ended) :]:
+        params = run_phase(name, config, mesh, workdir / name, params, teacher, console)
+        results.measure(f"after {name}", lambda params=params: params, teacher, config)
+
+    # ---- the table of results and a sample
     if table := results.table():
         console.print(table)
     if config.evaluation.sample:
@@ -121,51 +148,63 @@ def _run(config, shape, workdir, mesh, console):
     return params
 
 
-def run_phase(name, config, mesh, workdir, params, teacher, first_step, console):
-    """Trains one phase to its end and returns the trained weights, float32.
-
-    Start-up order: a phase that has ended is read; one that has begun goes on from its newest checkpoint; else it
-    starts from `params`, what the phase before it made or the converted teacher.
+def run_phase(
+    name: str,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+    params: LoopedTransformer,
+    teacher: LoopedTransformer | None,
+    console: Console,
+) -> LoopedTransformer:
+    """Trains one phase to its end, from its newest checkpoint if it has one, and writes its model.
 
     Args:
       name: of the phase.
-      config: `TrainConfig`.
-      mesh: of `sharding.make_mesh`, the current one.
-      workdir: the phase's folder.
-      params: float32 model, on the mesh; given away, so that masters exist once.
-      teacher: frozen LoopLM, or None in pre-training.
-      first_step: the run's step at which the phase begins, from which its data is counted.
+      config: of the run.
+      mesh: the current one.
+      folder: the phase's.
+      params: float32 weights on the mesh from which the phase starts. They are donated.
+      teacher: frozen LoopLM; None in pre-training.
       console: where lines are printed.
 
+    Returns:
+      The trained weights, float32.
+
     Raises:
-      SystemExit: with status 75, when SIGTERM came and a checkpoint was saved.
       NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
+      SystemExit: SIGTERM came and a checkpoint was saved (status 75).
     """
     exit_if_preempted()
     phase = config.phase(name)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
+    first_step = sum(config.phase(earlier).steps for earlier in config.phases[: config.phases.index(name)])
+
+    # ---- the state
     params = reconfigure(params, remat=config.remat, attention_block=config.attention_block)
     optimizer = make_optimizer(phase, config.optimizer, params)
     state = init_state(params, optimizer)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
     start = checkpoints.latest() or 0
     if start:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        del state
+        del state  # its memory is needed for the restored one
         state = checkpoints.restore(start, abstract)
-        console.print(f"{name}: goes on from step {start}")
+        console.print(f"{name}: resumes from step {start}")
 
+    # ---- step and data
     objective = phase_objective(name, phase, config.chunk_size)
     train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
     sharding, size = batch_sharding(mesh), config.data.batch
-    rows = local_batch_indices(sharding, size)
-    batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, rows)
-    skipped = int(state.skipped)
-    with StepMonitor(
-        name, config, state.params.config, workdir, start, skipped, first_step, checkpoints, console
-    ) as monitor:
+    indices = local_batch_indices(sharding, size)
+    batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, indices)
+
+    # ---- the loop
+    begin = PhaseStart(start, int(state.skipped), first_step)
+    with StepMonitor(name, config, state.params.config, folder, begin, checkpoints, console) as monitor:
         for step, batch in monitor.enumerate(batches):
+            batch = place_batch(batch, sharding, indices, size)
             with monitor.annotate(step, state):
-                state, metrics = train_step(state, teacher, place_batch(batch, sharding, rows, size))
+                state, metrics = train_step(state, teacher, batch)
             last = monitor.after_dispatch(step, metrics)
             checkpoints.save(step, state, force=last)
             if last:
@@ -173,37 +212,34 @@ def run_phase(name, config, mesh, workdir, params, teacher, first_step, console)
         monitor.finish()
     checkpoints.close()
     if monitor.preempted:
-        console.print(f"{name}: SIGTERM; step {int(state.step)} is saved, and the same command goes on from there")
+        console.print(f"{name}: SIGTERM; step {int(state.step)} is saved; rerun the command to resume")
         sys.exit(PREEMPTED)
-    if not broadcast_from_process_0((workdir / "model").exists()):
-        save_model(workdir / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
+
+    # ---- the result
+    save_model(folder / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
+    _delete_checkpoints(name, config, folder)
     return state.params
 
 
-def make_student(looplm, config, key):
-    """The MELT that a LoopLM starts as: its weights, and fresh gates."""
+def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array) -> LoopedTransformer:
+    """The MELT that training starts from: the LoopLM's weights and new gates."""
     student = config.student
     return reconfigure(looplm, key, student.gate_std, gate=student.gate, first_loop=student.first_loop)
 
 
-def _keep_config(config_dict, fingerprints, workdir):
-    """Writes the config, and what its prepared data is known by, beside the run.
+def read_model(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:
+    """The model of a phase that has ended, float32, split over the mesh."""
+    shardings = weight_shardings(abstract_model(open_folder(folder / "model").config), mesh)
+    return open_model(folder / "model", dtype="float32", shardings=shardings)
 
-    A run is resumed only under the config it began with, but for `RESUMABLE_KEYS`, and with the same data.
+
+def _delete_checkpoints(name: str, config: TrainConfig, folder: pathlib.Path) -> None:
+    """Deletes the checkpoints of a phase whose model is written: the next phase starts from the model.
+
+    If the process is killed meanwhile, the next start deletes the rest.
     """
-    path, new = workdir / "config.json", json.loads(config_dict.to_json())
-    new |= {f"manifest of {key}": f"sha256 {digest}" for key, digest in fingerprints.items()}
-    old = json.loads(path.read_text()) if path.exists() else new
-    keys = sorted({*old, *new} - RESUMABLE_KEYS)
-    changed = [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-    if broadcast_from_process_0(bool(changed)):  # one that went on alone would wait for the others
-        raise ConfigError(
-            f"{workdir} holds a run with another config or other data; take another workdir. Changed:\n"
-            + "\n".join(changed)
-        )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(new, indent=1, sort_keys=True))
+    if jax.process_index() == 0 and name != config.phases[-1]:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":

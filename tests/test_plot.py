@@ -1,16 +1,19 @@
-"""The picture of a run: what is read from its logs, and what is drawn of it."""
+"""The curves of a run: reading its logs and drawing them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from melt_jax import plot
+from melt_jax.config import InputError
 
 T, L = 3, 2
 
 
 def write_run(folder, lines=(4, 2), phases=("transition", "alignment")):
-    """A workdir as `melt_jax.train` leaves it: phases of 40 steps, a line every 10, values told by loop and layer."""
+    """A workdir like those of `melt_jax.train`: phases of 40 steps, a line every 10, values by loop and layer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"phases": phases, **{name: {"steps": 40} for name in phases}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -32,7 +35,7 @@ def write_run(folder, lines=(4, 2), phases=("transition", "alignment")):
     return folder
 
 
-def test_phases_follow_each_other_on_one_axis_and_layers_are_averaged(tmp_path):
+def test_phases_share_an_axis_and_layers_are_averaged(tmp_path):
     run = plot.read_run(write_run(tmp_path))
     assert run.phases == {"transition": (0, 40), "alignment": (40, 80)}
     assert run.curves["kd"]["loop2"][0] == [10, 20, 30, 40, 50, 60]
@@ -41,7 +44,7 @@ def test_phases_follow_each_other_on_one_axis_and_layers_are_averaged(tmp_path):
     assert run.curves["alpha"]["alpha"] == ([10, 20, 30, 40], [0.25, 0.5, 0.75, 1.0])
 
 
-def test_each_curve_is_drawn_once_in_one_colour_per_loop(tmp_path):
+def test_curves_are_drawn_once_with_one_color_each(tmp_path):
     run = plot.read_run(write_run(tmp_path))
     figure = plot.draw(run)
     lines = {axes.get_title("left"): {line.get_label(): line for line in axes.lines} for axes in figure.axes}
@@ -50,7 +53,7 @@ def test_each_curve_is_drawn_once_in_one_colour_per_loop(tmp_path):
     assert drawn == [loops, loops | {"alpha"}, loops, {"backbone", "gate"}]
     for name in loops:
         assert len({panel[name].get_color() for panel in lines.values() if name in panel}) == 1
-    kl = lines["KL(teacher ‖ student), nats a token"]["loop1"]
+    kl = lines["KL(teacher ‖ student), nats per token"]["loop1"]
     assert list(kl.get_ydata()) == run.curves["kd"]["loop1"][1]
     boundaries = [
         [line.get_xdata()[0] for line in axes.lines if line.get_label().startswith("_")] for axes in figure.axes
@@ -58,15 +61,15 @@ def test_each_curve_is_drawn_once_in_one_colour_per_loop(tmp_path):
     assert boundaries == [[40]] * 4
 
 
-def test_pretraining_has_panels_of_its_own(tmp_path):
+def test_pretraining_has_its_own_panels(tmp_path):
     write_run(tmp_path, (1,), ("pretraining",))
     record = {"step": 5, "cross_entropy/loop1": 2.0, "exit_probability/loop1": 1.0, "gradient_norm/backbone": 3.0}
     (tmp_path / "pretraining/metrics.jsonl").write_text(json.dumps(record) + "\n")
     titles = [axes.get_title("left") for axes in plot.draw(plot.read_run(tmp_path)).axes]
-    assert titles == ["cross-entropy, nats a token", "exit probability", "gradient norm before clipping"]
+    assert titles == ["cross-entropy, nats per token", "exit probability", "gradient norm before clipping"]
 
 
-def test_a_run_under_way_is_drawn_as_far_as_it_has_come(tmp_path):
+def test_an_unfinished_run_is_drawn_so_far(tmp_path):
     write_run(tmp_path, (2,))
     with (tmp_path / "transition/metrics.jsonl").open("a") as file:
         file.write('{"phase": "transition", "st')
@@ -75,26 +78,30 @@ def test_a_run_under_way_is_drawn_as_far_as_it_has_come(tmp_path):
     assert run.phases["alignment"] == (40, 80)
 
 
-def test_a_folder_without_a_run_or_log_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json; expected the workdir"):
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"expected the workdir of a run .*, found no config\.json"):
         plot.read_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nothing logged yet; expected lines in transition/metrics\.jsonl, "):
+    with pytest.raises(InputError, match=r"expected lines in transition/metrics\.jsonl, .* found none"):
         plot.read_run(write_run(tmp_path, ()))
 
 
-def test_the_command_writes_the_picture(tmp_path, capsys):
-    workdir, output = write_run(tmp_path / "run"), tmp_path / "new/curves.png"
-    plot.main([f"--workdir={workdir}", f"--output={output}"])
+def test_the_picture_is_written(tmp_path):
+    output = tmp_path / "new/curves.png"
+    plot.plot_run(write_run(tmp_path / "run"), output)
     assert output.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out == f"wrote {output}\n"
+    with pytest.raises(InputError, match=r"--output: expected a name that ends in \.png, .*, found 'a\.txt'"):
+        plot.plot_run(tmp_path / "run", tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize(
-    "workdir, output, message", [("run", "a.txt", "ends in .png"), ("none", "a.png", "no config.json")]
-)
-def test_the_command_says_what_is_wrong(tmp_path, capsys, workdir, output, message):
-    write_run(tmp_path / "run")
-    with pytest.raises(SystemExit):
-        plot.main([f"--workdir={tmp_path / workdir}", f"--output={tmp_path / output}"])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / output).exists()
+def test_the_command(tmp_path):
+    """Its output, and its one line for bad input."""
+    workdir = write_run(tmp_path / "run")
+
+    def command(workdir):
+        flags = [f"--workdir={workdir}", f"--output={tmp_path / 'curves.svg'}"]
+        return subprocess.run([sys.executable, "-m", "melt_jax.plot", *flags], capture_output=True, text=True)
+
+    done = command(workdir)
+    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'curves.svg'}\n")
+    failed = command(tmp_path)
+    assert failed.returncode == 1 and "found no config.json" in failed.stderr and failed.stderr.count("\n") == 1

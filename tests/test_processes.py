@@ -1,4 +1,4 @@
-"""Two processes train as one does, to the bit, and what they save is restored to the bit on every mesh."""
+"""Two processes train bitwise like one, and their checkpoints are restored bitwise on every mesh."""
 
 import dataclasses
 import json
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from melt_jax.checkpoints.orbax import open_model, save_model
-from melt_jax.training.processes import broadcast_from_process_0
+from melt_jax.training.processes import broadcast_from_process_0, broadcast_text_from_process_0
 from tests.helpers.mesh_steps import gap
 from tests.helpers.process_run import OTHERS, STEPS
+from tests.helpers.start_processes import start_processes
 from tests.helpers.tiny import TINY, make_model
 from tests.long import processes
 from tests.long.kill_and_resume import differing, leaves
@@ -22,8 +23,8 @@ from tests.long.kill_and_resume import differing, leaves
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def started(folder, name, count, devices, *other):
-    """So many processes that train together. One joins itself: JAX then adds up as it does among several."""
+def start(folder, name, count, devices, *other):
+    """Starts processes that train together. Even one uses `jax.distributed`: its sums are then ordered alike."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -42,10 +43,10 @@ def started(folder, name, count, devices, *other):
     ]
 
 
-def ended(processes):
-    """What they printed; none failed, or else it is shown."""
+def wait(processes):
+    """Waits for processes and returns their outputs, which are shown if one fails."""
     try:
-        outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+        outputs = [process.communicate(timeout=1800)[0].decode() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -55,42 +56,46 @@ def ended(processes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{two, one}: what two processes of four devices, and one of eight, found; the folder; what they printed."""
+    """The findings of two processes with four devices each and of one with eight, by name, and their outputs."""
     folder = tmp_path_factory.mktemp("processes")
     save_model(folder / "teacher", make_model(dataclasses.replace(TINY, vocab=64, gate="none")))
-    printed = ended(started(folder, "two", 2, 4))
-    printed += ended(started(folder, "one", 1, 8, folder / "two"))
+    outputs = wait(start(folder, "two", 2, 4))
+    outputs += wait(start(folder, "one", 1, 8, folder / "two"))
     read = lambda name: json.loads((folder / name).read_text())
-    return {"two": [read("two0.json"), read("two1.json")], "one": read("one0.json"), "folder": folder}, printed
+    return {"two": [read("two0.json"), read("two1.json")], "one": read("one0.json"), "folder": folder}, outputs
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(runs):
-    """Same losses, weights and moments, to the bit: gates are drawn alike, and every row is met once."""
-    found, printed = runs
+    """Losses, weights and moments are bitwise equal: the same gates are drawn, and each sequence is used once."""
+    found, outputs = runs
     lines = [(found["folder"] / name / "transition/metrics.jsonl").read_text().splitlines() for name in ("two", "one")]
     two, one = ([json.loads(line)["loss"] for line in log] for log in lines)
     assert len(one) == STEPS and one[-1] > 0 and two == one
     weights = [leaves(found["folder"] / name, {"transition": STEPS}) for name in ("two", "one")]
     assert len(weights[0]) > 60 and not differing(*weights)
-    assert "parameters on 8 × cpu" in printed[0] and "transition" not in printed[1]
+    assert "parameters on 8 × cpu" in outputs[0] and "transition" not in outputs[1]
 
 
-def test_each_process_makes_its_own_rows(runs):
+@pytest.mark.slow
+def test_each_process_makes_its_own_sequences(runs):
     two, one = ([np.array(process["tokens"]) for process in part] for part in (runs[0]["two"], [runs[0]["one"]]))
     assert [tokens.shape for tokens in two] == [(STEPS, 4, 32)] * 2
     np.testing.assert_array_equal(np.concatenate(two, axis=1), one[0])
 
 
-def test_what_two_processes_saved_is_restored_on_every_mesh(runs):
-    """Weights, moments and step, saved on replica 2 × fsdp 2 × tensor 2, mesh after mesh, down to one device."""
+@pytest.mark.slow
+def test_checkpoints_are_restored_on_every_mesh(runs):
+    """Weights, moments and step, saved on replica 2 × fsdp 2 × tensor 2, on one mesh after the other, to one device."""
     found = runs[0]["one"]
     assert found["restored"] == {str(shape): [] for shape in OTHERS}
-    assert found["gone on with"] == {str(shape): [] for shape in OTHERS[:-1]}
+    assert found["resumed"] == {str(shape): [] for shape in OTHERS[:-1]}
     model = open_model(runs[0]["folder"] / "two/transition/model", dtype="float32")
     assert model.config.gate == "elementwise"
 
 
-def test_what_is_not_finite_is_no_rounding(monkeypatch, tmp_path):
+def test_nan_is_not_within_bounds(monkeypatch, tmp_path):
+    """`tests.long.processes` and `mesh_steps` report nan as a difference."""
     found = {"a": {"x.model.w": np.ones(3)}, "b": {"x.model.w": np.ones(3)}}
     logged = {"a": np.array([1.0, 2.0]), "b": np.array([1.0, 2.0])}
     monkeypatch.setattr(processes, "leaves", lambda workdir, phases: found[workdir.name])
@@ -104,5 +109,20 @@ def test_what_is_not_finite_is_no_rounding(monkeypatch, tmp_path):
     assert np.isnan(gap({"m": np.zeros(1), "w": np.array([1, np.inf])}, {"m": np.zeros(1), "w": np.ones(2)}))
 
 
-def test_a_process_alone_is_the_first():
+def test_a_single_process_broadcasts_to_itself():
     assert broadcast_from_process_0(True) is True and broadcast_from_process_0(False) is False
+    assert [broadcast_text_from_process_0(text) for text in ("", "T × L")] == ["", "T × L"]
+
+
+@pytest.mark.slow
+def test_a_text_of_process_0_reaches_all():
+    """Texts of several lengths, one of them empty."""
+    program = """
+import jax
+from melt_jax.training.processes import broadcast_text_from_process_0, initialize_distributed
+initialize_distributed()
+for text in ("", "T × L", "a" * 1000):
+    print(broadcast_text_from_process_0(text if jax.process_index() == 0 else "ignored"))
+"""
+    outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, program)]
+    assert outputs == ["\nT × L\n" + "a" * 1000 + "\n"] * 2

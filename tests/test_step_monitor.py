@@ -1,11 +1,7 @@
-"""What attends a run: SIGTERM among processes, stalls, skipped steps, seconds and profiles, who the processes are."""
+"""Monitoring of the steps: SIGTERM, stalls, skipped steps, performance and profiles; how processes join."""
 
 import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -15,17 +11,16 @@ import numpy as np
 import pytest
 
 from configs import nano
-from melt_jax.config import RunConfig, freeze
-from melt_jax.training import performance
+from melt_jax.config import InputError, RunConfig, freeze
+from melt_jax.training import performance, watchdog
 from melt_jax.training.performance import Performance, StepProfiler
 from melt_jax.training.preemption import PREEMPTED, STALLED, PreemptionNotice
 from melt_jax.training.processes import initialize_distributed
 from melt_jax.training.skipped import NonFiniteError, SkippedSteps
-from melt_jax.training.step_monitor import StepMonitor
+from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 from melt_jax.training.watchdog import Watchdog
+from tests.helpers.start_processes import start_processes
 from tests.helpers.tiny import TINY
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run_config(**changes):
@@ -34,7 +29,7 @@ def run_config(**changes):
 
 
 class TestPreemption:
-    def test_sigterm_is_noted_during_the_steps_and_the_handler_before_comes_back(self):
+    def test_sigterm_is_noted_and_the_handler_restored(self):
         before = signal.getsignal(signal.SIGTERM)
         with PreemptionNotice() as notice:
             assert not notice.reached()
@@ -42,7 +37,7 @@ class TestPreemption:
             assert notice.reached() and notice.reached()
         assert signal.getsignal(signal.SIGTERM) == before
 
-    def test_processes_stop_at_one_step_when_one_of_them_gets_sigterm(self):
+    def test_processes_stop_at_one_step(self):
         program = """
 import os, signal, time, jax
 from melt_jax.training.preemption import PreemptionNotice, exit_on_sigterm
@@ -58,10 +53,11 @@ with PreemptionNotice() as notice:
             print("stopped", step)
             break
 """
-        outputs = [process.communicate(timeout=120)[0] for process in start_processes(2, program)]
+        outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, program)]
         assert outputs[0] == outputs[1] and outputs[0].startswith("stopped")
 
-    def test_processes_leave_before_the_same_measurement_when_one_of_them_gets_sigterm(self):
+    @pytest.mark.slow
+    def test_processes_leave_before_the_same_measurement(self):
         program = """
 import os, signal, time, jax
 from melt_jax.training.preemption import PreemptionNotice, exit_if_preempted
@@ -77,95 +73,178 @@ for measured in range(100):
     time.sleep(0.2 * (1 + jax.process_index()))
 """
         processes = start_processes(2, program)
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
         assert [process.returncode for process in processes] == [PREEMPTED] * 2
         assert outputs[0] == outputs[1] and "measures 2\n" in outputs[0]
 
 
-def start_processes(count, program):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = os.environ | {"MELT_COORDINATOR": coordinator, "MELT_PROCESSES": str(count)}
-    command = [sys.executable, "-c", program]
-    return [
-        subprocess.Popen(command, cwd=ROOT, env=shared | {"MELT_PROCESS": str(i)}, stdout=subprocess.PIPE, text=True)
-        for i in range(count)
-    ]
+@pytest.fixture
+def monitor(tmp_path):
+    """Builds the `StepMonitor` of a transition of 100 steps of nano."""
+
+    def build(start=0, wait=lambda: None, **run):
+        config = nano.get_config()
+        config.transition.steps, config.log_every = 100, 50
+        config.run.update(run)
+        checkpoints = SimpleNamespace(wait_until_finished=wait)
+        return StepMonitor("transition", freeze(config), TINY, tmp_path, PhaseStart(start), checkpoints, None)
+
+    return build
 
 
-def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost(tmp_path):
-    config = nano.get_config()
-    checkpoints = SimpleNamespace(wait_until_finished=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with StepMonitor(
-        "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
-    ) as monitor:
-        assert list(monitor.enumerate([])) == [] and not monitor.preempted
-        monitor.finish()
-    assert monitor.preempted
+class FakeDevice:
+    """Runs a step only when the host waits for one of its outputs."""
+
+    def __init__(self):
+        self.unfinished = []
+
+    def dispatch(self, step):
+        self.unfinished.append(step)
+        return {"loss": (FakeArray(self, step), 1), "skipped": (np.float32(0), 1)}
+
+    def run(self, step):
+        self.unfinished = [other for other in self.unfinished if other > step]
 
 
-def test_sigterm_after_the_last_save_is_not_lost(tmp_path):
-    config = nano.get_config()
-    checkpoints = SimpleNamespace(wait_until_finished=lambda: None)
-    with StepMonitor(
-        "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
-    ) as monitor:
-        monitor.finish()
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert monitor.preempted
+class FakeArray:
+    """An output of a step."""
+
+    def __init__(self, device, step):
+        self._device, self._step = device, step
+
+    def is_ready(self):
+        return self._step not in self._device.unfinished
+
+    def block_until_ready(self):
+        self._device.run(self._step)
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        self._device.run(self._step)
+        return np.zeros((), np.float32)
 
 
-def test_a_last_checkpoint_that_is_not_written_is_a_stall(tmp_path):
-    config = nano.get_config()
-    config.run.stall_seconds = config.run.stall_first_seconds = 0.2
-    config.run.stall_exits = False
-    checkpoints = SimpleNamespace(wait_until_finished=lambda: time.sleep(1.5))
-    with StepMonitor(
-        "transition", freeze(config), TINY, tmp_path, config.transition.steps, 0, 0, checkpoints, None
-    ) as monitor:
-        monitor.finish()
-    assert "no step has finished" in (tmp_path / "stall-process0.txt").read_text()
+class TestStepMonitor:
+    def run(self, monitor, event=lambda step: None, event_after=lambda step: None):
+        """{step: unfinished steps when it is dispatched} of a loop like the trainer's, and the last step."""
+        device, unfinished = FakeDevice(), {}
+        with monitor:
+            for step, _ in monitor.enumerate(range(100)):
+                with monitor.annotate(step, None):
+                    unfinished[step] = list(device.unfinished)
+                    metrics = device.dispatch(step)
+                event(step)
+                last = monitor.after_dispatch(step, metrics)
+                event_after(step)
+                if last:
+                    break
+            monitor.finish()
+        return unfinished, step
+
+    def test_the_host_is_one_step_ahead(self, monitor):
+        """Before step n + 1 is dispatched, step n − 1 has finished, but step n has not."""
+        unfinished, last = self.run(monitor())
+        assert unfinished == {1: []} | {step: [step - 1] for step in range(2, 101)} and last == 100
+
+    def test_sigterm_is_answered_within_a_step(self, monitor):
+        def sigterm_at(step):
+            return lambda at: os.kill(os.getpid(), signal.SIGTERM) if at == step else None
+
+        assert self.run(monitor(), event=sigterm_at(7))[1] == 7
+        assert self.run(monitor(), event_after=sigterm_at(7))[1] == 8
+
+    def test_implicit_transfers_raise_in_a_step(self, monitor):
+        step, state = jax.jit(lambda state, batch: state + batch), jnp.zeros(3)
+        with monitor() as steps:
+            with steps.annotate(1, state):
+                state = step(state, jax.device_put(np.ones(3, np.float32)))
+            with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+                with steps.annotate(2, state):
+                    step(state, np.ones(3, np.float32))
+
+    def test_sigterm_during_the_last_save_is_noted(self, monitor):
+        with monitor(100, wait=lambda: os.kill(os.getpid(), signal.SIGTERM)) as steps:
+            assert list(steps.enumerate([])) == [] and not steps.preempted
+            steps.finish()
+        assert steps.preempted
+
+    def test_sigterm_after_the_last_save_is_noted(self, monitor):
+        with monitor(100) as steps:
+            steps.finish()
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert steps.preempted
+
+    def test_an_unfinished_save_is_a_stall(self, monitor, tmp_path):
+        report = tmp_path / "stall-process0.txt"
+        with monitor(
+            100, lambda: wait_for(report.exists), stall_seconds=0.05, stall_first_seconds=0.05, stall_exits=False
+        ) as steps:
+            steps.finish()
+        assert "no step has finished" in report.read_text()
+
+
+def wait_for(condition):
+    """Polls until the condition holds; gives up after ten minutes."""
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class TestWatchdog:
-    def stall(self, tmp_path, monkeypatch, hold, **changes):
-        """Step 8 is dispatched and ends after `hold` seconds; returns the statuses that were asked to leave with."""
-        statuses, ready, pending = [], jnp.float32(0), SimpleNamespace(is_ready=lambda: done)
+    """By a clock that the tests set; only the last test starts the thread."""
+
+    @pytest.fixture
+    def now(self, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        return now
+
+    @pytest.fixture
+    def statuses(self, monkeypatch):
+        """The statuses with which the process would have exited."""
+        statuses = []
         monkeypatch.setattr(os, "_exit", statuses.append)
-        done = False
-        with Watchdog("transition", tmp_path, run_config(**changes)) as watchdog:
-            watchdog.after_dispatch(7, ready)
-            time.sleep(0.2)
-            watchdog.after_dispatch(8, pending)
-            time.sleep(hold)
-            done = True
-            time.sleep(0.2)
         return statuses
 
-    def test_a_step_that_is_dispatched_and_does_not_finish(self, tmp_path, monkeypatch):
-        statuses = self.stall(tmp_path, monkeypatch, 3, stall_seconds=1.0, stall_exits=True)
+    def stall(self, folder, now, seconds, **changes):
+        """Step 7 finishes at 1 s; step 8 is dispatched and runs on for so many seconds."""
+        dog, device = Watchdog("transition", folder, run_config(stall_seconds=10.0, **changes)), FakeDevice()
+        dog.after_dispatch(7, FakeArray(device, 7))
+        now[0] = 1.0
+        dog.check()
+        dog.after_dispatch(8, device.dispatch(8)["loss"][0])
+        for _ in range(seconds):
+            now[0] += 1
+            dog.check()
+        device.run(8)
+        now[0] += 9
+        dog.check()
+        return folder / "stall-process0.txt"
+
+    def test_a_dispatched_step_that_does_not_finish(self, tmp_path, now, statuses):
+        text = self.stall(tmp_path, now, 11, stall_exits=True).read_text()
+        assert "transition: no step has finished for 10 s (the last was step 7; step 8 is running), process 0" in text
         assert statuses == [STALLED]
-        text = (tmp_path / "stall-process0.txt").read_text()
-        assert "transition: no step has finished for 1 s" in text
-        assert "(the last was step 7; the device has step 8 to finish)" in text
-        assert "in stall" in text and "in _watch" in text  # the stacks of this thread and of the watchdog's
 
-    def test_it_is_reported_once_and_the_run_may_live(self, tmp_path, monkeypatch):
-        assert not self.stall(tmp_path, monkeypatch, 3, stall_seconds=1.0)
-        assert (tmp_path / "stall-process0.txt").read_text().count("no step has finished") == 1
+    def test_a_stall_is_reported_once(self, tmp_path, now, statuses):
+        assert self.stall(tmp_path, now, 50).read_text().count("no step has finished") == 1 and not statuses
 
-    def test_no_stall_no_report(self, tmp_path, monkeypatch):
-        assert not self.stall(tmp_path, monkeypatch, 0.1, stall_seconds=20, stall_exits=True)
-        assert not list(tmp_path.iterdir())
+    def test_no_stall_no_report(self, tmp_path, now, statuses):
+        assert not self.stall(tmp_path, now, 10, stall_exits=True).exists() and not statuses
 
-    def test_the_first_step_may_take_longer(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(os, "_exit", lambda status: None)
-        with Watchdog("transition", tmp_path, run_config(stall_seconds=0.1, stall_first_seconds=1.5)):
-            time.sleep(0.6)
-            assert not list(tmp_path.iterdir())
-            time.sleep(1.5)
-        assert "(none has; no later one was dispatched)" in (tmp_path / "stall-process0.txt").read_text()
+    def test_the_first_step_may_take_longer(self, tmp_path, now):
+        dog = Watchdog("transition", tmp_path, run_config(stall_seconds=1.0, stall_first_seconds=15.0))
+        for now[0], reported in ((15.0, False), (16.0, True)):
+            dog.check()
+            assert (tmp_path / "stall-process0.txt").exists() == reported
+        assert "(none so far; no later step was dispatched)" in (tmp_path / "stall-process0.txt").read_text()
+
+    def test_the_thread_writes_all_stacks(self, tmp_path):
+        report = tmp_path / "stall-process0.txt"
+        with Watchdog("transition", tmp_path, run_config(stall_seconds=0.05)):
+            wait_for(lambda: report.exists() and "in _poll" in report.read_text())
+        assert "in wait_for" in report.read_text()
 
 
 class TestSkippedSteps:
@@ -175,17 +254,17 @@ class TestSkippedSteps:
             step += len(interval)
             counter.read(step, [{"skipped": (np.float32(value), 1)} for value in interval], latest=lambda: 4)
 
-    def test_a_few_pass(self):
+    def test_a_few_are_tolerated(self):
         self.read(3, [1, 1, 0], [1, 1], [0, 1, 1])
 
-    def test_a_row_over_two_intervals_stops(self):
+    def test_skipped_steps_count_across_intervals(self):
         with pytest.raises(NonFiniteError) as error:
             self.read(3, [1, 0, 0, 1], [1, 1, 1])
         text = str(error.value)
         assert "alignment: the loss or a gradient was not finite in 3 steps in a row, 4 to 6" in text
         assert "(batches 103 to 105 of the run)" in text and "those of step 3" in text and "checkpoint 4" in text
 
-    def test_a_row_goes_on_where_a_checkpoint_left_it(self):
+    def test_skipped_steps_count_across_restarts(self):
         counter = SkippedSteps("alignment", 100, limit=3, start=7, row=2)
         with pytest.raises(NonFiniteError, match=r"in 3 steps in a row, 6 to 8 .*checkpoint 4"):
             counter.read(8, [{"skipped": (np.float32(1), 1)}], latest=lambda: 4)
@@ -194,13 +273,13 @@ class TestSkippedSteps:
 
 
 class TestPerformance:
-    def test_seconds_tokens_and_mfu_by_a_clock(self, monkeypatch):
+    def test_seconds_tokens_and_mfu(self, monkeypatch):
         now = [0.0]
         monkeypatch.setattr(performance.time, "perf_counter", lambda: now[0])
 
         def batches():
             for batch in range(4):
-                now[0] += 0.25  # to make
+                now[0] += 0.25  # the loop waits for the batch
                 yield batch
 
         with Performance(tokens=1000, flops=6e9, peak=1e10) as measured:
@@ -215,13 +294,13 @@ class TestPerformance:
         }  # fmt: skip
         assert second == {"seconds_per_step": 2, "tokens_per_second": 500, "data_seconds": 0, "mfu": 0.3}
 
-    def test_jax_tells_of_compilation(self):
+    def test_compile_seconds_are_measured(self):
         with Performance(1, 1) as measured:
             jax.jit(lambda x: x * 3 + 1)(jnp.arange(7.0)).block_until_ready()
             assert 0 < measured.read(1)["compile_seconds"]
             assert "compile_seconds" not in measured.read(1)
 
-    def test_the_peak_is_that_of_all_devices_where_the_chip_is_known(self, monkeypatch):
+    def test_peak_is_that_of_all_devices(self, monkeypatch):
         assert performance.peak_flops() is None
         monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v5 lite")] * 8)
         monkeypatch.setattr(jax, "device_count", lambda: 8)
@@ -246,14 +325,14 @@ class TestProcesses:
             monkeypatch.delenv(name, raising=False)
         return calls
 
-    def test_a_process_of_its_own(self, joined, monkeypatch):
+    def test_a_single_process(self, joined, monkeypatch):
         initialize_distributed()
         monkeypatch.setenv("MELT_PROCESSES", "1")
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
         initialize_distributed()
         assert joined == []
 
-    def test_as_told_or_as_slurm_has_it(self, joined, monkeypatch):
+    def test_variables_come_before_slurm(self, joined, monkeypatch):
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
         initialize_distributed()
         for name, value in (("COORDINATOR", "host:1234"), ("PROCESSES", "3"), ("PROCESS", "2")):
@@ -264,13 +343,16 @@ class TestProcesses:
     @pytest.mark.parametrize(
         "values, message",
         [
-            ({"MELT_PROCESS": "0"}, "MELT_COORDINATOR, MELT_PROCESSES: expected"),
+            ({"MELT_PROCESS": "0"}, "MELT_COORDINATOR, MELT_PROCESSES: expected a value"),
             ({"MELT_COORDINATOR": "h:1", "MELT_PROCESSES": "2", "MELT_PROCESS": "2"}, "0 <= process < processes"),
-            ({"MELT_COORDINATOR": "h", "MELT_PROCESSES": "2", "MELT_PROCESS": "0"}, "address:port, found 'h'"),
+            (
+                {"MELT_COORDINATOR": "h", "MELT_PROCESSES": "2", "MELT_PROCESS": "0"},
+                "address:port.*, found 'h'",
+            ),
         ],
     )
-    def test_half_told(self, monkeypatch, values, message):
+    def test_invalid_variables(self, monkeypatch, values, message):
         for name, value in values.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message):
             initialize_distributed()

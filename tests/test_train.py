@@ -1,4 +1,4 @@
-"""Whole runs of the trainer: both phases, interrupted and gone on with, and what they refuse."""
+"""Whole runs of the trainer: interrupted, failed and resumed, and what a resumed run may change."""
 
 import dataclasses
 import json
@@ -13,21 +13,23 @@ import pytest
 
 from configs import nano
 from melt_jax import train
-from melt_jax.checkpoints.orbax import open_model
+from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.checkpoints.published import save_published
 from melt_jax.config import ConfigError
 from melt_jax.data import stream
+from melt_jax.inference import scoring
 from melt_jax.training.preemption import PREEMPTED
 from tests.helpers.tiny import TINY, make_model
 from tests.test_records import LENGTH
 from tests.test_records import write as write_records
 
+LOOPLM = dataclasses.replace(TINY, vocab=64, gate="none")
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints") / "looplm"
-    config = dataclasses.replace(TINY, vocab=64, gate="none")
-    save_published(folder, make_model(config), dtype="float32")
+    save_published(folder, make_model(LOOPLM), dtype="float32")
     return str(folder)
 
 
@@ -39,7 +41,15 @@ def tiny_run(teacher):
     for phase in (config.transition, config.alignment):
         phase.steps, phase.warmup_steps = 5, 1
     config.log_every, config.checkpoint_every = 2, 2
-    config.evaluation.problems, config.evaluation.sequences, config.evaluation.sample = 4, 2, False
+    config.evaluation.problems, config.evaluation.sequences, config.evaluation.sample = 0, 2, False
+    config.evaluation.decoding_tokens = 0
+    return config
+
+
+def alignment_run(teacher, steps):
+    """The second phase alone, without evaluation."""
+    config = tiny_run(teacher)
+    config.phases, config.alignment.steps, config.evaluation.sequences = ("alignment",), steps, 0
     return config
 
 
@@ -48,10 +58,10 @@ def sigterm():
 
 
 def fail_after(checkpoint):
-    """Fails once that save, which is under way in the background, has ended."""
+    """Fails when the background save of that checkpoint has ended."""
 
     def fail():
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         raise KeyboardInterrupt
@@ -59,85 +69,126 @@ def fail_after(checkpoint):
     return fail
 
 
-def happens_at(step, event, monkeypatch):
-    """While the run waits for the batch that follows so many steps."""
-    whole = stream.batches
+def happens_at(step, event, patch):
+    """The event happens while the run waits for the batch after so many steps."""
+    make_batches = stream.batches
 
-    def broken(data, seed, start, stop, rows=None):
-        for index, batch in enumerate(whole(data, seed, start, stop, rows), start):
+    def broken(data, seed, start, stop, indices=None):
+        for index, batch in enumerate(make_batches(data, seed, start, stop, indices), start):
             if index == step:
                 event()
             yield batch
 
-    monkeypatch.setattr(stream, "batches", broken)
+    patch.setattr(stream, "batches", broken)
 
 
-def test_interrupted_in_each_phase_a_run_ends_with_the_same_bits(teacher, tmp_path, monkeypatch, capsys):
-    undisturbed = train.run(tiny_run(teacher), tmp_path / "undisturbed")
-    fail = fail_after(tmp_path / "disturbed/alignment/checkpoints/2")
-    for step, event, error in ((2, sigterm, SystemExit), (8, fail, KeyboardInterrupt)):
-        with monkeypatch.context() as patch, pytest.raises(error) as left:
-            happens_at(step, event, patch)
-            train.run(tiny_run(teacher), tmp_path / "disturbed")
-        assert event is fail or left.value.code == PREEMPTED
-    resumed = train.run(tiny_run(teacher), tmp_path / "disturbed")
+def raises(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(teacher, tmp_path, monkeypatch, capsys):
+    """SIGTERM, a kill before the checkpoints are deleted, a failed evaluation, and a kill between two checkpoints."""
+    undisturbed, folder = train.run(tiny_run(teacher), tmp_path / "undisturbed"), tmp_path / "disturbed"
+    killed, broken = KeyboardInterrupt("killed"), RuntimeError("evaluation")
+    score = scoring.score
+
+    def score_teachers_only(model, *args):
+        if model.config.gate == "elementwise":
+            raise broken
+        return score(model, *args)
+
+    interruptions = (
+        (lambda patch: happens_at(2, sigterm, patch), SystemExit),
+        (lambda patch: patch.setattr(shutil, "rmtree", raises(killed)), KeyboardInterrupt),
+        (lambda patch: patch.setattr(scoring, "score", score_teachers_only), RuntimeError),
+        (lambda patch: happens_at(8, fail_after(folder / "alignment/checkpoints/2"), patch), KeyboardInterrupt),
+    )
+    left = []
+    for interrupt, error in interruptions:
+        with monkeypatch.context() as patch, pytest.raises(error) as caught:
+            interrupt(patch)
+            train.run(tiny_run(teacher), folder)
+        left.append((folder / "transition/checkpoints").exists())
+        assert error is not SystemExit or caught.value.code == PREEMPTED
+    resumed = train.run(tiny_run(teacher), folder)
     output = capsys.readouterr().out
-    # SIGTERM saves the step under way, which no interval would; a failure goes back to the last interval.
-    assert "transition: SIGTERM; step 3 is saved" in output and "transition: goes on from step 3" in output
-    assert "alignment: goes on from step 2" in output
+    # SIGTERM saves the running step, which the interval would not; a kill goes back to the last interval.
+    assert "transition: SIGTERM; step 3 is saved" in output and output.count("transition: resumes from step 3") == 1
+    assert output.count("transition: complete") == 2 and "alignment: resumes from step 2" in output
+    assert left == [True, True, False, False]
     chex.assert_trees_all_equal(resumed, undisturbed)
-    chex.assert_trees_all_equal(open_model(tmp_path / "disturbed/alignment/model"), resumed)
+    chex.assert_trees_all_equal(open_model(folder / "alignment/model"), resumed)
+    chex.assert_trees_all_equal(train.run(tiny_run(teacher), folder), resumed)  # a complete run is read
 
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("undisturbed", "disturbed")]
     assert results[0] == results[1]
     assert list(results[0]) == ["teacher", "single shared KV entry, untrained", "after transition", "after alignment"]
     assert results[0]["teacher"]["cache_bytes_per_token"] == 3 * results[0]["after alignment"]["cache_bytes_per_token"]
     for phase, steps in (("transition", [2, 3, 4, 5]), ("alignment", [2, 4, 5])):
-        lines = [
-            json.loads(line) for line in (tmp_path / "disturbed" / phase / "metrics.jsonl").read_text().splitlines()
-        ]
+        lines = [json.loads(line) for line in (folder / phase / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == steps
         assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
-def test_one_phase_alone_and_what_is_refused(teacher, tmp_path, capsys):
-    config = tiny_run(teacher)
-    config.phases = ("alignment",)
-    config.alignment.steps = 2
-    config.evaluation.problems = config.evaluation.sequences = 0
-    train.run(config, tmp_path / "run")
-    assert "exact answers" not in capsys.readouterr().out  # nothing was measured: no table
-    config.run.stall_seconds = 3600.0  # how a run is watched may change,
-    config.mesh.fsdp = jax.device_count()  # and where it runs
-    train.run(config, tmp_path / "run")
-    config.seed = 7
-    with pytest.raises(ConfigError, match=r"another config.*\nseed: 0 → 7"):
+def test_a_kill_before_the_model_is_written(teacher, tmp_path, monkeypatch, capsys):
+    """The phase resumes from its last checkpoint, and half-deleted checkpoints of a written model are not read."""
+    config = alignment_run(teacher, 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_model", raises(KeyboardInterrupt()))
+        train.run(config, tmp_path)
+    weights = train.run(config, tmp_path)
+    assert "alignment: resumes from step 2" in capsys.readouterr().out
+    for file in list((tmp_path / "alignment/checkpoints/2").rglob("*"))[::2]:
+        if file.is_file():
+            file.unlink()
+    chex.assert_trees_all_equal(train.run(config, tmp_path), weights)
+
+
+def test_what_a_resumed_run_may_change(teacher, tmp_path):
+    """Monitoring, evaluation, where steps run, and the teacher's folder; not the teacher's weights."""
+    config, folder = alignment_run(teacher, 1), str(tmp_path / "run")
+    train.run(config, folder)
+    moved = str(tmp_path / "moved")
+    shutil.copytree(teacher, moved)
+    config.teacher, config.mesh.fsdp, config.run.stall_seconds = moved, jax.device_count(), 3600.0
+    config.log_every, config.checkpoint_every, config.checkpoints_kept = 3, 4, 5
+    config.remat, config.attention_block, config.evaluation.seed = "layer", 7, 9
+    train.run(config, folder)
+    config.seed, config.alignment.beta = 7, 0.5
+    with pytest.raises(ConfigError, match=r":\n  - alignment.beta: .*\n  - seed: expected 0, found 7$"):
+        train.run(config, folder)
+    config = alignment_run(moved, 1)
+    shutil.rmtree(moved)
+    save_published(moved, make_model(LOOPLM, 5), dtype="float32")
+    with pytest.raises(ConfigError, match=r":\n  - teacher weights: expected sha256 \w+, found sha256 \w+$"):
+        train.run(config, folder)
+
+
+def test_errors_are_reported_together(teacher, tmp_path):
+    save_model(tmp_path / "melt", make_model(dataclasses.replace(LOOPLM, gate="elementwise")))
+    config = alignment_run(str(tmp_path / "melt"), 1)
+    config.data.length, config.tokenizer, config.mesh.tensor = 20_000_000, "nowhere", 3
+    errors = (r"a MELT \(gate elementwise\)", "max_positions", "nowhere", "mesh: expected")
+    with pytest.raises(ConfigError, match="(?s)" + ".*".join(errors)):
         train.run(config, tmp_path / "run")
-    config.data.length = 20_000_000
-    with pytest.raises(ConfigError, match="max_positions"):
-        train.run(config, tmp_path / "long")
-    config.teacher = str(tmp_path / "run/alignment/model")
-    config.tokenizer, config.mesh.tensor = "nowhere", 3
-    told = (r"a MELT \(gate elementwise\)", "max_positions", "expected tokenizer.json in nowhere", "mesh: expected")
-    with pytest.raises(ConfigError, match="(?s)" + ".*".join(told)):
-        train.run(config, tmp_path / "long")
-    assert not (tmp_path / "long").exists()
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_with_the_prepared_data_that_it_began_with(teacher, tmp_path):
-    def prepared(seed):
+def test_a_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
+    def prepare(seed):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         write_records(tmp_path / "data", count=6, seed=seed)
 
-    prepared(0)
-    config = tiny_run(teacher)
-    config.phases = ("alignment",)
-    config.alignment.steps = 1
-    config.evaluation.problems = config.evaluation.sequences = 0
+    prepare(0)
+    config = alignment_run(teacher, 1)
     config.data.source, config.data.path, config.data.length = "records", str(tmp_path / "data"), LENGTH
     train.run(config, tmp_path / "run")
-    prepared(0)  # the same bytes
+    assert "data: 6 sequences, 0.33 epochs\n" in capsys.readouterr().out
+    prepare(0)  # the same bytes
     train.run(config, tmp_path / "run")
-    prepared(1)
-    with pytest.raises(ConfigError, match=r"other data.*\nmanifest of data.path: sha256 \w+ → sha256 \w+$"):
+    prepare(1)
+    with pytest.raises(ConfigError, match=r":\n  - manifest of data.path: expected sha256 \w+, found sha256 \w+$"):
         train.run(config, tmp_path / "run")

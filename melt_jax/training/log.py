@@ -1,7 +1,10 @@
-"""The log of a run: a progress bar, a line per interval, `metrics.jsonl` and TensorBoard, in one folder."""
+"""The log of a phase: a progress bar, a printed line per interval, `metrics.jsonl` and TensorBoard files."""
 
 import json
 import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -11,35 +14,50 @@ from tensorboardX import SummaryWriter
 
 from melt_jax.files import write_text
 
+StepMetrics: TypeAlias = Mapping[str, tuple[Any, Any]]  # {name: (sum, count)} of one step
 
-def add_up(interval):
-    """The metrics of some steps, each {name: (sum, count)}, read already, divided last: {name: array}; nan where none
-    counts."""
-    total = lambda name, i: np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
+
+def add_up(interval: Sequence[StepMetrics]) -> dict[str, np.ndarray]:
+    """The means over an interval of steps: sums and counts are added, then divided; nan if the count is 0.
+
+    Args:
+      interval: the steps' metrics, on the host.
+    """
+
+    def total(name, i):
+        return np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
+
     with np.errstate(invalid="ignore"):
         return {name: total(name, 0) / total(name, 1) for name in interval[0]}
 
 
-def scalars(metrics):
-    """Metrics as numbers: entries of [T] and [T, L] arrays get names ending in `/loop1` and `/loop1/layer1`.
+def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Metrics as numbers. Entries of [T] and [T, L] arrays get names ending in `/loop1` and `/loop1/layer1`.
 
-    Those that are none, for want of a step that counts, are left out.
+    Numbers that are not finite, such as means over no step, are left out.
     """
     out = {}
     for name, value in metrics.items():
         for index, number in np.ndenumerate(value):
-            where = "".join(f"/{axis}{i + 1}" for axis, i in zip(("loop", "layer"), index))
-            out[name + where] = float(number)
+            entry = "".join(f"/{axis}{i + 1}" for axis, i in zip(("loop", "layer"), index))
+            out[name + entry] = float(number)
     return {name: number for name, number in out.items() if math.isfinite(number)}
 
 
 class RunLog:
-    """Writes one phase's metrics, as a context manager; lines of steps after `start` are dropped: they run again.
+    """Writes one phase's metrics, as a context manager. Only process 0 writes.
 
-    Of several processes the first writes.
+    Args:
+      folder: the phase's.
+      phase: its name.
+      start: the step it resumes from; lines of later steps are dropped, because those steps run again.
+      steps: of the phase.
+      console: where lines and the progress bar are printed; by default standard output.
     """
 
-    def __init__(self, folder, phase, start, steps, console=None):
+    def __init__(
+        self, folder: pathlib.Path, phase: str, start: int, steps: int, console: Console | None = None
+    ) -> None:
         self.phase, self.steps = phase, steps
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._path, self._board = folder / "metrics.jsonl", None
@@ -53,21 +71,27 @@ class RunLog:
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task(phase, total=steps, completed=start)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
         if self._board:
             self._board.close()
 
-    def advance(self):
-        """One more step was started."""
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
         self._bar.advance(self._task)
 
-    def write(self, step, interval, **extra):
-        """The line, the JSON record and the TensorBoard points of an interval that ends with `step`."""
+    def write(self, step: int, interval: Sequence[StepMetrics], **extra: float) -> None:
+        """Writes the line, the JSON record and the TensorBoard points of an interval of steps.
+
+        Args:
+          step: the interval's last.
+          interval: the steps' metrics, on the host.
+          extra: further numbers of the interval.
+        """
         if self._board is None:
             return
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
@@ -80,7 +104,7 @@ class RunLog:
             self._board.add_scalar(f"{self.phase}/{name}", number, step)
         self.console.print(self._line(step, metrics))
 
-    def _line(self, step, metrics):
+    def _line(self, step: int, metrics: Mapping[str, np.ndarray]) -> str:
         parts = [f"{self.phase} {step}/{self.steps}"]
         for name in sorted(metrics, key=lambda name: name != "loss"):
             value = metrics[name]

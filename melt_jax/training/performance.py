@@ -1,62 +1,69 @@
-"""What a run costs: seconds, tokens, model FLOPs and memory of an interval; profiles of chosen steps.
+"""Time, throughput, MFU and memory of a run's steps, and profiles of chosen steps.
 
-Nothing here makes a step wait, except the two ends of a profile.
+Measuring makes no step wait; a profile does, at its first step and after its last.
 """
 
 import contextlib
+import pathlib
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Self, TypeVar
 
 import jax
 
 from melt_jax.analysis.chips import find_chip
+from melt_jax.config import RunConfig
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+T = TypeVar("T")
 
 
 class Performance:
-    """Measures the steps between readings, as a context manager.
+    """Measures the steps between two readings, as a context manager.
 
     Args:
-      tokens: of one step's global batch, padding among them.
-      flops: that one step needs, over all devices (`melt_jax.analysis.flops`, `StepFlops.mfu_flops`).
-      peak: FLOP/s of all devices together, or None where it is not known, and then there is no MFU.
+      tokens: of a step's global batch, including padding.
+      flops: that one step needs, on all devices together (`StepFlops.mfu_flops` of `melt_jax.analysis.flops`).
+      peak: FLOP/s of all devices together; None if unknown: no MFU then.
     """
 
-    def __init__(self, tokens, flops, peak=None):
+    def __init__(self, tokens: int, flops: float, peak: float | None = None) -> None:
         self._tokens, self._flops, self._peak = tokens, flops, peak
         self._waiting = self._compiling = 0.0
         self._read = time.perf_counter()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         jax.monitoring.register_event_duration_secs_listener(self._event)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._event)
 
-    def timed(self, batches):
-        """The same batches; the time that they keep the loop waiting is measured."""
-        batches = iter(batches)
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; measures how long the loop waits for them."""
+        iterator = iter(batches)
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
-            self._waiting += time.perf_counter() - start
-            if batch is None:
+            try:
+                batch = next(iterator)
+            except StopIteration:
                 return
+            finally:
+                self._waiting += time.perf_counter() - start
             yield batch
 
-    def read(self, steps):
-        """The numbers of the steps since the last reading, called when the device has finished them.
+    def read(self, steps: int) -> dict[str, float]:
+        """The measurements since the last reading. Call it when the device has finished these steps.
 
         Returns:
           {name: number}:
-          `seconds_per_step`: from reading to reading, saving and waiting included, compilation left out;
+          `seconds_per_step`: from reading to reading, including data and checkpoints, without compilation;
           `tokens_per_second`: of all devices, by that time;
-          `mfu`: the FLOPs that a step needs, those of the teacher among them and nothing that is computed again, by
-            that time and by the devices' bf16 peak; a document is taken to fill its sequence;
+          `mfu`: FLOPs that a step needs (the teacher's included, recomputation not, each document as long as its
+            sequence), divided by that time and the devices' bf16 peak;
           `data_seconds`: how long the loop waited for batches;
-          `compile_seconds`: how long XLA compiled, where it did: a phase's first step, and hopefully no other;
-          `memory_bytes`: the most that one of this process's devices has had in use so far, where it tells.
+          `compile_seconds`: how long XLA compiled, if it did: in the first step of a phase, hopefully in no other;
+          `memory_bytes`: the peak of this process's fullest device so far, if the device reports it.
         """
         now = time.perf_counter()
         seconds = max(now - self._read - self._compiling, 1e-9) / max(steps, 1)
@@ -74,39 +81,39 @@ class Performance:
         self._read, self._waiting, self._compiling = now, 0.0, 0.0
         return numbers
 
-    def _event(self, name, seconds, **_):
-        if name == COMPILE_EVENT:
-            self._compiling += seconds
+    def _event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILE_EVENT:
+            self._compiling += duration_secs
 
 
-def peak_flops():
-    """The bf16 FLOP/s of all devices together, or None where the chip is not known (a CPU)."""
+def peak_flops() -> float | None:
+    """The bf16 FLOP/s of all devices together; None if the chip is unknown, as a CPU is."""
     chip = find_chip(jax.devices()[0].device_kind)
-    return chip and chip.device_flops * jax.device_count()
+    return chip.device_flops * jax.device_count() if chip else None
 
 
 class StepProfiler:
-    """Traces chosen steps for xprof, into `folder`, as a context manager; TensorBoard shows them too.
+    """Traces chosen steps for xprof and TensorBoard, as a context manager.
 
     Args:
-      folder: of the phase.
-      run: `melt_jax.config.RunConfig`: `profile_start`, the first step, from 1 (0: none), and `profile_steps`.
+      folder: the phase's, which gets the traces.
+      run: `profile_start`, the first step, counted from 1 (0: none), and `profile_steps` are used.
     """
 
-    def __init__(self, folder, run):
+    def __init__(self, folder: pathlib.Path, run: RunConfig) -> None:
         self._folder = str(folder)
         self._steps = range(run.profile_start, run.profile_start + run.profile_steps) if run.profile_start else ()
         self._tracing = False
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     @contextlib.contextmanager
-    def annotate(self, step, state):
-        """Around the dispatch of a step; `state` is what the step before it computed."""
+    def annotate(self, step: int, state: Any) -> Iterator[None]:
+        """The context in which a step is dispatched. `state` is the previous step's output."""
         if step in self._steps and not self._tracing:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
@@ -117,11 +124,11 @@ class StepProfiler:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def _stop(self):
+    def _stop(self) -> None:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
 
 
-def _memory_stats():
+def _memory_stats() -> list[dict[str, Any]]:
     return [device.memory_stats() or {} for device in jax.local_devices()]

@@ -1,4 +1,4 @@
-"""Several processes, one run: who they are, and when they wait for each other."""
+"""The processes of one run: how they join, and how they agree on a value."""
 
 import glob
 import os
@@ -7,18 +7,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from melt_jax.config import InputError
+
 VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
 
 
-def initialize_distributed():
-    """Joins the run's other processes by `jax.distributed`, if there are any; the first thing a command does with JAX.
+def initialize_distributed() -> None:
+    """Joins the run's other processes through `jax.distributed`, if there are any. Call it before any other use of JAX.
 
-    Where `MELT_COORDINATOR` (address:port of process 0), `MELT_PROCESSES` (their number) and `MELT_PROCESS` (this one's
-    index, from 0) are set, they decide; `MELT_PROCESSES=1` alone is a single process anywhere. Otherwise a TPU machine
-    and a Slurm step of several tasks are joined as JAX finds them, and everything else is a single process.
+    `MELT_COORDINATOR` (address:port of process 0), `MELT_PROCESSES` (their number) and `MELT_PROCESS` (the index of
+    this one, from 0) decide if they are set; `MELT_PROCESSES=1` alone forces a single process. Otherwise JAX joins the
+    hosts of a TPU slice and the tasks of a Slurm step by itself, and everything else is a single process.
 
     Raises:
-      ValueError: some of the variables are missing or wrong, or JAX does not find the others.
+      InputError: some of the variables are missing or invalid, or JAX does not find the other processes.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given == {"MELT_PROCESSES": "1"}:
@@ -29,39 +31,50 @@ def initialize_distributed():
         try:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"the other processes of the run were not found: {error}. Set {', '.join(VARIABLES)},"
-                " or MELT_PROCESSES=1 where this process is the whole run"
+            raise InputError(
+                f"jax.distributed: expected the other processes of the run, found none: {error}. Set"
+                f" {', '.join(VARIABLES)}, or MELT_PROCESSES=1 for a run of one process"
             ) from error
 
 
-def broadcast_from_process_0(flag):
-    """The flag of process 0, in every process: what a process reads off a shared disk may be older than what it wrote.
+def broadcast_from_process_0(flag: bool) -> bool:
+    """Process 0's flag, in every process. Every process must call it at the same point.
 
-    Every process calls it, at the same place.
+    For decisions based on files: on a shared disk, one process may not see yet what another has written.
     """
     return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
-def _explicit(given):
+def broadcast_text_from_process_0(text: str) -> str:
+    """Process 0's text, in every process. Every process must call it at the same point."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    if size == 0:
+        return ""
+    if jax.process_index() > 0:
+        data = np.zeros(size, np.uint8)  # of process 0's shape
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
+
+
+def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
     """(coordinator, processes, process) from the variables."""
     if missing := [name for name in VARIABLES if name not in given]:
-        raise ValueError(f"{', '.join(missing)}: expected with {', '.join(given)}, found nothing")
+        raise InputError(f"{', '.join(missing)}: expected a value beside {', '.join(given)}, found none; set all three")
     coordinator, processes, process = (given[name] for name in VARIABLES)
     if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
-        raise ValueError(
+        raise InputError(
             f"MELT_PROCESS, MELT_PROCESSES: expected 0 <= process < processes, found {process!r} and {processes!r}"
         )
     if not coordinator.rpartition(":")[0]:
-        raise ValueError(f"MELT_COORDINATOR: expected address:port, found {coordinator!r}")
+        raise InputError(f"MELT_COORDINATOR: expected address:port of process 0, found {coordinator!r}")
     return coordinator, int(processes), int(process)
 
 
-def _several_slurm_tasks():
-    # Set by srun for its tasks alone; a batch script has the variables of its job instead.
+def _several_slurm_tasks() -> bool:
+    # srun sets this for its tasks only; a batch script sees the variables of its job instead.
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
-def _tpu_machine():
-    platforms = jax.config.jax_platforms or "tpu"
+def _tpu_machine() -> bool:
+    platforms = getattr(jax.config, "jax_platforms") or "tpu"  # noqa: B009, unknown to type checkers
     return "tpu" in platforms and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))

@@ -1,92 +1,138 @@
-"""What attends the steps of a phase and changes none of them: log, performance, watchdog, profile, SIGTERM."""
+"""The log, performance, watchdog, profile and SIGTERM of a phase's steps; none changes what the steps compute."""
 
 import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
 
 import jax
+from rich.console import Console
 
 from melt_jax.analysis.flops import step_flops
-from melt_jax.training.log import RunLog
+from melt_jax.config import ModelConfig, TrainConfig
+from melt_jax.training.checkpoints import Checkpoints
+from melt_jax.training.log import RunLog, StepMetrics
 from melt_jax.training.performance import Performance, StepProfiler, peak_flops
 from melt_jax.training.preemption import PreemptionNotice
 from melt_jax.training.skipped import SkippedSteps
 from melt_jax.training.watchdog import Watchdog
 
 
+@dataclasses.dataclass(frozen=True)
+class PhaseStart:
+    """Where a phase starts or resumes.
+
+    Attributes:
+      step: steps of the phase that were taken before.
+      skipped: how many of them, up to the last, were skipped in a row.
+      first_step: steps of the run before the phase.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    first_step: int = 0
+
+
 class StepMonitor:
-    """Attends the steps of one phase, as a context manager. The metrics of a step are read while a later one runs.
+    """Monitors the steps of one phase, as a context manager.
+
+    The host is never more than one step ahead: before step n + 1 is dispatched, step n − 1 has finished. So SIGTERM is
+    answered within a step, and the device, which has step n to run meanwhile, never waits for the host.
 
     Args:
       name: of the phase.
-      config: `TrainConfig`.
-      model: `ModelConfig` of what is trained.
+      config: of the run.
+      model: the trained model's.
       folder: the phase's.
-      start: steps of the phase that have been made.
-      skipped: how many of them, counted back from the last, were skipped in a row.
-      first_step: the run's step at which the phase begins.
-      checkpoints: `Checkpoints` of the phase.
+      start: where the phase starts.
+      checkpoints: of the phase.
       console: where lines are printed.
     """
 
-    def __init__(self, name, config, model, folder, start, skipped, first_step, checkpoints, console):
+    def __init__(
+        self,
+        name: str,
+        config: TrainConfig,
+        model: ModelConfig,
+        folder: pathlib.Path,
+        start: PhaseStart,
+        checkpoints: Checkpoints,
+        console: Console | None,
+    ) -> None:
         self._steps, self._log_every = config.phase(name).steps, config.log_every
-        self._start, self._checkpoints = start, checkpoints
-        self._log = RunLog(folder, name, start, self._steps, console)
+        self._start, self._checkpoints = start.step, checkpoints
+        self._log = RunLog(folder, name, start.step, self._steps, console)
         batch, length = config.data.batch, config.data.length
         self._performance = Performance(batch * length, step_flops(model, name, batch, length).mfu_flops, peak_flops())
         self._profiler = StepProfiler(folder, config.run)
         self._watchdog = Watchdog(name, folder, config.run)
         self._preemption = PreemptionNotice()
-        self._skipped = SkippedSteps(name, first_step, config.run.skipped_limit, start, skipped)
+        self._skipped = SkippedSteps(name, start.first_step, config.run.skipped_limit, start.step, start.skipped)
         self._contexts = contextlib.ExitStack()
-        self._interval, self._ready = [], None
+        self._interval: list[StepMetrics] = []  # of the steps since the last line of the log
+        self._unread: tuple[int, list[StepMetrics]] | None = None  # a whole interval and its last step
+        self._running: jax.Array | None = None  # an output of the latest step
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         with self._contexts as contexts:
             for part in (self._log, self._performance, self._profiler, self._watchdog, self._preemption):
                 contexts.enter_context(part)
             self._contexts = contexts.pop_all()
         return self
 
-    def __exit__(self, *error):
-        return self._contexts.__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        self._contexts.__exit__(*error)
 
     @property
-    def preempted(self):
-        """Whether SIGTERM ended the steps, or came while they were ending; on every process the same."""
+    def preempted(self) -> bool:
+        """Whether SIGTERM ended the steps, or came while they were ending; the same in every process."""
         return self._preemption.came
 
-    def enumerate(self, batches):
-        """(step, batch), counted on from the phase's start."""
+    def enumerate(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """Pairs of a step, counted from the phase's start, and its batch."""
         return enumerate(self._performance.timed(batches), self._start + 1)
 
-    def annotate(self, step, state):
-        """The context in which a step is dispatched; `state` is what the step before it computed."""
-        return self._profiler.annotate(step, state)
+    @contextlib.contextmanager
+    def annotate(self, step: int, state: Any) -> Iterator[None]:
+        """The context in which a step is dispatched. `state` is the previous step's output.
 
-    def after_dispatch(self, step, metrics):
-        """Takes the metrics of a step under way, {name: (sum, count)}. Returns whether the loop ends with that step.
+        Implicit transfers between host and device raise in it: they would make the step wait.
+        """
+        with self._profiler.annotate(step, state), jax.transfer_guard("disallow"):
+            yield
+
+    def after_dispatch(self, step: int, metrics: StepMetrics) -> bool:
+        """Takes a dispatched step's metrics, waits for the step before it, and returns whether this step is the last.
 
         Raises:
           NonFiniteError: too many steps in a row were skipped.
         """
-        self._watchdog.after_dispatch(step, metrics["loss"][0])
+        loss = metrics["loss"][0]
+        self._watchdog.after_dispatch(step, loss)
+        if self._running is not None:
+            self._running.block_until_ready()
+        self._running = loss
+        self._read()
         self._log.advance()
-        self._read()  # the device has this step to do meanwhile
         self._interval.append(metrics)
         last = self._preemption.reached() or step == self._steps
         if step % self._log_every == 0 or last:
-            self._interval, self._ready = [], (step, self._interval)
+            self._interval, self._unread = [], (step, self._interval)
         return last
 
-    def finish(self):
-        """When the loop has ended: reads what is left and waits for the saves, which no SIGTERM must disturb."""
+    def finish(self) -> None:
+        """Reads the remaining metrics and waits for checkpoints being saved. Call it after the loop.
+
+        SIGTERM is only noted meanwhile: it must not interrupt a save.
+        """
         self._read()
         self._checkpoints.wait_until_finished()
 
-    def _read(self):
-        if self._ready is None:
+    def _read(self) -> None:
+        if self._unread is None:
             return
-        step, interval = self._ready
-        self._ready, interval = None, jax.device_get(interval)
+        step, interval = self._unread
+        self._unread, interval = None, jax.device_get(interval)
         self._log.write(step, interval, **self._performance.read(len(interval)))
         self._skipped.read(step, interval, latest=self._checkpoints.wait_until_finished)

@@ -1,79 +1,89 @@
-"""A watchdog over the steps of a phase: it notices when the device no longer finishes them."""
+"""A watchdog over the steps of a phase: it reports when the device stops finishing them."""
 
 import collections
 import faulthandler
 import os
+import pathlib
 import sys
 import threading
 import time
+from typing import Any, Self
 
 import jax
 
+from melt_jax.config import RunConfig
 from melt_jax.training.preemption import STALLED
 
 
 class Watchdog:
-    """Reports a stall, and by the config ends the process, as a context manager around the steps of a phase.
+    """Reports a stall and, if configured, ends the process; a context manager around the steps of a phase.
 
-    A step has finished when the device has computed its metrics; that it was dispatched proves nothing. A daemon thread
-    looks, so the steps wait for nothing. Whatever keeps steps from finishing counts: a collective that waits for a lost
-    host, data that does not come, a checkpoint that cannot be written.
+    A step has finished when the device has computed its metrics. A daemon thread polls for that, so no step waits.
+    Anything that keeps steps from finishing is a stall: a collective waiting for a lost host, missing data, a
+    checkpoint that cannot be written.
 
     Args:
       phase: its name, for the report.
-      folder: of the phase; a stall's stacks are kept there, in `stall-process<i>.txt`.
-      run: `melt_jax.config.RunConfig`: `stall_seconds` (0: no watchdog), `stall_first_seconds`, `stall_exits`.
+      folder: the phase's; the stacks of all threads are appended to `stall-process<i>.txt` in it.
+      run: `stall_seconds` (0 disables the watchdog), `stall_first_seconds` and `stall_exits` are used.
     """
 
-    def __init__(self, phase, folder, run):
+    def __init__(self, phase: str, folder: pathlib.Path, run: RunConfig) -> None:
         self._phase, self._run = phase, run
         self._file = folder / f"stall-process{jax.process_index()}.txt"
-        self._steps = collections.deque()  # (step, a scalar that it computes), dispatched and not seen finished
-        self._finished, self._since = None, time.monotonic()
+        # (step, a scalar that it computes) of the steps that were dispatched and have not been seen finished
+        self._steps: collections.deque[tuple[int, Any]] = collections.deque()
+        self._finished: int | None = None
+        self._reported: float | None = None
+        self._since = time.monotonic()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="watchdog", daemon=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._since = time.monotonic()
         if self._run.stall_seconds:
             self._thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         if self._run.stall_seconds:
             self._thread.join()
 
-    def after_dispatch(self, step, scalar):
-        """A step was handed to the device; `scalar` is an array that it computes."""
+    def after_dispatch(self, step: int, scalar: jax.Array) -> None:
+        """Records that a step was dispatched; `scalar` is one of its outputs."""
         if self._run.stall_seconds:
             self._steps.append((step, scalar))
 
-    def _watch(self):
-        reported = None
-        while not self._closed.wait(min(self._run.stall_seconds / 10, 1.0)):
-            while self._steps and self._steps[0][1].is_ready():
-                self._finished, self._since = self._steps.popleft()[0], time.monotonic()
-            # Until the first step has finished it compiles, after a restart in the middle of a phase too.
-            first = self._finished is None
-            allowed = max(self._run.stall_first_seconds, self._run.stall_seconds) if first else self._run.stall_seconds
-            if time.monotonic() - self._since > allowed and reported != self._since:
-                reported = self._since  # once a stall, however long it lasts
-                self._report(allowed)
+    def check(self) -> None:
+        """Reports a stall if no step has finished for the configured time, once per stall."""
+        while self._steps and self._steps[0][1].is_ready():
+            self._finished, self._since = self._steps.popleft()[0], time.monotonic()
+        # The first step after a start includes its compilation.
+        first = self._finished is None
+        allowed = max(self._run.stall_first_seconds, self._run.stall_seconds) if first else self._run.stall_seconds
+        if time.monotonic() - self._since > allowed and self._reported != self._since:
+            self._reported = self._since
+            self._report(allowed)
 
-    def _report(self, allowed):
-        last = "none has" if self._finished is None else f"the last was step {self._finished}"
+    def _poll(self) -> None:
+        while not self._closed.wait(min(self._run.stall_seconds / 10, 1.0)):
+            self.check()
+
+    def _report(self, allowed: float) -> None:
+        last = "none so far" if self._finished is None else f"the last was step {self._finished}"
         pending = [step for step, _ in list(self._steps)]
-        under_way = f"the device has step {pending[0]} to finish" if pending else "no later one was dispatched"
+        running = f"step {pending[0]} is running" if pending else "no later step was dispatched"
         message = (
-            f"{self._phase}: no step has finished for {allowed:g} s ({last}; {under_way}), process"
+            f"{self._phase}: no step has finished for {allowed:g} s ({last}; {running}), process"
             f" {jax.process_index()}. Stacks of all threads, also in {self._file}:"
         )
         print(message, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         with self._file.open("a") as file:
             print(message, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         if self._run.stall_exits:
-            print(f"leaving with status {STALLED}: a launcher starts the run again", file=sys.stderr, flush=True)
-            os._exit(STALLED)  # nothing that would wait for the device or for other processes
+            print(f"exiting with status {STALLED}; rerun the command to resume", file=sys.stderr, flush=True)
+            os._exit(STALLED)  # a normal exit would wait for the device and for other processes

@@ -1,14 +1,15 @@
-"""What test_processes.py runs in processes of its own: a short run of training, and restores on other meshes.
+"""The processes that test_processes.py starts: a short training run, and restores on other meshes.
 
     python -m tests.helpers.process_run TEACHER WORKDIR OUTPUT         trains, as process `MELT_PROCESS` if it is set
-    python -m tests.helpers.process_run TEACHER WORKDIR OUTPUT OTHER   also restores what the run in OTHER saved
+    python -m tests.helpers.process_run TEACHER WORKDIR OUTPUT OTHER   also restores the checkpoints of the run in OTHER
 
-OUTPUT gets what was found, as JSON.
+The findings are written to OUTPUT, as JSON.
 """
 
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -28,11 +29,11 @@ from tests.long.kill_and_resume import differing, read_checkpoint
 
 STEPS, BATCH = 3, 8
 MESH = {"replica": 2, "fsdp": 2, "tensor": 2}
-OTHERS = ((1, 8, 1), (8, 1, 1), (1, 1, 1))  # one after the other; the last on one of the eight devices
+OTHERS = ((1, 8, 1), (8, 1, 1), (1, 1, 1))  # in this order; the last uses one of the eight devices
 
 
 def tiny_run(teacher, mesh):
-    """Some steps of the transition on eight devices."""
+    """The config of a few transition steps on eight devices."""
     config = nano.get_config()
     config.teacher, config.phases = teacher, ("transition",)
     config.mesh.update(mesh)
@@ -44,11 +45,11 @@ def tiny_run(teacher, mesh):
 
 
 def train_watched(config, workdir):
-    """Trains; returns the tokens of every batch that this process made, [steps, its rows, length]."""
-    seen, whole = [], stream.batches
+    """Trains and returns the tokens of this process's part of every batch, [steps, sequences, length]."""
+    seen, make_batches = [], stream.batches
 
     def watched(*args):
-        for batch in whole(*args):
+        for batch in make_batches(*args):
             seen.append(np.asarray(batch.tokens).tolist())
             yield batch
 
@@ -58,7 +59,7 @@ def train_watched(config, workdir):
 
 
 def restore_elsewhere(teacher, source, folder):
-    """{mesh: leaves that differ} of a run's last checkpoint, restored and saved on one mesh after the other."""
+    """{mesh: leaves that differ} after a run's last checkpoint is restored and saved on one mesh after the other."""
     stored, out = read_checkpoint(source / "transition/checkpoints" / str(STEPS) / "default"), {}
     config = freeze(tiny_run(teacher, MESH))
     checkpoints = Checkpoints(source / "transition/checkpoints", 1, 1)
@@ -66,10 +67,10 @@ def restore_elsewhere(teacher, source, folder):
     for shape in OTHERS:
         mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
         with jax.set_mesh(mesh):
-            params = place_weights(jax.tree.map(np.copy, other), mesh)  # the state takes them
+            params = place_weights(jax.tree.map(np.copy, other), mesh)  # the state donates them
             state = init_state(params, make_optimizer(config.transition, config.optimizer, params))
-            lie = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            state = checkpoints.restore(STEPS, jax.tree.map(lie, state))
+            abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            state = checkpoints.restore(STEPS, jax.tree.map(abstract, state))
             checkpoints = Checkpoints(folder / "x".join(map(str, shape)), 1, 1)
             checkpoints.save(STEPS, state, force=True)
             checkpoints.wait_until_finished()
@@ -77,25 +78,26 @@ def restore_elsewhere(teacher, source, folder):
     return out
 
 
-def go_on_elsewhere(teacher, source):
-    """{mesh: leaves that differ} of the weights with which the run goes on, on other meshes of as many devices."""
+def resume_elsewhere(teacher, source):
+    """{mesh: leaves that differ} of the weights when the run is resumed on other meshes of as many devices."""
     stored = read_checkpoint(source / "transition/checkpoints" / str(STEPS) / "default")
     stored = {name.removeprefix("params."): x for name, x in stored.items() if name.startswith("params.")}
     out = {}
     for shape in OTHERS[:-1]:
+        shutil.rmtree(source / "transition/model", ignore_errors=True)  # so that the checkpoint is read
         weights = train.run(tiny_run(teacher, dict(zip(MESH, shape))), source)
         out[str(shape)] = differing({name: np.asarray(x) for name, x in flatten(weights).items()}, stored)
     return out
 
 
 def main():
-    """Does what the arguments say."""
+    """Trains and, if asked, restores."""
     teacher, workdir, output, *other = sys.argv[1:]
     initialize_distributed()
     found = {"tokens": train_watched(tiny_run(teacher, MESH), pathlib.Path(workdir))}
     for source in map(pathlib.Path, other):
         found["restored"] = restore_elsewhere(teacher, source, pathlib.Path(workdir) / "restored")
-        found["gone on with"] = go_on_elsewhere(teacher, source)
+        found["resumed"] = resume_elsewhere(teacher, source)
     pathlib.Path(output).write_text(json.dumps(found))
 
 

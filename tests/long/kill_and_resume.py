@@ -1,11 +1,11 @@
-"""Kills runs and starts them again, and compares what they end with: a command of its own, not part of the suite.
+"""Kills and resumes runs, and compares their results with an undisturbed run's. Not part of the test suite.
 
     JAX_PLATFORMS=cpu python -m tests.long.kill_and_resume [--folder=/tmp/kill_and_resume]
 
-Trains configs/nano.py, made small, three times over: undisturbed; killed once in each phase with SIGKILL; and asked to
-stop once in each phase with SIGTERM, which must save the step under way and leave with status 75. A run that was
-stopped is started again with the same command until it ends. Then every leaf of every phase's last checkpoint and model
-must be the undisturbed run's, to the bit. Prints a table; exits with 1 where anything differs. Takes some minutes.
+Trains a small configs/nano.py three times: undisturbed; killed once in each phase with SIGKILL; and stopped once in
+each phase with SIGTERM, which must save the running step and exit with status 75. A stopped run is restarted with the
+same command until it ends. Every leaf of every phase's model and of the last checkpoint must then be bitwise equal to
+the undisturbed run's. Prints a table and exits with status 1 if anything differs. Takes some minutes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from melt_jax.training.preemption import PREEMPTED
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PHASES = {"transition": 40, "alignment": 30}  # steps
-# When the log shows that step, so much later (in seconds): nothing about a step, a save or a log line is special there.
+# The signal comes so many seconds after the log shows that step: at no special point of a step, save or log line.
 MOMENTS = {"transition": (17, 0.037), "alignment": (11, 0.091)}
 OVERRIDES = {
     "chunk_size": 24,
@@ -42,7 +42,7 @@ OVERRIDES = {
 
 
 def start(workdir):
-    """The training command, in the background."""
+    """Starts the training command in the background."""
     command = [sys.executable, "-m", "melt_jax.train", "--config=configs/nano.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
     with open(workdir.with_suffix(".log"), "a") as log:
@@ -50,19 +50,19 @@ def start(workdir):
 
 
 def last_step(workdir, phase):
-    """The last step that a phase's log shows, 0 if none."""
+    """The last step in a phase's log; 0 if there is none."""
     path = workdir / phase / "metrics.jsonl"
     lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
 def checkpoints(workdir, phase):
-    """The steps of a phase's whole checkpoints."""
+    """The steps of a phase's complete checkpoints."""
     return sorted(int(path.name) for path in (workdir / phase / "checkpoints").glob("*") if path.name.isdecimal())
 
 
 def disturb(workdir, phase, number):
-    """Starts the run, sends the signal at the phase's moment and waits. Returns a line of the table."""
+    """Starts the run, sends the signal at the phase's moment, waits, and returns a line of the table."""
     process, (step, later) = start(workdir), MOMENTS[phase]
     while last_step(workdir, phase) < step:
         if process.poll() is not None:
@@ -81,7 +81,7 @@ def finish(workdir):
 
 
 def read_checkpoint(folder):
-    """{name: numpy array} of a checkpoint, whatever devices wrote it."""
+    """{name: NumPy array} of a checkpoint, whichever devices wrote it."""
     reader = ocp.PyTreeCheckpointer()
     stored = reader.metadata(folder).item_metadata.tree
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
@@ -89,18 +89,19 @@ def read_checkpoint(folder):
 
 
 def leaves(workdir, phases=PHASES):
-    """{name: array} of every phase's last checkpoint and model; `phases`: {name: steps}."""
+    """{name: array} of every phase's model and the last phase's last checkpoint; `phases`: {name: steps}."""
     out = {}
     for phase, steps in phases.items():
-        state = read_checkpoint(workdir / phase / "checkpoints" / str(steps) / "default")
-        out |= {f"{phase}.checkpoint.{name}": leaf for name, leaf in state.items()}
+        if phase == list(phases)[-1]:  # the others' are deleted
+            state = read_checkpoint(workdir / phase / "checkpoints" / str(steps) / "default")
+            out |= {f"{phase}.checkpoint.{name}": leaf for name, leaf in state.items()}
         model = open_model(workdir / phase / "model", dtype="float32")
         out |= {f"{phase}.model.{name}": np.asarray(leaf) for name, leaf in flatten(model).items()}
     return out
 
 
 def differing(found, wanted):
-    """The names of leaves that are not the same bits."""
+    """The names of leaves that are missing on one side or not bitwise equal."""
     same = lambda a, b: a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     return sorted(found.keys() ^ wanted.keys()) + [
         name for name in found.keys() & wanted.keys() if not same(found[name], wanted[name])
@@ -108,9 +109,9 @@ def differing(found, wanted):
 
 
 def main():
-    """Runs it all; the exit status says whether all is equal."""
+    """Runs everything and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="/tmp/kill_and_resume", type=pathlib.Path, help="made anew")
+    parser.add_argument("--folder", default="/tmp/kill_and_resume", type=pathlib.Path, help="replaced if it exists")
     folder = parser.parse_args().folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -126,7 +127,7 @@ def main():
         finish(workdir)
         wrong = differing(leaves(workdir), wanted)
         failed |= bool(wrong)
-        print(f"{number.name}: of {len(wanted)} leaves {len(wrong)} differ from the undisturbed run's", *wrong[:5])
+        print(f"{number.name}: of {len(wanted)} leaves {len(wrong)} differ from the undisturbed ones", *wrong[:5])
     return int(failed)
 
 

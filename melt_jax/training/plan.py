@@ -1,0 +1,66 @@
+"""The plan of a run, printed at its start: how often it repeats its data, and how much disk it needs."""
+
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+
+from melt_jax.config import ModelConfig, TrainConfig
+from melt_jax.data import stream
+from melt_jax.files import folder_bytes
+from melt_jax.model.model import abstract_model, parameter_count
+
+MODEL_BYTES = 4  # per parameter: `model/` holds float32 weights
+CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments
+
+
+def plan(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> Iterator[str]:
+    """The lines to print: data, unless it is generated, and disk. Nothing is refused.
+
+    Args:
+      config: of the run.
+      model: of the trained model.
+      workdir: the run's, which need not exist.
+    """
+    sequences = stream.dataset_size(config.data)
+    if sequences is not None:
+        yield data_line(config, sequences)
+    if jax.process_index() == 0:
+        yield disk_line(config, model, workdir)
+
+
+def data_line(config: TrainConfig, sequences: int) -> str:
+    """The number of sequences and of epochs, and from which step of the run on sequences repeat."""
+    steps = sum(config.phase(name).steps for name in config.phases)
+    line = f"data: {sequences:,} sequences, {steps * config.data.batch / sequences:.2f} epochs"
+    if steps * config.data.batch <= sequences:
+        return line
+    return f"{line}: sequences repeat from step {math.ceil((sequences + 1) / config.data.batch)} of {steps} on"
+
+
+def disk_line(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> str:
+    """The largest size of the workdir during the run, its size now, and the free space beside it, in GB (1e9 bytes)."""
+    existing = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
+    used = folder_bytes(workdir) if workdir.exists() else 0
+    needed, free = disk_bytes(config, model), shutil.disk_usage(existing).free
+    note = "" if needed - used <= free else ": NOT ENOUGH, the run may fail when it saves"
+    return f"disk: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far, {_gb(free)} free{note}"
+
+
+def disk_bytes(config: TrainConfig, model: ModelConfig) -> int:
+    """The largest size of the workdir during a run, in bytes; logs, a few MB, are not counted.
+
+    While a checkpoint is saved there are `checkpoints_kept` + 1. Each phase leaves `model/`; all but the last phase's
+    checkpoints are deleted then.
+    """
+    parameters = parameter_count(abstract_model(model))
+    models = len(config.phases) * MODEL_BYTES
+    saving = models - MODEL_BYTES + (config.checkpoints_kept + 1) * CHECKPOINT_BYTES
+    ended = models + config.checkpoints_kept * CHECKPOINT_BYTES
+    return parameters * max(saving, ended)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"

@@ -1,0 +1,70 @@
+"""The config.json of a run: a folder's run is resumed only with the config, teacher and data that it began with."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from melt_jax.checkpoints.orbax import weights_digest
+from melt_jax.config import ConfigError, InputError, TrainConfig
+from melt_jax.data import stream
+from melt_jax.files import write_text
+from melt_jax.training.processes import broadcast_text_from_process_0
+
+# May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
+RESUMABLE_KEYS = {
+    *("run", "log_every", "checkpoint_every", "checkpoints_kept", "evaluation"),
+    *("mesh", "gather", "micro_batches", "remat", "attention_block", "teacher"),
+}
+
+
+def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Writes the config to the workdir, or compares it with the config of the run that is there.
+
+    The teacher is compared by the digest of its weights, and prepared data by its manifest's. Process 0 computes the
+    digest at every start, in a second or two per GB.
+
+    Raises:
+      ConfigError: in every process: a key that is not in `RESUMABLE_KEYS`, the teacher or the data has changed.
+    """
+    error = ""
+    if jax.process_index() == 0:
+        try:
+            error = _config_error(config, workdir)
+        except (InputError, OSError) as problem:  # the other processes wait for this one
+            error = str(problem)
+    if error := broadcast_text_from_process_0(error):
+        raise ConfigError(error)
+
+
+def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
+    """Writes the config to the workdir, unless the run there has another; returns the error then."""
+    path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if "pretraining" not in config.phases:
+        new["teacher weights"] = f"sha256 {weights_digest(config.teacher)}"
+    if digest := stream.fingerprints(config).get("data.path"):
+        new["manifest of data.path"] = f"sha256 {digest}"
+    old = json.loads(path.read_text()) if path.exists() else new
+    before, now = (
+        dict(_flatten({key: value for key, value in values.items() if key not in RESUMABLE_KEYS}))
+        for values in (old, new)
+    )
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        lines = [f"  - {key}: expected {before.get(key)}, found {now.get(key)}" for key in changed]
+        return f"{workdir} holds a run with another config, teacher or data; use another workdir:\n" + "\n".join(lines)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(new, indent=1, sort_keys=True))
+    return ""
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of a dotted key and its value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -128,7 +128,7 @@ def alignment_loss(
     teacher: LoopedTransformer,
     tokens: Tokens,
     loss_mask: Mask,
-    beta: float,
+    beta: Float[Array, ""] | float,
     chunk_size: int,
 ) -> Float[Array, ""]:
     """L_KD + β·L_align of phase 2 (arXiv 2605.07721); differentiable in the student alone.
@@ -140,7 +140,7 @@ def alignment_loss(
     return distillation_loss(metrics, beta)
 
 
-def distillation_loss(metrics: Sums, beta: float = 0.0) -> Float[Array, ""]:
+def distillation_loss(metrics: Sums, beta: Float[Array, ""] | float = 0.0) -> Float[Array, ""]:
     """L_KD + β·L_align from metrics per scored token; L_KD alone if there is no alignment metric."""
     loss = jnp.mean(metrics["kd"])
     return loss + beta * jnp.mean(metrics["alignment"]) if "alignment" in metrics else loss

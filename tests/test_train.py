@@ -171,7 +171,7 @@ def test_errors_are_reported_together(teacher, tmp_path):
     save_model(tmp_path / "melt", make_model(dataclasses.replace(LOOPLM, gate="elementwise")))
     config = alignment_run(str(tmp_path / "melt"), 1)
     config.data.length, config.tokenizer, config.mesh.tensor = 20_000_000, "nowhere", 3
-    errors = (r"is a MELT \(gate elementwise\)", "max_positions", "nowhere", "mesh: expected")
+    errors = (r"a MELT \(gate elementwise\)", "max_positions", "nowhere", "mesh: expected")
     with pytest.raises(ConfigError, match="(?s)" + ".*".join(errors)):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

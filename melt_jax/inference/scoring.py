@@ -179,9 +179,9 @@ def comparison_sums(
     """
     model, teacher = gather_at_use(model), gather_at_use(teacher)
     piece_size = _piece_size(batch.tokens.shape[1], chunk_size)
-    pieces = split_chunks((batch, segment_positions(jnp.asarray(batch.segments))), piece_size)
+    pieces = split_chunks((batch, segment_positions(batch.segments)), piece_size)
     count, rows, _ = pieces[0].tokens.shape
-    axes = batch_axes(jnp.asarray(batch.tokens))
+    axes = batch_axes(batch.tokens)
     empty = lambda m: create_cache(m.config, rows, count * piece_size, m.dtype, batch_axes=axes)
     teacher_chunk = piece_size if teacher is not None and teacher.config.gate == "none" else chunk_size
 

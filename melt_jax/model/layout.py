@@ -52,7 +52,7 @@ def token_sharding(x: Shaped[Array, "B C ..."]) -> jax.P | None:
     return None if sharding.mesh.empty else jax.P(*sharding.spec[:2], None)
 
 
-def batch_axes(x: Shaped[Array, "B ..."]) -> Any:
+def batch_axes(x: Shaped[Array | np.ndarray, "B ..."]) -> Any:
     """The mesh axes that split the leading dimension of x, as an entry of a `PartitionSpec`; None without a mesh."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else sharding.spec[0]

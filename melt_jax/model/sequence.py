@@ -69,7 +69,7 @@ def run_sequence(
 
 
 def run_chunks(
-    model: LoopedTransformer, chunks: tuple[Int[Array, "N B C"], ...], alpha: Alpha = None
+    model: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...], alpha: Alpha = None
 ) -> tuple[tuple[Array, ...], Cache]:
     """Runs a model over the N chunks of sequences, one after the other.
 
@@ -95,7 +95,7 @@ def run_chunks(
     return outputs, cache
 
 
-def segment_positions(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+def segment_positions(segments: Int[Array | np.ndarray, "B S"]) -> Int[Array, "B S"]:
     """Positions counted from the first token of each run of equal segment ids."""
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
     changed = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)

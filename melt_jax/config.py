@@ -62,6 +62,8 @@ class ModelConfig:
     tied: Annotated[bool, "the output head is the embedding matrix"] = False
     gate: Annotated[str, OneOf(GATES), "how a KV entry is rewritten; none: a LoopLM"] = "none"
     first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "the first latent, as in student.first_loop"] = "copy"
+    window: Annotated[CountOrZero, "W, tokens before a query that it sees through entries of its own loop"] = 0
+    sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"] = 1
     exit_threshold: Annotated[PositiveOrZero, "cumulative exit probability that ends the loops; 1: loop T"] = 1.0
     bos: Annotated[int | None, Range(0), "token id that begins a sequence, for config.json"] = None
     eos: Annotated[int | None, Range(0), "token id that ends a sequence, for config.json"] = None
@@ -142,6 +144,8 @@ class StudentConfig:
     gate: Annotated[str, OneOf(GATES[1:]), "how a KV entry is rewritten"]
     first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "h¹ = u, or h⁰ = 0 and the gate acts at loop 1 too"]
     gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
+    window: Annotated[CountOrZero, "W, tokens before a query that it sees through entries of its own loop"]
+    sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"]
 
 
 @dataclasses.dataclass(frozen=True)

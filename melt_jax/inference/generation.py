@@ -144,7 +144,9 @@ def prefill_chunk(
     inside = (last >= 0) & (last < tokens.shape[1])
     index = jnp.clip(last, 0, tokens.shape[1] - 1)[None, :, None, None]
     at_last = jnp.take_along_axis(out.hidden, index, axis=2)[:, :, 0]
-    return cache.write(out.kv, out.segments, start), jnp.where(inside[None, :, None], at_last, last_hidden)
+    # A start for each sequence keeps the padding of shorter prompts out of their windows.
+    starts = start if cache.window is None else jnp.broadcast_to(start, lengths.shape)
+    return cache.write(out.kv, out.segments, starts), jnp.where(inside[None, :, None], at_last, last_hidden)
 
 
 @jax.jit
@@ -307,7 +309,8 @@ def generate(
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the KV entries of a cache."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves((cache.shared, cache.per_loop)))
+    entries = (cache.shared, cache.per_loop, cache.window and cache.window.kv)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(entries))
 
 
 def generate_tokens(

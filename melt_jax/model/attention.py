@@ -22,31 +22,58 @@ SAVED = "attention"  # the checkpoint name of the values that the gradient needs
 
 
 class AttentionMask(NamedTuple):
-    """Which tokens a query attends to: itself and earlier tokens of its segment, but none of segment 0, padding.
+    """Which entry of each earlier token a query attends to: at most one, and none of another segment or of segment 0.
 
     Attributes:
       segments: of the chunk's tokens.
       cached: the segments of the cache's slots.
       start: the chunk's first slot; slots from there on are not read.
+      width: W; a query attends to the W tokens before it through their entries of its own loop.
+      recent: the segments of the window's tokens; None without a window.
+      last_loop: in loop T entries of its own loop are the final ones, and the window is not read.
+      sweep: counted from 0; from sweep 1 on, tokens of the chunk further back than W are seen through the final entries
+        of the sweep before. None: there is one sweep.
     """
 
     segments: Int[Array, "B C"]
     cached: Int[Array, "B S"]
     start: Int[Array, ""] | Int[Array, " B"]
+    width: Int[Array, ""] | int = 0
+    recent: Int[Array, "B W"] | None = None
+    last_loop: Bool[Array, ""] | bool = False
+    sweep: Int[Array, ""] | None = None
 
-    def within_chunk(self) -> Bool[Array, "B C C"]:
-        """The mask within the chunk. Every query attends to itself, so that no softmax is empty."""
-        length = self.segments.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        return self._same_segment(self.segments) & causal[None] | jnp.eye(length, dtype=bool)[None]
+    def near(self) -> Bool[Array, "B C N"]:
+        """The mask over the window's entries ++ the chunk's of this loop ++ its final ones of the sweep before.
+
+        Every query attends to itself, so that no softmax is empty.
+        """
+        distance = self._queries()[:, None] - self._queries()[None]
+        causal, itself = self._same_segment(self.segments) & (distance >= 0)[None], (distance == 0)[None]
+        parts = [causal | itself]
+        if self.sweep is not None:
+            far = (distance > self.width)[None] & (self.sweep > 0)
+            parts = [causal & ~far | itself, causal & far]
+        if self.recent is not None:
+            # The window's token i is W − i before the chunk's first token.
+            inside = self._queries()[:, None] <= jnp.arange(self.recent.shape[1], dtype=jnp.int32)[None]
+            parts = [self._same_segment(self.recent) & inside[None] & ~self.last_loop, *parts]
+        return jnp.concatenate(parts, axis=-1)
 
     def over_cache(
         self, first: Int[Array, ""] | int, begin: Int[Array, ""] | int, size: int
     ) -> Bool[Array, "B C {size}"]:
         """The mask over the slots begin … begin + size − 1; slots before `first` belong to another block."""
-        slots = begin + jnp.arange(size, dtype=jnp.int32)[None]
-        live = (slots >= first) & (slots < jnp.reshape(self.start, (-1, 1)))
-        return self._same_segment(jax.lax.dynamic_slice_in_dim(self.cached, begin, size, 1)) & live[:, None, :]
+        slots = begin + jnp.arange(size, dtype=jnp.int32)[None, None]
+        end = jnp.reshape(self.start, (-1, 1, 1))
+        if self.recent is not None:
+            beyond_window = end + (self._queries() - self.width)[None, :, None]
+            end = jnp.where(self.last_loop, end, jnp.minimum(end, beyond_window))
+        live = (slots >= first) & (slots < end)
+        return self._same_segment(jax.lax.dynamic_slice_in_dim(self.cached, begin, size, 1)) & live
+
+    def _queries(self):
+        return jnp.arange(self.segments.shape[1], dtype=jnp.int32)
 
     def _same_segment(self, keys):
         return (self.segments[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
@@ -56,17 +83,17 @@ class AttentionMask(NamedTuple):
 def blockwise_attention(
     query: Float[Array, "B C K G E"],
     earlier: ChunkKV,
-    own: KV,
+    near: KV,
     alpha: Float[Array, ""] | None,
     mask: AttentionMask,
     block: int,
 ) -> Float[Array, "B C K G E"]:
-    """Softmax attention over the entries of earlier tokens ++ the chunk's own entries of this loop.
+    """Softmax attention over the cached entries of earlier tokens ++ the entries near the chunk.
 
     Args:
       query: the chunk's queries.
       earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, which α blends.
-      own: the chunk's entries, [B, C, K, E].
+      near: the entries that `mask.near` covers, [B, N, K, E].
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
       block: slots whose scores exist at a time; a shorter cache is one block.
@@ -74,15 +101,15 @@ def blockwise_attention(
     Returns:
       The heads' results in the query's dtype; scores, softmax and sums are at least float32.
     """
-    return _blockwise_attention_forward(query, earlier, own, alpha, mask, block)[0]
+    return _blockwise_attention_forward(query, earlier, near, alpha, mask, block)[0]
 
 
-def _blockwise_attention_forward(query, earlier, own, alpha, mask, block):
-    with jax.named_scope("within_chunk"):
-        scores = _scores(query, own.keys, mask.within_chunk())
+def _blockwise_attention_forward(query, earlier, near, alpha, mask, block):
+    with jax.named_scope("near_entries"):
+        scores = _scores(query, near.keys, mask.near())
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
-        state = peak, jnp.sum(weights, axis=-1, keepdims=True), _mix(weights, own.values)
+        state = peak, jnp.sum(weights, axis=-1, keepdims=True), _mix(weights, near.values)
 
     def add_block(state, kv, visible, _):
         peak, total, mixed = state
@@ -95,11 +122,11 @@ def _blockwise_attention_forward(query, earlier, own, alpha, mask, block):
     peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
     out = checkpoint_name((mixed / _token_first(total)).astype(query.dtype), SAVED)
     log_total = checkpoint_name(peak + jnp.log(total), SAVED)
-    return out, (query, earlier, own, alpha, mask, out, log_total)
+    return out, (query, earlier, near, alpha, mask, out, log_total)
 
 
 def _blockwise_attention_backward(block, residuals, out_bar):
-    query, earlier, own, alpha, mask, out, log_total = residuals
+    query, earlier, near, alpha, mask, out, log_total = residuals
     scale = 1 / math.sqrt(query.shape[-1])
     product = jnp.sum(upcast(out_bar) * upcast(out), axis=-1)
     product = jnp.moveaxis(product, 1, -1)[..., None]
@@ -112,8 +139,8 @@ def _blockwise_attention_backward(block, residuals, out_bar):
         keys_bar = einsum("bkgcs,bckge->bske", scores_bar, query)
         return query_bar, KV(keys_bar, einsum("bkgcs,bckge->bske", weights.astype(query.dtype), out_bar))
 
-    with jax.named_scope("within_chunk"):
-        query_bar, own_bar = pull_back(own, mask.within_chunk())
+    with jax.named_scope("near_entries"):
+        query_bar, near_bar = pull_back(near, mask.near())
 
     def add_block(state, kv, visible, begin):
         query_bar, earlier_bar = state
@@ -126,7 +153,7 @@ def _blockwise_attention_backward(block, residuals, out_bar):
 
     state = query_bar, jax.tree.map(jnp.zeros_like, earlier)
     query_bar, earlier_bar = _fold_blocks(add_block, state, earlier, alpha, mask, block)
-    return query_bar.astype(query.dtype), earlier_bar, own_bar, jax.tree.map(jnp.zeros_like, alpha), None
+    return query_bar.astype(query.dtype), earlier_bar, near_bar, jax.tree.map(jnp.zeros_like, alpha), None
 
 
 blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_backward)
@@ -141,8 +168,8 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
 
     def body(index, state):
         begin = jnp.minimum(index * size, slots - size)  # the last block may overlap the one before it
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, 1)
-        kv = blend(jax.tree.map(cut, earlier), alpha)
+        cut = functools.partial(jax.tree.map, lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, 1))
+        kv = blend(cut(earlier), alpha)
         return add_block(state, kv, mask.over_cache(index * size, begin, size), begin)
 
     if size == slots:
@@ -154,7 +181,7 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
 def _unblend(kv_bar, earlier, alpha):
     """The transpose of `blend`: cotangents of the shared and of the per-loop entries from that of the blended ones."""
     if earlier.shared is None or earlier.per_loop is None:
-        return ChunkKV(*(entries and kv_bar for entries in earlier))
+        return ChunkKV(earlier.shared and kv_bar, earlier.per_loop and kv_bar)
     scale = lambda factor: jax.tree.map(lambda x: (factor * upcast(x)).astype(x.dtype), kv_bar)
     return ChunkKV(scale(alpha), scale(1 - alpha))
 

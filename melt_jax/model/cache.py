@@ -5,7 +5,10 @@ A `Cache` has up to two sets of entries over the same slots:
     shared      [L, B, S, K, E]       the shared cache: projected from the token's last latent, read by all loops
     per_loop    [T, L, B, S, K, E]    the per-loop cache: projected from u, an entry for each loop
 
-Letters in shapes: L layers, T loops, B batch, S slots, C chunk length, K key/value heads, E head width.
+A MELT with a window also keeps the entries of the last W tokens as loops 1 … T − 1 read them. Loop T needs none: its
+entries are the final ones.
+
+Letters in shapes: L layers, T loops, B batch, S slots, C chunk length, W window, K key/value heads, E head width.
 """
 
 from typing import Any, NamedTuple
@@ -28,10 +31,56 @@ class KV(NamedTuple):
 
 
 class ChunkKV(NamedTuple):
-    """The KV entries that one chunk adds to a cache; None for a set that the cache does not have."""
+    """The KV entries that one chunk adds to a cache; None for a set that the cache does not have.
+
+    Attributes:
+      shared: of the last loop.
+      per_loop: of the LoopLM in every loop.
+      recent: as loops 1 … T − 1 read them, for the window.
+    """
 
     shared: KV | None
     per_loop: KV | None
+    recent: KV | None = None
+
+
+class Window(NamedTuple):
+    """The last W tokens of each sequence, oldest first.
+
+    Attributes:
+      kv: their entries as loops 1 … T − 1 read them, [T − 1, L, B, W, K, E].
+      segments: their segments; 0 before a sequence's first token.
+    """
+
+    kv: KV
+    segments: Int[Array, "B W"]
+
+    def advance(
+        self, recent: KV, segments: Int[Array, "B C"], start: Int[Array, ""] | Int[Array, " B"] | int
+    ) -> "Window":
+        """The window after a chunk.
+
+        Args:
+          recent: the chunk's entries, [T − 1, L, B, C, K, E].
+          segments: the chunk's segments.
+          start: the chunk's first slot. One slot for the whole batch: all tokens of the chunk enter the window. A slot
+            per sequence: padding at the end of the chunk does not, since the sequence continues before it.
+        """
+        width = self.segments.shape[1]
+        joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 3), self.kv, recent)
+        joined_segments = jnp.concatenate([self.segments, segments], axis=1)
+        if jnp.ndim(start) == 0:
+            count = segments.shape[1]
+            last = lambda x, axis: jax.lax.slice_in_dim(x, count, count + width, axis=axis)
+            return Window(jax.tree.map(lambda x: last(x, 3), joined), last(joined_segments, 1))
+        ends = jnp.arange(1, segments.shape[1] + 1, dtype=jnp.int32)[None]
+        counts = jnp.max(jnp.where(segments != 0, ends, 0), axis=1)
+        # One sequence at a time: a gather over the batch makes a TPU copy the whole array.
+        cut = lambda x, axis: jax.lax.map(
+            lambda xs: jax.lax.dynamic_slice_in_dim(xs[0], xs[1], width, axis), (x, counts)
+        )
+        cut_kv = lambda x: jnp.moveaxis(cut(jnp.moveaxis(x, 2, 0), 2), 0, 2)
+        return Window(jax.tree.map(cut_kv, joined), cut(joined_segments, 0))
 
 
 class Cache(NamedTuple):
@@ -41,11 +90,13 @@ class Cache(NamedTuple):
       shared: `KV` of [L, B, S, K, E], or None.
       per_loop: `KV` of [T, L, B, S, K, E], or None.
       segments: [B, S]; 0 is an empty slot or padding, which no token attends to.
+      window: of a MELT that has one.
     """
 
     shared: KV | None
     per_loop: KV | None
     segments: Int[Array, "B S"]
+    window: Window | None = None
 
     @property
     def keys(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
@@ -83,7 +134,11 @@ class Cache(NamedTuple):
         put = lambda axis: lambda old, new: _write_slots(old, new.astype(old.dtype), start, axis)
         shared = jax.tree.map(put(2), self.shared, entries.shared)
         per_loop = jax.tree.map(put(3), self.per_loop, entries.per_loop)
-        return Cache(shared, per_loop, _write_slots(self.segments, segments, start, 1))
+        window = self.window
+        if window is not None:
+            assert entries.recent is not None, "a window needs the entries of every loop"
+            window = window.advance(entries.recent, segments, start)
+        return Cache(shared, per_loop, _write_slots(self.segments, segments, start, 1), window)
 
 
 def create_cache(
@@ -114,12 +169,28 @@ def create_cache(
     zeros = lambda *lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
     shared = KV(zeros(), zeros()) if melt else None
     per_loop = KV(zeros(config.loops), zeros(config.loops)) if transition or not melt else None
-    return Cache(shared, per_loop, split_zeros((batch, length), jnp.int32, 0, batch_axes))
+    segments = split_zeros((batch, length), jnp.int32, 0, batch_axes)
+    return Cache(shared, per_loop, segments, create_window(config, batch, dtype, batch_axes))
+
+
+def create_window(config: ModelConfig, batch: int, dtype: DTypeLike, batch_axes: Any = None) -> Window | None:
+    """An empty window for B sequences; None for a LoopLM, W = 0 or T = 1, which need none."""
+    if config.gate == "none" or not config.window or config.loops == 1:
+        return None
+    shape = (config.loops - 1, config.layers, batch, config.window, config.kv_heads, config.head_width)
+    zeros = lambda: split_zeros(shape, dtype, 2, batch_axes, -2)
+    return Window(KV(zeros(), zeros()), split_zeros((batch, config.window), jnp.int32, 0, batch_axes))
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
     """Bytes of cache per token: 2·L·K·E numbers of `itemsize` bytes, times T for the LoopLM."""
     entries = 1 if config.gate != "none" else config.loops
+    return 2 * entries * config.layers * config.kv_heads * config.head_width * itemsize
+
+
+def bytes_per_sequence(config: ModelConfig, itemsize: int = 2) -> int:
+    """Bytes of a sequence's window, whatever its length: 2·(T − 1)·W·L·K·E numbers; 0 for the LoopLM."""
+    entries = (config.loops - 1) * config.window if config.gate != "none" else 0
     return 2 * entries * config.layers * config.kv_heads * config.head_width * itemsize
 
 

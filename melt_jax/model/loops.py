@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
-from melt_jax.model.cache import Cache, ChunkKV, blend, create_cache
+from melt_jax.model.cache import KV, Cache, ChunkKV, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
 from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features
@@ -43,11 +43,25 @@ class ChunkOutput(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """What is the same for all layers and loops of a chunk."""
+    """What is the same for all layers and loops of a sweep."""
 
     rope: RopeTable
     mask: AttentionMask
     alpha: Float[Array, ""] | None
+
+
+class _Earlier(NamedTuple):
+    """The entries that one layer reads in one loop, besides the chunk's own of that loop.
+
+    Attributes:
+      cached: [B, S, K, E], of the cache.
+      window: [B, W, K, E], of the window, or None.
+      previous: [B, C, K, E], of the chunk itself after the sweep before, or None.
+    """
+
+    cached: ChunkKV
+    window: KV | None
+    previous: ChunkKV | None
 
 
 def run_chunk(
@@ -62,9 +76,13 @@ def run_chunk(
 ) -> ChunkOutput:
     """Runs all T loops over C consecutive tokens in parallel (MELT, arXiv 2605.07721, Fig. 3a).
 
-    A query of loop t attends causally to its chunk's entries as they are in loop t, and to the cache's entries of
-    earlier tokens: the final ones of a shared cache, those of loop t of a per-loop cache, both blended in the
-    transition.
+    A query of loop t attends causally to its chunk's entries as they are in loop t, to the entries of loop t of the W
+    tokens before it, and to the cache's entries of all other earlier tokens: the final ones of a shared cache, those
+    of loop t of a per-loop cache, both blended in the transition.
+
+    With several sweeps the loops run again over the same tokens. From the second sweep on, tokens of the chunk further
+    back than W are read through the final entries of the sweep before. A chunk of at most sweeps · (W + 1) tokens is
+    then exactly token-by-token decoding.
 
     Args:
       model: a LoopLM or a MELT; T is `model.config.loops`.
@@ -84,64 +102,99 @@ def run_chunk(
     config, (batch, length) = model.config, tokens.shape
     if (alpha is None) != (cache.shared is None or cache.per_loop is None):
         raise InputError(f"alpha: expected a number if the cache has shared and per-loop entries, else None: {alpha}")
-    slots = jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
+    start = jnp.asarray(start, jnp.int32)
+    slots = jnp.reshape(start, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
     if positions is None:
         positions = jnp.broadcast_to(slots, (batch, length))
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
     wide = accumulation_dtype(model.dtype)
-    context = _Context(
-        rope_table(positions, config.head_width, config.rope_theta, wide),
-        AttentionMask(segments, cache.segments, jnp.asarray(start, jnp.int32)),
-        None if alpha is None else jnp.asarray(alpha, wide),
-    )
+    rope = rope_table(positions, config.head_width, config.rope_theta, wide)
+    recent = None if cache.window is None else cache.window.segments
+    mask = AttentionMask(segments, cache.segments, start, config.window, recent)
+    context = _Context(rope, mask, None if alpha is None else jnp.asarray(alpha, wide))
+    x = model.embed(tokens)
+    if cache.shared is None or config.sweeps == 1:
+        return _run_loops(model, cache, context, x, None)
+
+    def run_sweep(previous, sweep):
+        return _run_loops(model, cache, context._replace(mask=mask._replace(sweep=sweep)), x, previous)
+
+    def next_entries(previous, sweep):
+        return run_sweep(previous, sweep).kv._replace(recent=None), None
+
+    empty = create_cache(config, batch, length, x.dtype, alpha is not None, batch_axes(x))
+    sweeps = jnp.arange(config.sweeps, dtype=jnp.int32)
+    previous, _ = jax.lax.scan(next_entries, ChunkKV(empty.shared, empty.per_loop), sweeps[:-1])
+    return run_sweep(previous, sweeps[-1])
+
+
+def _run_loops(
+    model: LoopedTransformer, cache: Cache, context: _Context, x: Float[Array, "B C D"], previous: ChunkKV | None
+) -> ChunkOutput:
+    """One sweep: T loops over a chunk from its embeddings x; `previous` is the chunk's entries of the sweep before."""
+    config = model.config
     run_layer = functools.partial(_run_layer, config, context)
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
     def run_loop(state, xs):
         x, latents, _ = state
-        loop, per_loop = xs
+        loop, cached, window, previous_per_loop = xs
+        earlier = _Earlier(
+            ChunkKV(cache.shared, cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
+        )
         layer_loop = jnp.full((config.layers,), loop)
         x, (latents, kv, attention_output, gate_openness) = jax.lax.scan(
-            run_layer, x, (model.layers, latents, ChunkKV(cache.shared, per_loop), layer_loop)
+            run_layer, x, (model.layers, latents, earlier, layer_loop)
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(x, model.norm[...], config.rms_eps)
-        return (x, latents, kv.shared), (x, kv.per_loop, attention_output, gate_openness)
+        return (x, latents, kv.shared), (x, kv.per_loop, kv.recent, attention_output, gate_openness)
 
-    x = model.embed(tokens)
     latents, shared = _before_first_loop(config, cache, x)
-    (_, _, shared), (hidden, per_loop, attention_output, gate_openness) = jax.lax.scan(
-        run_loop, (x, latents, shared), (jnp.arange(1, config.loops + 1, dtype=jnp.int32), cache.per_loop)
+    loops = jnp.arange(1, config.loops + 1, dtype=jnp.int32)
+    # Loop T does not read the window; zeros stand in for its entries.
+    pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
+    window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
+    (_, _, shared), (hidden, per_loop, recent, attention_output, gate_openness) = jax.lax.scan(
+        run_loop, (x, latents, shared), (loops, cache.per_loop, window, previous and previous.per_loop)
     )
-    return ChunkOutput(hidden, attention_output, gate_openness, ChunkKV(shared, per_loop), segments)
+    kv = ChunkKV(shared, per_loop, jax.tree.map(lambda entries: entries[:-1], recent))
+    return ChunkOutput(hidden, attention_output, gate_openness, kv, context.mask.segments)
 
 
 def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D"]):
     """Zeros for h⁰ [L, B, C, D] and for the chunk's shared entries; None for a LoopLM."""
     if cache.shared is None:
         return None, None
-    batch, length, _ = x.shape
     split = batch_axes(x)
     latents = split_zeros((config.layers, *x.shape), x.dtype, 1, split, -1)
+    batch, length, _ = x.shape
     return latents, create_cache(config, batch, length, x.dtype, batch_axes=split).shared
 
 
 def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"], xs):
-    """One layer in one loop, a step of a scan; xs are (layer, its latent, its cached entries, t)."""
+    """One layer in one loop, a step of a scan; xs are (layer, its latent, its `_Earlier`, t)."""
     layer, latent, earlier, loop = xs
     with jax.named_scope("gate"):
         u = layer.norm(y, "input_layernorm")
-        latent, kv, gate_openness = _chunk_kv(config, context.rope, layer, u, latent, earlier, loop)
+        latent, kv, gate_openness = _chunk_kv(config, context.rope, layer, u, latent, earlier.cached, loop)
     with jax.named_scope("attention"):
-        own, query = blend(kv, context.alpha), layer.project_query(u, context.rope)
-        heads = blockwise_attention(query, earlier, own, context.alpha, context.mask, config.attention_block)
+        own = blend(kv, context.alpha)
+        near = [own] if earlier.window is None else [earlier.window, own]
+        if earlier.previous is not None:
+            near.append(blend(earlier.previous, context.alpha))
+        near = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *near)
+        mask = context.mask._replace(last_loop=loop == config.loops)
+        query = layer.project_query(u, context.rope)
+        heads = blockwise_attention(query, earlier.cached, near, context.alpha, mask, config.attention_block)
         attention_output = layer.project_output(heads)
         y = y + layer.norm(attention_output, "input_layernorm_2")
     with jax.named_scope("mlp"):
         m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
         y = y + layer.norm(m, "post_attention_layernorm_2")
+    kv = kv._replace(recent=None if earlier.window is None else own)
     return y, (latent, kv, split_features(attention_output), gate_openness)
 
 

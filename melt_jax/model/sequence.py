@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from melt_jax.config import InputError
-from melt_jax.model.cache import Cache, ChunkKV, create_cache
+from melt_jax.model.cache import Cache, create_cache
 from melt_jax.model.layout import accumulation_dtype, batch_axes
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer
@@ -153,55 +153,61 @@ def chunk_sums(
     """`plain_chunk_sums` with the same gradient, exact and not truncated, in memory linear in the sequence.
 
     Final entries never change, so the cache after the last chunk, masked to the slots before a chunk, is the cache
-    that this chunk read. Only the weights, the chunks and that one cache are kept for the backward pass. It visits the
-    chunks in reverse: it recomputes a chunk against the final cache, pulls back the cotangents of the chunk's sums and
-    of the entries it wrote, and accumulates the cotangents of earlier entries.
+    that this chunk read. Only the weights, the chunks, that one cache and the windows that the chunks read are kept for
+    the backward pass. It visits the chunks in reverse: it recomputes a chunk against the final cache and its window,
+    pulls back the cotangents of the chunk's sums, of the entries it wrote and of the window it left, and accumulates
+    the cotangents of earlier entries.
     """
     return _forward(step, weights, cache, data, chunks)[0]
 
 
 def _forward(step, weights, cache, data, chunks):
+    """(sums over the chunks, the final cache, the windows that the chunks read)."""
     chunk_size, count = _chunk_shape(cache, chunks)
 
     def body(cache, xs):
         start, chunk = xs
         sums, entries, segments = step(weights, cache, start, data, chunk)
-        return cache.write(entries, segments, start), sums
+        return cache.write(entries, segments, start), (sums, cache.window)
 
-    cache, sums = jax.lax.scan(body, cache, (_chunk_starts(count, chunk_size), chunks))
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), cache
+    cache, (sums, windows) = jax.lax.scan(body, cache, (_chunk_starts(count, chunk_size), chunks))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), cache, windows
 
 
 def _chunk_sums_forward(step, weights, perturbation, cache, data, chunks):
-    sums, cache = _forward(step, weights, cache, data, chunks)
-    return sums, (weights, perturbation, cache, data, chunks)
+    sums, cache, windows = _forward(step, weights, cache, data, chunks)
+    return sums, (weights, perturbation, cache, windows, data, chunks)
 
 
 def _chunk_sums_backward(step, residuals, sums_bar):
-    weights, perturbation, cache, data, chunks = residuals
+    weights, perturbation, cache, windows, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
-    entries = ChunkKV(cache.shared, cache.per_loop)
-    as_cache = lambda entries: Cache(entries.shared, entries.per_loop, cache.segments)
+    entries = (cache.shared, cache.per_loop)
 
     def body(carry, xs):
-        entries_bar, weights_bar = carry
-        start, chunk = xs
+        entries_bar, window_bar, weights_bar = carry
+        start, window, chunk = xs
 
-        def chunk_step(weights, entries):
-            sums, new_entries, _ = step(weights, as_cache(entries), start, data, chunk)
-            return sums, new_entries
+        def chunk_step(weights, entries, window_kv):
+            read = None if window is None else window._replace(kv=window_kv)
+            sums, new, segments = step(weights, Cache(*entries, cache.segments, read), start, data, chunk)
+            written = None if read is None else read.advance(new.recent, segments, start).kv
+            return sums, (new.shared, new.per_loop), written
 
-        (_, new_entries), pull_back = jax.vjp(chunk_step, weights, entries)
-        own_bar = as_cache(entries_bar).read(start, chunk_size)
-        own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
-        chunk_weights_bar, earlier_bar = pull_back((sums_bar, own_bar))
+        (_, new_entries, _), pull_back = jax.vjp(chunk_step, weights, entries, window and window.kv)
+        own = Cache(*entries_bar, cache.segments).read(start, chunk_size)
+        own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), (own.shared, own.per_loop), new_entries)
+        chunk_weights_bar, earlier_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         add = lambda total, x: total + x.astype(total.dtype)
-        return (jax.tree.map(add, entries_bar, earlier_bar), jax.tree.map(add, weights_bar, chunk_weights_bar)), None
+        totals = jax.tree.map(add, (entries_bar, weights_bar), (earlier_bar, chunk_weights_bar))
+        return (totals[0], window_bar, totals[1]), None
 
     zeros = lambda x: jnp.zeros_like(x, accumulation_dtype(x.dtype))
     weights_zeros = jax.tree.map(zeros, weights) if perturbation is None else jax.tree.map(jnp.zeros_like, perturbation)
-    totals = jax.tree.map(zeros, entries), weights_zeros
-    (_, weights_bar), _ = jax.lax.scan(body, totals, (_chunk_starts(count, chunk_size), chunks), reverse=True)
+    window_zeros = None if cache.window is None else jax.tree.map(jnp.zeros_like, cache.window.kv)
+    totals = jax.tree.map(zeros, entries), window_zeros, weights_zeros
+    starts = _chunk_starts(count, chunk_size)
+    (_, _, weights_bar), _ = jax.lax.scan(body, totals, (starts, windows, chunks), reverse=True)
     if perturbation is not None:
         return None, weights_bar, None, None, None
     return jax.tree.map(lambda bar, w: bar.astype(w.dtype), weights_bar, weights), None, None, None, None

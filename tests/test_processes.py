@@ -94,28 +94,50 @@ def test_checkpoints_are_restored_on_every_mesh(runs):
     assert model.config.gate == "elementwise"
 
 
-def test_nan_is_not_within_bounds(monkeypatch, tmp_path):
-    """`tests.long.processes` and `mesh_steps` report nan as a difference."""
+def test_nan_is_never_bitwise_equal(monkeypatch, tmp_path):
+    """`tests.long.processes` and `tests.helpers.mesh_steps` report nan as a difference, even if both sides have it."""
     found = {"a": {"x.model.w": np.ones(3)}, "b": {"x.model.w": np.ones(3)}}
     logged = {"a": np.array([1.0, 2.0]), "b": np.array([1.0, 2.0])}
     monkeypatch.setattr(processes, "leaves", lambda workdir, phases: found[workdir.name])
     monkeypatch.setattr(processes, "losses", lambda workdir: logged[workdir.name])
-    compare = lambda exact: processes.compare(tmp_path / "a", tmp_path / "b", exact)[1]
-    assert compare(exact=False) and compare(exact=True)
+    equal = lambda: processes.compare(tmp_path / "a", tmp_path / "b").bitwise_equal
+    assert equal()
     logged["a"] = np.array([1.0, np.nan])
-    assert not compare(exact=False) and not compare(exact=True)
-    logged["a"], found["a"] = logged["b"], {"x.model.w": np.array([np.nan, 1, 1])}
-    assert not compare(exact=False) and not compare(exact=True)
+    assert not equal()
+    logged["b"] = logged["a"]
+    assert not equal()
+    logged["a"] = logged["b"] = np.array([1.0, 2.0])
+    found["a"] = {"x.model.w": np.array([np.nan, 1, 1])}
+    assert not equal()
+    found["b"] = found["a"]
+    assert not equal()
     assert np.isnan(gap({"m": np.zeros(1), "w": np.array([1, np.inf])}, {"m": np.zeros(1), "w": np.ones(2)}))
 
 
-def test_a_single_process_broadcasts_to_itself():
+def test_comparison_of_runs_is_bitwise(monkeypatch, tmp_path):
+    """The sign of a zero in an optimizer moment and one answer in results.json count as differences."""
+    found = {"a": {"x.model.w": np.ones(3), "m": np.zeros(1)}, "b": {"x.model.w": np.ones(3), "m": np.zeros(1)}}
+    monkeypatch.setattr(processes, "leaves", lambda workdir, phases: found[workdir.name])
+    monkeypatch.setattr(processes, "losses", lambda workdir: np.ones(2))
+    for name in found:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text("{}")
+    compare = lambda: processes.compare(tmp_path / "a", tmp_path / "b")
+    assert compare().bitwise_equal
+    found["a"]["m"] = -np.zeros(1)
+    assert not compare().bitwise_equal and compare().leaves == 1
+    found["a"]["m"] = np.zeros(1)
+    (tmp_path / "a/results.json").write_text('{"answers": 1}')
+    assert not compare().bitwise_equal
+
+
+def test_single_process_broadcasts_to_itself():
     assert broadcast_from_process_0(True) is True and broadcast_from_process_0(False) is False
     assert [broadcast_text_from_process_0(text) for text in ("", "T × L")] == ["", "T × L"]
 
 
 @pytest.mark.slow
-def test_a_text_of_process_0_reaches_all():
+def test_text_of_process_0_reaches_every_process():
     """Texts of several lengths, one of them empty."""
     program = """
 import jax

@@ -18,7 +18,7 @@ def test_fresh_problems_depend_on_the_seed_alone():
     assert not {problem.question for problem in problems} & {problem.question for problem in trained}
 
 
-def test_answers_are_compared_with_the_truth(monkeypatch):
+def test_only_exact_answers_count(monkeypatch):
     problems = answers.fresh_problems(1, 8, 2, 3)
     stop, answer = arithmetic.STOP, arithmetic.ANSWER
     made = [problem.completion for problem in problems]
@@ -44,7 +44,7 @@ def test_answers_are_compared_with_the_truth(monkeypatch):
     assert found.by_definitions() == [(2, 4, 0.75, 0.5), (3, 4, 0.5, 0.5)]
 
 
-def test_a_batch_of_problems_scores_their_completions():
+def test_batch_of_problems_scores_their_completions():
     problems = answers.fresh_problems(3, 4)
     batch = answers.problem_batch(problems)
     for row, problem in enumerate(problems):

@@ -49,7 +49,7 @@ CASES = {
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", CASES)
-def test_blocks_are_plain_attention(name):
+def test_blockwise_attention_equals_plain_attention(name):
     slots, start, which, block = CASES[name]
     query, earlier, own, alpha, mask = inputs(slots, start, which, jnp.float64)
     weight = np.random.default_rng(1).standard_normal((B, C, K, G, E))
@@ -64,7 +64,7 @@ def test_blocks_are_plain_attention(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, want)
 
 
-def test_bfloat16_differs_by_rounding():
+def test_bfloat16_attention_differs_by_rounding():
     """Scores and sums are float32; the weights and the result are rounded to bfloat16, by 2⁻⁹ each."""
     arguments = inputs(13, 11, dtype=jnp.bfloat16)
     got = blockwise_attention(*arguments, 4)
@@ -81,7 +81,7 @@ def test_empty_blocks_are_not_visited():
     np.testing.assert_array_equal(outcome(poisoned), outcome(earlier))
 
 
-def test_scores_of_one_block_exist_at_a_time():
+def test_only_one_block_of_scores_is_kept():
     """Temporary memory of the forward pass does not grow with the cache beyond one block."""
 
     def temporary(slots):

@@ -39,7 +39,7 @@ def test_shared_bytes_do_not_depend_on_the_loops():
         assert cache_bytes(both) == 3 * 7 * (loops + 1) * bytes_per_token(TINY)
 
 
-def test_bytes_of_the_published_model():
+def test_bytes_per_token_match_the_paper():
     assert bytes_per_token(ModelConfig(gate="elementwise")) == 196_608
     assert bytes_per_token(ModelConfig(gate="none")) == 786_432
 
@@ -76,7 +76,7 @@ def test_write_changes_its_own_slots_only(start):
 
 
 @float64
-def test_blend():
+def test_blend_is_linear_in_alpha():
     shared, per_loop = (jax.tree.map(np.float64, random_kv(TINY, 3, seed)) for seed in (0, 1))
     for got, s, b in zip(blend(ChunkKV(shared, per_loop), 0.25), shared, per_loop):
         np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, rtol=1e-14)
@@ -127,7 +127,7 @@ def assert_equal_where(same, one, other, alpha=None):
     assert np.abs(one["hidden"] - other["hidden"])[~same].max() > 1e-3
 
 
-def test_attention_mask():
+def test_attention_mask_is_causal_within_documents():
     """Slots before the chunk and, causally, the chunk, of the same document; padding attends to itself only."""
     rng = np.random.default_rng(0)
     segments, cached = (jnp.asarray(rng.integers(3, size=(B, n)), jnp.int32) for n in (CHUNK, S))
@@ -142,7 +142,7 @@ def test_attention_mask():
 
 
 @by_kind
-def test_later_token_changes_nothing_earlier(gate, alpha):
+def test_later_tokens_do_not_affect_earlier_ones(gate, alpha):
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
     before = outputs(model, tokens, alpha)
     for changed in (0, 3, 4, 6, 10):

@@ -38,12 +38,12 @@ def test_override_of_another_type_is_kept_for_freeze(key, text):
         freeze(load_config(NANO, [(key, text)]))
 
 
-def test_override_below_a_key():
+def test_override_below_a_key_is_an_error():
     with pytest.raises(ConfigError, match=r"seed.x: unknown key.*\n  - seed: missing"):
         freeze(load_config(NANO, [("seed.x", "3")]))
 
 
-def test_recipe_with_an_argument(tmp_path):
+def test_recipes_accept_an_argument(tmp_path):
     path = recipe(tmp_path, "def get_config(text):\n    return ConfigDict({'text': text})\n")
     assert load_config(f"{path}:a:b").text == "a:b"
 
@@ -96,7 +96,7 @@ def parsed(monkeypatch):
     return parse
 
 
-def test_forms_of_an_override(parsed):
+def test_all_forms_of_overrides_are_parsed(parsed):
     rest, overrides = parsed(
         "--config=x.py", "--config.a.b=1=2", "-config.c", "3", "extra", "--config.run.stall_exits",
         "--noconfig.evaluation.sample", "--config.d=", "--", "--config.e=4",

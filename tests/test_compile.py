@@ -91,7 +91,7 @@ def test_lack_of_memory_is_bad_input(monkeypatch):
         compile_small("decode")
 
 
-def test_an_indivisible_batch_is_refused():
+def test_indivisible_batch_is_refused():
     with pytest.raises(ShardingError, match=r"data.batch: expected a multiple of 2 .*found 3"):
         compile_small(**{"data.batch": 3})
 
@@ -111,7 +111,7 @@ def run_command(*flags, path=ROOT):
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_record():
+def test_command_prints_a_record():
     model = {f"model.{field}": value for field, value in dataclasses.asdict(MODEL).items() if field in SMALL_FIELDS}
     done = run_command(
         "--json", "--phase=prefill", *(f"--config.{key}={value}" for key, value in (SETTINGS | model).items())
@@ -124,7 +124,7 @@ def test_the_command_prints_a_record():
 SMALL_FIELDS = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "feed_forward")
 
 
-def test_a_missing_libtpu_is_one_line(tmp_path):
+def test_missing_libtpu_is_one_line(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a)\n"
     )

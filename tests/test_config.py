@@ -57,7 +57,7 @@ def test_every_number_has_a_range():
     assert unlimited == []
 
 
-def test_papers_recipe():
+def test_ouro_recipe_matches_the_paper():
     """500 + 300 steps of 320 000 tokens: 256M tokens."""
     config = freeze(ouro_1_4b.get_config())
     step_tokens = config.data.length * config.data.batch
@@ -128,7 +128,7 @@ def base_with_teacher() -> ConfigDict:
     return changed(base.get_config(), teacher="ouro")
 
 
-def test_unknown_key_suggestions():
+def test_unknown_keys_get_suggestions():
     unknown = {
         "lerning_rate": "",
         "transition__lerning_rate": "; did you mean transition.learning_rate?",
@@ -143,7 +143,7 @@ def test_unknown_key_suggestions():
         assert line.startswith(f"{name}: unknown key") and line.endswith(suggestion)
 
 
-def test_missing_keys_and_groups_of_another_type():
+def test_missing_keys_and_non_groups_are_errors():
     config = changed(base_with_teacher(), data="tokens.npz")
     del config.optimizer.clip
     assert errors(config) == [
@@ -152,7 +152,7 @@ def test_missing_keys_and_groups_of_another_type():
     ]
 
 
-def test_unknown_key_in_a_recipe():
+def test_unknown_recipe_key_is_an_error():
     config = base_with_teacher()
     config.transition.lerning_rate = 1e-5
     assert errors(config) == ["transition.lerning_rate: unknown key; did you mean transition.learning_rate?"]
@@ -179,7 +179,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("message", CONTRADICTIONS)
-def test_contradictions(message):
+def test_contradictory_values_are_errors(message):
     for values in CONTRADICTIONS[message]:
         (line,) = errors(changed(base_with_teacher(), **values))
         assert line.startswith(message)
@@ -197,11 +197,11 @@ def test_elementwise_gate_may_have_a_gated_first_loop():
     freeze(changed(base_with_teacher(), student__gate="elementwise", student__first_loop="gated"))
 
 
-def test_gates_are_those_with_a_function():
+def test_every_gate_has_a_function():
     assert GATES == ("none", *VARIANTS)
 
 
-def test_model_errors():
+def test_all_model_errors_are_listed():
     assert model_errors(ModelConfig()) == model_errors(ModelConfig(gate="ema", remat="layer", exit_threshold=2.0)) == []
     model = ModelConfig(loops=0, exit_threshold=-0.1, kv_heads=3, head_width=15, gate="soft", layers=2.0, bos=-1)  # type: ignore # a wrong type is the test's point
     assert model_errors(model, "model.") == [

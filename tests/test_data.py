@@ -71,7 +71,7 @@ def test_batches_may_span_epochs(tmp_path):
 
 
 @pytest.mark.parametrize("seed, start, stop, message", [(-1, 0, 1, "seed"), (2**32, 0, 1, "seed"), (0, 3, 2, "steps")])
-def test_seed_and_steps_out_of_range(seed, start, stop, message):
+def test_out_of_range_seed_and_steps_are_errors(seed, start, stop, message):
     with pytest.raises(ValueError, match=message):
         batches(DataConfig(), seed, start, stop)
 
@@ -158,7 +158,7 @@ def test_definitions_stay_within_their_bounds():
             assert len(where) in (arithmetic.problem_tokens(3), arithmetic.problem_tokens(4))
 
 
-def test_the_task_does_not_change():
+def test_task_does_not_change():
     """The published results depend on the problems of a seed and step."""
     batch = arithmetic.arithmetic_batch(0, 7, batch=1, length=64)
     assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == FIRST_PROBLEM
@@ -168,7 +168,7 @@ def test_the_task_does_not_change():
 FIRST_PROBLEM = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2=4;j=d*2=8;g=j*3=4</think>4<|im_end|>"
 
 
-def test_unknown_score():
+def test_unknown_score_is_an_error():
     with pytest.raises(ValueError, match='score: expected "completion" or "all", found \'completions\''):
         arithmetic.arithmetic_batch(0, 0, 1, 64, score="completions")
 
@@ -192,7 +192,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("message", CONFIGS)
-def test_config_errors(message):
+def test_each_config_error_is_reported(message):
     assert any(message in text for text in data_errors(CONFIGS[message], NANO))
 
 
@@ -218,7 +218,7 @@ def run_config(training, **evaluation):
     return freeze(config)
 
 
-def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
+def test_evaluation_uses_sequences_kept_from_training(tmp_path):
     train, other = (str(tmp_path / name) for name in ("train.npy", "other.npy"))
     np.save(train, np.arange(24).reshape(6, 4))
     np.save(other, np.arange(24, 36).reshape(3, 4))
@@ -242,7 +242,7 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
 
 
 @pytest.mark.parametrize("gate", ["elementwise", "last"])
-def test_melt_is_no_teacher(gate):
+def test_melt_is_refused_as_a_teacher(gate):
     config = nano.get_config()
     config.data.length = 20
     melt = dataclasses.replace(NANO, gate=gate)
@@ -263,7 +263,7 @@ def test_arithmetic_evaluation_needs_no_file():
 
 
 @pytest.mark.parametrize("score", ["completion", "all"])
-def test_evaluation_sequences_are_no_training_sequences(score):
+def test_evaluation_and_training_sequences_are_disjoint(score):
     """With equal seeds too: no step trains on the arithmetic stream of the evaluation."""
     config = dataclasses.replace(
         freeze(nano.get_config()), data=DataConfig(length=64, batch=4, low=3, high=4, score=score)

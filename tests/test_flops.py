@@ -36,7 +36,7 @@ def weight_flops(config, loops=None):
 
 @pytest.mark.parametrize("config", [OURO, MELT, TINY, dataclasses.replace(TINY, first_loop="gated", tied=True)])
 @pytest.mark.parametrize("logits", [None, 1])
-def test_a_token_multiplies_each_matrix_once_per_loop(config, logits):
+def test_token_multiplies_each_matrix_once_per_loop(config, logits):
     flops = forward_flops(config, entries=0, logits=logits)
     assert flops.total == weight_flops(config, logits) and flops.attention == 0
     width = config.heads * config.head_width
@@ -44,7 +44,7 @@ def test_a_token_multiplies_each_matrix_once_per_loop(config, logits):
     assert more == config.loops * config.layers * 2 * 2 * width * 10
 
 
-def test_flops_of_the_transition_and_of_gate_variants():
+def test_transition_and_gates_add_their_own_flops():
     """The transition projects KV entries of h and of u; gate variants without weights take no FLOPs."""
     projections = 2 * 2 * OURO.width * OURO.kv_heads * OURO.head_width * OURO.loops * OURO.layers
     assert forward_flops(MELT, 1, transition=True).total - forward_flops(MELT, 1).total == projections
@@ -55,7 +55,7 @@ def test_flops_of_the_transition_and_of_gate_variants():
         forward_flops(OURO, 1, transition=True)
 
 
-def test_a_step_counts_teacher_and_student_passes():
+def test_step_counts_teacher_and_student_passes():
     """One pass of the teacher, and three of the student; four if chunks are recomputed."""
     tokens, entries = 32 * 10_000, causal_entries(10_000)
     assert entries == sum(range(1, 10_001)) / 10_000 and causal_entries(1, earlier=99) == 100
@@ -73,7 +73,7 @@ def test_a_step_counts_teacher_and_student_passes():
 
 @pytest.mark.parametrize("gate", ["none", "elementwise"])
 @pytest.mark.parametrize("first_loop", ["copy", "gated"])
-def test_flops_of_a_compiled_chunk(gate, first_loop):
+def test_formula_matches_a_compiled_chunk(gate, first_loop):
     """The formula's, with every slot and the whole chunk as entries, and the gate run in loop 1 even if unused."""
     config = dataclasses.replace(TINY, gate=gate, first_loop=first_loop)
     batch, chunk, slots = 2, 8, 24
@@ -107,7 +107,7 @@ def alignment_program(length, chunk):
 
 
 @pytest.mark.parametrize("chunks", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_flops_of_a_compiled_step(chunks):
+def test_formula_matches_a_compiled_step(chunks):
     """The formula's and three known extras.
 
     Scores of unseen KV entries are computed and masked: those of the chunk and of all slots. A student whose sequence
@@ -144,7 +144,7 @@ def test_flops_of_a_compiled_step(chunks):
         ("NVIDIA H100 80GB HBM3", "H100", 989e12),
     ],
 )
-def test_chips_of_device_kinds(kind, name, flops):
+def test_device_kinds_identify_chips(kind, name, flops):
     chip = find_chip(kind)
     assert chip.name == name and chip.device_flops == flops
 

@@ -69,7 +69,7 @@ class GateTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.product(kind=("elementwise", "scalar"), first_loop=("copy", "gated"), seed=(0, 1, 2))
-    def test_one_step_is_the_equation(self, kind, first_loop, seed):
+    def test_one_step_follows_the_equation(self, kind, first_loop, seed):
         """z = σ(u W_z + h U_z + b_z); the scalar gate is the first output column for the whole vector."""
         shape = SHAPES[seed]
         gate = make_gate(shape[-1], seed, bias=0.3)
@@ -87,7 +87,7 @@ class GateTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(0, 1, 2)
-    def test_closed_forms(self, seed):
+    def test_fixed_gates_have_closed_forms(self, seed):
         """`mean` is the mean of the inputs, `ema` 0.8ᵗ⁻¹ u¹ + Σ 0.2 · 0.8ᵗ⁻ˢ uˢ, `last` the last input."""
         inputs = make_inputs(SHAPES[seed], seed)
         steps = np.arange(1, LOOPS + 1)
@@ -103,7 +103,7 @@ class GateTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(*VARIANTS)
-    def test_first_loop(self, kind):
+    def test_first_loop_copies_or_gates(self, kind):
         """`copy` takes u, whatever the latent was; `gated` with h⁰ = 0 is (1 − z) ⊙ u."""
         gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
         copied, _ = self.step()(kind, "copy", gate, u, h, jnp.int32(1))

@@ -83,7 +83,7 @@ def test_decoding_is_a_sequence_of_single_token_chunks(gate):
     assert (len(set(exits)) > 1) == (gate == "none")
 
 
-def test_each_prompt_gives_what_it_gives_alone():
+def test_batching_does_not_change_a_prompts_tokens():
     model, prompt = make_model(), [PROMPTS[1]]
     hidden, alone = (prefill(model, prompts, NEW, CHUNK)[1] for prompts in (PROMPTS, prompt))
     np.testing.assert_allclose(alone[:, 0], hidden[:, 1], atol=1e-11)
@@ -91,7 +91,7 @@ def test_each_prompt_gives_what_it_gives_alone():
         assert generate(model, prompt, options, indices=[1]).tokens == [generate(model, PROMPTS, options).tokens[1]]
 
 
-def test_blocks_and_streaming_give_the_same():
+def test_blocks_and_streaming_do_not_change_tokens():
     pieces = [[] for _ in PROMPTS]
 
     def collect(new):
@@ -103,7 +103,7 @@ def test_blocks_and_streaming_give_the_same():
     assert streamed.tokens == pieces == generate(make_model(), PROMPTS, sampled(stop=(3, 5, 8))).tokens
 
 
-def test_a_stop_token_ends_only_its_sequence():
+def test_stop_token_ends_only_its_sequence():
     free = generate(make_model(), PROMPTS, sampled())
     stop = free.tokens[1][3]
     stopped = generate(make_model(), PROMPTS, sampled(stop=(stop,)))
@@ -189,7 +189,7 @@ def test_times_contain_the_device_and_no_compilation(monkeypatch):
     assert result.decode_speed == (NEW - 1) * len(PROMPTS) / 15
 
 
-def test_the_cache_is_donated():
+def test_cache_is_donated():
     model = make_model()
     cache, hidden, lengths = prefill(model, PROMPTS, NEW, CHUNK)
     given = jax.tree.leaves(cache.shared)
@@ -207,7 +207,7 @@ def test_only_a_per_loop_cache_grows_with_loops(gate, factor):
 
 
 @pytest.mark.parametrize("threshold", [25, 50, 75, 90])
-def test_the_exit_threshold_selects_the_references_loop(threshold):
+def test_exit_threshold_selects_the_reference_loop(threshold):
     golden = np.load(GOLDEN / "ouro_tiny" / "golden.npz")
     model = reconfigure(load_model(GOLDEN / "ouro_tiny"), exit_threshold=threshold / 100)
     hidden = jnp.asarray(golden["hidden"])

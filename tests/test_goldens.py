@@ -20,14 +20,14 @@ def test_all_folders_exist():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", generate.folders(), ids=lambda folder: folder.name)
-def test_golden_data_can_be_recomputed(folder):
+def test_reference_data_can_be_recomputed(folder):
     """Every stored array follows from the folder's weights and inputs, by mathematics that shares no code."""
     failed = [line for line in generate.differences(folder) if line[1] > line[2]]
     assert not failed
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_reference_data(folder):
+def test_package_matches_the_reference_data(folder):
     comparisons = list(check_folder(folder))
     failed = [str(comparison) for comparison in comparisons if not comparison.passed]
     assert len(comparisons) > 20 and not failed, "\n" + "\n".join(failed)

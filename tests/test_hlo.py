@@ -55,7 +55,7 @@ LETTERS = dict(zip("abcdegijkstv", (2, 3, 16, 24, 32, 2, 8, 12, 4, 40, 3, 48)))
 
 @pytest.mark.parametrize("equation", EINSUMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_flops_of_an_einsum(equation, dtype, device):
+def test_einsum_flops_are_exact(equation, dtype, device):
     """Two for every combination of its letters."""
     left, right = equation.split("->")[0].split(",")
     shapes = [[LETTERS[letter] for letter in letters] for letters in (left, right)]
@@ -98,7 +98,7 @@ def test_nested_loops_multiply(device):
         analyse(text, {"dynamic": -1})
 
 
-def test_trip_counts_of_all_kinds_of_loops(device):
+def test_trip_counts_of_all_loops_are_found(device):
     def several(x, w):
         product = lambda x: jnp.tanh(x @ w)
         down = lambda state: (state[0] - 2, product(state[1]))
@@ -113,7 +113,7 @@ def test_trip_counts_of_all_kinds_of_loops(device):
     assert program.flops == (5 + 7 + 11 + 13) * 2 * 16 * 128 * 128
 
 
-def test_the_larger_branch_counts(device):
+def test_larger_branch_counts(device):
     def branches(x, w, which):
         return lax.switch(which, [lambda x: x, lambda x: x @ w @ w, lambda x: x @ w], x)
 
@@ -121,7 +121,7 @@ def test_the_larger_branch_counts(device):
     assert analyse(text).flops == 2 * 2 * 16 * 128 * 128
 
 
-def test_a_backward_pass_doubles_its_forward_pass(device):
+def test_backward_pass_doubles_its_forward_pass(device):
     def loss(ws, x):
         def layer(x, w):
             with jax.named_scope("mlp"):
@@ -135,7 +135,7 @@ def test_a_backward_pass_doubles_its_forward_pass(device):
     assert forward == {"mlp": LAYERS * 2 * 16 * 128 * 128} and both == {"mlp": 3 * forward["mlp"]}
 
 
-def test_a_kernel_is_listed_by_name():
+def test_kernel_is_listed_by_name():
     from jax.experimental import pallas as pl
 
     def double(x_ref, out_ref):
@@ -150,7 +150,7 @@ def test_a_kernel_is_listed_by_name():
     assert "tpu_custom_call double, 7 times" in program.summary()
 
 
-def test_markers_are_no_unknown_calls():
+def test_compiler_markers_are_not_custom_calls():
     """The TPU's compiler marks the packed indices of a gather with a custom call."""
     pick = lambda x, index: jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
     text = compiled(pick, topology_devices("v5e:2x2")[0], ("bfloat16", 4, 128, 256), ("int32", 4))
@@ -245,7 +245,7 @@ def check_sharded(text, flops, expected):
 
 @pytest.mark.parametrize("make", [every_collective, gathered_weights])
 @pytest.mark.parametrize("target", ["cpu", "v5e:2x2", "v5e:4x4"])
-def test_collectives_of_a_scan(make, target, cpu_texts):
+def test_scanned_collectives_count_every_iteration(make, target, cpu_texts):
     if target == "cpu":
         mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
         *_, flops, expected = make(mesh)
@@ -262,7 +262,7 @@ def test_collectives_of_a_scan(make, target, cpu_texts):
         assert permute.sent_bytes == permute.bytes
 
 
-def test_an_overlapped_collective_counts_once():
+def test_overlapped_collective_counts_once():
     """A TPU starts, continues and ends large ones in three fusions, each with a copy of the collective."""
     make = functools.partial(gathered_weights, tokens=4096, width=2048, hidden=8192)
     text, flops, expected = sharded_text(make, topology_devices("v5e:4x4"), (4, 4), "bfloat16")
@@ -270,7 +270,7 @@ def test_an_overlapped_collective_counts_once():
     check_sharded(text, flops, {key: size / 2 for key, size in expected.items()})
 
 
-def test_a_gradient_is_reduced_and_scattered():
+def test_gradient_is_reduced_and_scattered():
     """On a TPU this is a fusion of an all-reduce and a slice; the CPU's compiler does not scatter."""
 
     def make(mesh):

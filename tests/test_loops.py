@@ -115,7 +115,7 @@ def decode(model, tokens, lengths, new, chunk):
 
 
 @pytest.mark.parametrize("gate", ["none", "elementwise", "mean"])
-def test_chunks_of_one_are_decoding(gate):
+def test_chunks_of_one_equal_decoding(gate):
     """For prompts of different lengths in one batch, each with its own slots."""
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(2, 9)
     lengths, new = (2, 5), 4
@@ -127,7 +127,7 @@ def test_chunks_of_one_are_decoding(gate):
         assert_equal(*entries)
 
 
-def test_prefill_in_chunks_then_decoding():
+def test_prefill_then_decoding_matches_the_reference():
     """Against the reference, whose last prompt chunk is as short as the prompt makes it."""
     model, tokens = make_model(TINY), random_tokens(2, 10)
     lengths, new = (3, 7), 3
@@ -155,7 +155,7 @@ def test_forward_pass_keeps_bfloat16():
     assert out.gate_openness.dtype == jnp.float32
 
 
-def test_exit_pdf():
+def test_exit_pdf_follows_its_formula():
     """pₜ = λₜ Πₛ<ₜ(1 − λₛ), and the last loop takes the rest, so the sum is one."""
     model = make_model(TINY)
     hidden = jnp.asarray(3 * np.random.default_rng(0).standard_normal((4, 2, 50, TINY.width)))
@@ -168,7 +168,7 @@ def test_exit_pdf():
     assert (pdf >= 0).all()
 
 
-def test_exit_loop_is_the_first_to_reach_the_threshold():
+def test_exit_loop_is_first_to_reach_threshold():
     pdf = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]])
     for threshold, want in (
         (0.25, [0, 3, 0, 1]),
@@ -180,7 +180,7 @@ def test_exit_loop_is_the_first_to_reach_the_threshold():
         np.testing.assert_array_equal(exit_loop(pdf, threshold), want, err_msg=str(threshold))
 
 
-def test_rounding_is_no_early_exit():
+def test_rounding_causes_no_early_exit():
     """A threshold of 1 means the last loop, although a float32 sum may reach 1 earlier."""
     above = jnp.array([0.7, 0.2, 0.1 + 1e-6, 1e-7], jnp.float32)
     assert jnp.cumsum(above)[2] >= 1

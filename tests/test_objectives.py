@@ -39,7 +39,7 @@ def log_softmax(x):
 
 
 @by_phase
-def test_distillation_sums_are_their_formulas(alpha, align):
+def test_distillation_sums_follow_their_formulas(alpha, align):
     """KL(teacher ‖ student) per loop, squared attention gap and gate openness per layer, over scored tokens."""
     student, teacher = models()
     batch = random_batch(B, S)
@@ -71,7 +71,7 @@ def test_losses_are_means_per_scored_token():
     np.testing.assert_allclose(loss(*args), want, rtol=1e-10)
 
 
-def test_pretraining_sums_are_their_formulas():
+def test_pretraining_sums_follow_their_formulas():
     """Cross-entropy per loop, its expectation under the exit pdf, and the pdf's entropy."""
     model = make_model(change(TINY, gate="none"))
     batch = random_batch(B, S)

@@ -27,7 +27,7 @@ def test_packing_keeps_every_document_whole(sizes, window):
         assert order == list(map(id, given_documents))
 
 
-def test_a_wider_window_wastes_less():
+def test_wider_window_wastes_less():
     sizes = np.random.default_rng(0).integers(1, 21, 400)
     count = lambda window: len([1 for s in sizes if packers[window].add(sized(s))]) + len(packers[window].finish())
     packers = {window: Packer(20, window) for window in (1, 64)}

@@ -121,7 +121,7 @@ def test_unprompted_answer_is_scored_and_counted(tokenizer):
 
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("answer", ["<think>\nsum</think>2", "2"])
-def test_thinking_and_answers(tokenizer, thinking, answer):
+def test_prompted_think_tag_is_not_scored(tokenizer, thinking, answer):
     """The scored text is the part of the answer that the generation prompt does not give."""
     messages = chat("1+1?", answer)
     document = only({"messages": messages}, tokenizer, Form(thinking=thinking))
@@ -199,7 +199,7 @@ def test_extra_keys_reach_the_template_and_are_counted(tmp_path, folder):
     )
 
 
-def test_score_all(tokenizer):
+def test_score_all_scores_every_prediction(tokenizer):
     document = only({"messages": chat("1+1?", "2")}, tokenizer, Form(score="all"))
     assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]
     assert document.tokens.tolist() == tokenizer.chat(chat("1+1?", "2"))
@@ -265,17 +265,17 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("message", MALFORMED)
-def test_malformed_rows_say_why(message, tokenizer):
+def test_malformed_rows_give_a_reason(message, tokenizer):
     found = only(MALFORMED[message], tokenizer)
     assert isinstance(found, Malformed) and found.place == "x:1" and message in found.reason
 
 
-def test_missing_column(tokenizer):
+def test_missing_column_is_named(tokenizer):
     found = only({"input": "a"}, tokenizer, Form(question="input", answer="output"))
     assert found.reason == 'no column "output"; found input'
 
 
-def test_template_rejects_a_conversation(tmp_path, folder):
+def test_conversation_rejected_by_template_is_malformed(tmp_path, folder):
     tokenizer = with_template(tmp_path, folder, "{{ raise_exception('no such role') }}")
     assert (
         "the chat template rejects the conversation: no such role"
@@ -310,7 +310,7 @@ def test_rows_are_read_lazily(tokenizer, monkeypatch):
 # Files
 
 
-def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
+def test_parquet_and_jsonl_give_the_same_documents(tmp_path, tokenizer):
     table = [{"messages": chat(f"{i}?", "<think>\n2"), "source": "x"} for i in range(150)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(line, table)))  # blank lines are counted, not read
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "b.parquet", row_group_size=40)
@@ -324,7 +324,7 @@ def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
     assert [f[1].place.rsplit(":")[-1] for f in found] == ["3", "2"] and found[1][149].place.endswith("b.parquet:150")
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_errors(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as error:
@@ -346,7 +346,7 @@ def test_files_that_cannot_be_read(tmp_path):
         list(InputRows([tmp_path / "d.parquet"], ["text"]))
 
 
-def test_patterns(tmp_path):
+def test_patterns_match_each_file_once(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.parquet"):
         (tmp_path / name).touch()
     found = input_files([f"{tmp_path}/*.jsonl|{tmp_path}/*.parquet", f"{tmp_path}/a*"])
@@ -369,7 +369,7 @@ def write_input(path, count=60, seed=0):
     return count
 
 
-def test_prepare_end_to_end(tmp_path, folder, tokenizer):
+def test_records_and_manifest_match_the_input(tmp_path, folder, tokenizer):
     count = write_input(tmp_path / "a.jsonl")
     manifest = prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(256, shard_sequences=8))
     counts = manifest["counts"]
@@ -395,7 +395,7 @@ def test_prepare_end_to_end(tmp_path, folder, tokenizer):
     assert "60 documents read" in summary("out", manifest) and "enable_thinking=True" in summary("out", manifest)
 
 
-def test_long_documents(tmp_path, folder):
+def test_long_documents_stop_drop_or_split(tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}) + line({"text": "x" * 40}))
     run = lambda long: prepare(folder, [tmp_path / "a.jsonl"], tmp_path / long, Form(), Settings(16, long=long))
     with pytest.raises(PrepareError, match=r"a.jsonl:2: expected at most --length=16 tokens, found 41"):

@@ -228,7 +228,7 @@ def test_gate_can_be_replaced_when_opening(tmp_path):
 
 
 @pytest.mark.parametrize("config", [OURO, MELT, dataclasses.replace(MELT, tied=True, first_loop="gated")])
-def test_saved_folders_have_identical_bits(tmp_path, config):
+def test_saved_folders_are_bitwise_identical(tmp_path, config):
     folder = write_published(tmp_path / "a", config, files=3)
     save_published(tmp_path / "b", load_model(folder, dtype=None), tokenizer_from=folder)
     assert_same_bits(stored_tensors(folder), stored_tensors(tmp_path / "b"))
@@ -240,7 +240,7 @@ def test_saved_folders_have_identical_bits(tmp_path, config):
         assert len(tensors.keys()) == len(stored_tensors(folder))
 
 
-def test_saving_after_a_change_of_config(tmp_path):
+def test_changed_config_is_saved(tmp_path):
     folder = write_published(tmp_path / "a", MELT)
     looplm = load_model(folder, gate="none")
     save_published(tmp_path / "b", looplm, dtype="float32")

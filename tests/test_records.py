@@ -111,7 +111,7 @@ def test_record_keeps_segments_and_scores(length, data):
     assert not any(field[end[-1] :].any() for field in row)
 
 
-def test_a_record_of_another_size_is_refused():
+def test_record_of_another_size_is_refused():
     with pytest.raises(InputError, match="record: expected 50 bytes as the manifest states, found 3"):
         Layout.of(12, 50).decode(b"abc")
 
@@ -133,13 +133,13 @@ def test_damaged_shards_are_reported(folder):
     assert "00002.arrayrecord: missing" in str(error.value)
 
 
-def test_missing_manifest(folder):
+def test_missing_manifest_means_unfinished_data(folder):
     (folder / "manifest.json").rename(folder / "manifest.incomplete")
     with pytest.raises(ValueError, match="unfinished"):
         open_records(folder)
 
 
-def test_malformed_manifest(folder):
+def test_malformed_manifests_are_errors(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for change, message in (

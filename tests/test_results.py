@@ -36,7 +36,7 @@ def measured(monkeypatch):
     return calls
 
 
-def test_a_model_is_measured_once(measured, tmp_path):
+def test_model_is_measured_once(measured, tmp_path):
     """A resumed run reads its rows from the file; another evaluation is measured again, another sample is not."""
     teacher, path = object(), tmp_path / "results.json"
     Results(path).measure("student", object, teacher, run_config())
@@ -50,14 +50,14 @@ def test_a_model_is_measured_once(measured, tmp_path):
     assert len(measured) == 2
 
 
-def test_a_teacher_is_not_compared_with_itself(measured, tmp_path):
+def test_teacher_is_not_compared_with_itself(measured, tmp_path):
     teacher = object()
     Results(tmp_path / "results.json").measure("teacher", lambda: teacher, teacher, run_config())
     assert measured == [None]
 
 
 @pytest.mark.slow
-def test_a_run_is_scored_on_both_tasks(tmp_path):
+def test_run_is_scored_on_both_tasks(tmp_path):
     """Exact answers, and the KL of sequences to the teacher; the row is plain JSON with a line in the table."""
     model = make_model(dataclasses.replace(TINY, vocab=64, layers=1, loops=2))
     rows = Results(tmp_path / "results.json")
@@ -75,7 +75,7 @@ def loop_scores(chunk, final_kl, tokens=100):
     return LoopScores(chunk, tokens, [2.0, 1.5], [0.5, final_kl], final_kl)
 
 
-def test_the_table_shows_what_was_compared():
+def test_table_shows_what_was_compared():
     """Unmeasured values are dashes, rounding below zero is not shown, first tokens have columns if they are fewer."""
     asdict = dataclasses.asdict
     same = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.25), loop_scores(1, -1e-9))

@@ -46,7 +46,7 @@ def test_draws_follow_the_distribution_and_seed():
     assert set(np.unique(draw(Sampling(0.0, seed=3)))) == {0}
 
 
-def test_a_draw_depends_on_prompt_and_step():
+def test_draw_depends_on_prompt_and_step():
     logits = jnp.zeros((64, 29))
     numbers, zeros = jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
     by_prompt = sample_tokens(logits, Sampling(1.0), numbers, zeros)

@@ -52,7 +52,7 @@ def test_perplexity_and_kl_match_the_distributions(float64):
     assert scores.tokens == BATCH.loss_mask.sum()
 
 
-def test_rows_at_a_time_do_not_matter(float64):
+def test_scores_do_not_depend_on_rows(float64):
     """Two leave a last piece of one sequence and one of padding; sixteen are more than there are."""
     two, all_at_once = (scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=n) for n in (2, 16))
     np.testing.assert_allclose(two.kl, all_at_once.kl, rtol=1e-10)
@@ -64,7 +64,7 @@ def test_pieces_hold_whole_chunks(length, chunk, size):
     assert scoring._piece_size(length, chunk) == size
 
 
-def test_both_chunks_match_the_distributions_on_the_first_tokens(float64, monkeypatch):
+def test_first_tokens_match_at_both_chunk_sizes(float64, monkeypatch):
     """In pieces of one chunk of four tokens and of three chunks of one. A MELT has a gap between the two."""
     monkeypatch.setattr(scoring, "PIECE_TOKENS", 4)
     melt = scoring.compare(make_model(), teacher(), BATCH, CHUNK, 6, rows=2)
@@ -78,7 +78,7 @@ def test_both_chunks_match_the_distributions_on_the_first_tokens(float64, monkey
     assert abs(melt.chunked_start.final_kl - melt.decoding.final_kl) > 1e-3
 
 
-def test_decoding_is_measured_as_asked(monkeypatch):
+def test_decoding_scores_the_requested_tokens(monkeypatch):
     """Not at all for 0 tokens; and no tokens are scored twice if a sequence has no more than those."""
     asked = []
 
@@ -95,7 +95,7 @@ def test_decoding_is_measured_as_asked(monkeypatch):
     assert found.chunked_start is found.chunked
 
 
-def test_what_is_raised_before_a_piece_leaves(float64):
+def test_exceptions_before_a_piece_propagate(float64):
     pieces = []
 
     def leave(piece):
@@ -108,7 +108,7 @@ def test_what_is_raised_before_a_piece_leaves(float64):
     assert pieces == [f"chunk 4, 11 tokens of sequences {which} of 3" for which in ("1 to 2", "3 to 3")]
 
 
-def test_models_with_different_loop_counts(float64):
+def test_different_loop_counts_can_be_compared(float64):
     """Common loops are compared one by one, and the last loop of each with the other's."""
     scores = scoring.perplexity_and_kl(reconfigure(teacher(), loops=1), teacher(), BATCH, LENGTH, rows=2)
     np.testing.assert_allclose(scores.kl, [0], atol=1e-12)
@@ -116,7 +116,7 @@ def test_models_with_different_loop_counts(float64):
     assert scores.final_kl == pytest.approx(kl(log_p[-1], log_p[0], BATCH), rel=1e-10)
 
 
-def test_what_cannot_be_compared_is_an_error():
+def test_incomparable_models_are_errors():
     other = jax.eval_shape(make_model)
     other.config = dataclasses.replace(TINY, gate="none", vocab=31)
     with pytest.raises(InputError, match=r"expected a vocabulary of 29 tokens.*found 31"):

@@ -50,14 +50,14 @@ def assert_reference(config, tokens, segments, chunk, alpha):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", REFERENCE_CASES)
-def test_token_by_token_reference(name):
+def test_sequences_match_the_token_by_token_reference(name):
     config, length, chunk, alpha = REFERENCE_CASES[name]
     tokens, segments = random_tokens(2, length, seed=length), packed_segments(2, length, seed=length)
     assert_reference(config, tokens, segments, chunk, alpha)
 
 
 @pytest.mark.usefixtures("float64")
-def test_hundreds_of_tokens():
+def test_long_sequences_match_the_reference():
     """At this length RoPE's slowest frequency turns too, so an error of positions shows."""
     config = change(TINY, layers=1, loops=2, head_width=8, rope_theta=500.0)
     tokens = random_tokens(1, 300)
@@ -110,7 +110,7 @@ GRADIENT_CASES = {
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", GRADIENT_CASES)
-def test_gradient_is_that_of_plain_differentiation(name):
+def test_gradient_equals_plain_differentiation(name):
     config, phase, length, chunk = GRADIENT_CASES[name]
     (value, gradient), (plain_value, plain_gradient) = gradients(
         config, phase, random_batch(2, length, seed=length, packed="packed" in name), chunk

@@ -32,7 +32,7 @@ from tests.helpers.topology import topology_devices
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_a_mesh_uses_all_devices():
+def test_mesh_uses_all_devices():
     shape = lambda devices, *factors: mesh_shape(MeshConfig(*factors), devices)
     assert shape(16, 2, 0, 4) == {"replica": (2, 1), "fsdp": (2, 1), "tensor": (4, 1)}
     assert shape(16, 1, 0, 2, 2, 2) == {"replica": (1, 2), "fsdp": (2, 2), "tensor": (2, 1)}
@@ -113,7 +113,7 @@ def test_sequences_of_other_processes_are_refused():
             device_slice(index, indices)
 
 
-def test_a_placed_batch_is_the_global_batch():
+def test_placed_batch_is_the_global_batch():
     sharding = batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1]))
     batch, indices = {"tokens": np.arange(12).reshape(4, 3)}, local_batch_indices(sharding, 4)
     assert indices.tolist() == [0, 1, 2, 3]
@@ -122,7 +122,7 @@ def test_a_placed_batch_is_the_global_batch():
     assert placed.sharding == sharding
 
 
-def test_steps_on_eight_devices_are_the_one_device_step():
+def test_steps_do_not_depend_on_the_mesh():
     """In float64, for both phases, several meshes, and weights gathered once per step or at each use."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.helpers.mesh_steps", "--quick", "--json"]

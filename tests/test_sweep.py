@@ -44,7 +44,7 @@ def test_combinations_reject_other_forms(swept, message):
     assert str(error.value) == message
 
 
-def test_sweeping_the_seed():
+def test_seed_can_be_swept():
     """Including the seed of the evaluation, which need not differ."""
     choices = sweep.combinations(["seed=0,1,2"])
     sweep.check_choices(NANO, choices, [])

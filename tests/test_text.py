@@ -75,7 +75,7 @@ def test_arithmetic_text_round_trips(nano, pieces):
     assert nano.encode("".join(pieces)) == ids and nano.decode(ids) == "".join(pieces)
 
 
-def test_other_tokenizers_are_no_arithmetic(nano, byte_level, tmp_path):
+def test_other_tokenizers_are_refused_for_arithmetic(nano, byte_level, tmp_path):
     assert tokenizer_errors(NANO) == tokenizer_errors(tmp_path) == []
     (message,) = tokenizer_errors(byte_level.folder)
     assert message.startswith(f"{byte_level.folder}: expected the tokenizer of the arithmetic task")
@@ -84,7 +84,7 @@ def test_other_tokenizers_are_no_arithmetic(nano, byte_level, tmp_path):
     assert message.startswith(f"{tmp_path}/tokenizer.json: cannot be read")
 
 
-def test_skipping_special_tokens(nano):
+def test_special_tokens_can_be_skipped(nano):
     problem = make_problem(0)
     assert nano.decode(problem.prompt, skip_special=True) == problem.question
 
@@ -107,12 +107,12 @@ def test_chat_renders_the_prompt_of_the_task(nano, definitions):
     assert nano.chat([user, assistant, user]) == problem.prompt + problem.completion + problem.prompt
 
 
-def test_chat_of_the_docstring(nano):
+def test_docstring_example_of_chat_holds(nano):
     ids = nano.chat([{"role": "user", "content": "c=b*3;a=4;b=a+2;c?"}])
     assert nano.decode(ids) == "<|im_start|>c=b*3;a=4;b=a+2;c?<think>"
 
 
-def test_chat_errors(nano, byte_level):
+def test_invalid_chats_are_errors(nano, byte_level):
     with pytest.raises(ValueError, match="at least one message"):
         nano.chat([])
     with pytest.raises(ValueError, match="no chat template"):
@@ -161,7 +161,7 @@ def test_truncation_and_padding_are_disabled(tmp_path):
     assert tokenizer.encode_many(texts) == [arithmetic.encode(text) for text in texts]
 
 
-def test_hash_of_the_file(nano):
+def test_sha256_is_that_of_the_file(nano):
     assert nano.sha256 == hashlib.sha256((NANO / "tokenizer.json").read_bytes()).hexdigest()
 
 
@@ -172,7 +172,7 @@ def test_missing_files_are_all_named(tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_no_network_access(monkeypatch):
+def test_opening_needs_no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("network access")
 
@@ -204,7 +204,7 @@ def test_boundaries_separate_whole_characters(byte_level, text):
         assert byte_level.last_boundary(text, limit) == max(n for n in boundaries if n <= limit)
 
 
-def test_boundaries_of_characters_without_a_token(nano):
+def test_boundary_needs_tokens_for_all_characters(nano):
     with pytest.raises(ValueError, match="no token for 'é'"):
         nano.last_boundary("aé", 1)
 

@@ -63,7 +63,7 @@ FORM = {
 
 
 @pytest.mark.parametrize("message", FORM)
-def test_files_of_another_form(tmp_path, message):
+def test_malformed_files_are_reported(tmp_path, message):
     name, content = FORM[message]
     path = tmp_path / name
     if isinstance(content, bytes):
@@ -77,7 +77,7 @@ def test_files_of_another_form(tmp_path, message):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_archive(tmp_path, save):
+def test_damaged_archives_are_reported(tmp_path, save):
     path = tmp_path / "x.npz"
     save(path, tokens=np.arange(4000).reshape(40, 100) % 97, segments=np.ones((40, 100), np.int32))
     whole = path.read_bytes()
@@ -88,7 +88,7 @@ def test_damaged_archive(tmp_path, save):
         assert message.startswith(f"{path}: cannot be read as .npz: ")
 
 
-def test_stream_without_a_length(tmp_path):
+def test_stream_needs_a_length(tmp_path):
     with pytest.raises(ValueError, match="set the length"):
         open_tokens(write(tmp_path / "x.npy", tokens=np.arange(8)))
 
@@ -119,7 +119,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("message", VALUES)
-def test_impossible_values(tmp_path, message):
+def test_impossible_values_are_reported(tmp_path, message):
     path = write(tmp_path / "x.npz", **{"tokens": GOOD, **VALUES[message]})
     found = token_errors(path, 4, 11)
     matching = [text for text in found if message in text]
@@ -128,7 +128,7 @@ def test_impossible_values(tmp_path, message):
         assert matching[0].endswith("first in sequence 1")
 
 
-def test_possible_values(tmp_path):
+def test_valid_values_have_no_errors(tmp_path):
     segments = [[1, 1, 2, 2], [0, 7, 7, 0], [5, 5, 3, 0]]
     path = write(
         tmp_path / "x.npz", tokens=GOOD, segments=segments, loss_mask=[[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]

@@ -89,7 +89,7 @@ def raises(error):
     return function
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(teacher, tmp_path, monkeypatch, capsys):
+def test_interrupted_runs_are_bitwise_identical(teacher, tmp_path, monkeypatch, capsys):
     """SIGTERM, a kill before the checkpoints are deleted, a failed evaluation, and a kill between two checkpoints."""
     undisturbed, folder = train.run(tiny_run(teacher), tmp_path / "undisturbed"), tmp_path / "disturbed"
     killed, broken = KeyboardInterrupt("killed"), RuntimeError("evaluation")
@@ -133,7 +133,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, tmp_path, monkeypat
         assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
-def test_a_kill_before_the_model_is_written(teacher, tmp_path, monkeypatch, capsys):
+def test_killed_save_of_the_model_is_resumed(teacher, tmp_path, monkeypatch, capsys):
     """The phase resumes from its last checkpoint, and half-deleted checkpoints of a written model are not read."""
     config = alignment_run(teacher, 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -147,7 +147,7 @@ def test_a_kill_before_the_model_is_written(teacher, tmp_path, monkeypatch, caps
     chex.assert_trees_all_equal(train.run(config, tmp_path), weights)
 
 
-def test_what_a_resumed_run_may_change(teacher, tmp_path):
+def test_only_resumable_keys_may_change(teacher, tmp_path):
     """Monitoring, evaluation, where steps run, and the teacher's folder; not the teacher's weights."""
     config, folder = alignment_run(teacher, 1), str(tmp_path / "run")
     train.run(config, folder)
@@ -177,7 +177,7 @@ def test_errors_are_reported_together(teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
+def test_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
     def prepare(seed):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         write_records(tmp_path / "data", count=6, seed=seed)

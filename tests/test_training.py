@@ -35,7 +35,7 @@ def by_path(tree):
     }
 
 
-def test_groups_and_decay():
+def test_weights_have_their_group_and_decay():
     labels, decayed = by_path(group_labels(make_model())), by_path(matrices(make_model()))
     gates = {name for name, label in labels.items() if label == "gate"}
     assert gates == {f"layers.kv_gate.{name}.value" for name in ("w_z", "u_z", "b_z")}
@@ -65,7 +65,7 @@ def test_every_group_of_the_optimizer_has_weights():
         )
 
 
-def test_schedule():
+def test_schedule_warms_up_then_decays():
     """The warm-up reaches the peak at its last step; its first step already has a rate."""
     rate = schedule(1.0, steps=99, warmup=10, final_fraction=0.1)
     np.testing.assert_allclose([rate(k) for k in range(10)], np.arange(1, 11) / 10, rtol=1e-6)
@@ -87,7 +87,7 @@ def test_first_update_has_a_learning_rate():
     np.testing.assert_allclose(updates, 1e-3 * np.arange(1, 11) / 10, rtol=1e-5)
 
 
-def test_alpha_runs_from_zero_to_one():
+def test_alpha_rises_from_zero_to_one():
     """α is 0 at the first step and 1 from step ramp · (steps − 1) on."""
     alphas = [float(transition_alpha(step, 11, 1.0)) for step in range(11)]
     np.testing.assert_allclose(alphas, np.linspace(0, 1, 11), rtol=1e-6)
@@ -97,7 +97,7 @@ def test_alpha_runs_from_zero_to_one():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name, phase", [("transition", TRANSITION), ("alignment", ALIGNMENT)])
-def test_micro_batches_are_the_whole_batch(name, phase):
+def test_micro_batches_equal_the_whole_batch(name, phase):
     """Even if some parts have far fewer scored tokens than others."""
     student, teacher = make_model(), make_model(LOOPLM, seed=1)
     batch = random_batch(4, 12)
@@ -171,7 +171,7 @@ def test_step_that_is_not_finite_only_counts(where):
     assert np.isnan(alone["loss"]) and set(scalars(alone)) == {"skipped"}
 
 
-def test_group_norms():
+def test_group_norms_cover_their_weights():
     norms = group_norms(make_model())
     leaves = by_path(make_model())
     gate = optax.tree.norm([jnp.asarray(x) for name, x in leaves.items() if "kv_gate" in name])
@@ -205,7 +205,7 @@ class TestCheckpoints:
         model = init_model(dataclasses.replace(TINY, **changes), jax.random.key(1))
         return init_state(model, make_optimizer(TRANSITION, OPTIMIZER, model))
 
-    def test_round_trip(self, tmp_path):
+    def test_checkpoints_round_trip(self, tmp_path):
         checkpoints = Checkpoints(tmp_path, every=2, keep=2)
         states = {step: self.state()._replace(step=jnp.int32(step)) for step in range(1, 6)}
         saved = [checkpoints.save(step, state, force=step == 5) for step, state in states.items()]

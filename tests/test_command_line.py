@@ -1,4 +1,4 @@
-"""Recipes and overrides from the command line: what is read, and how errors in a recipe are reported."""
+"""Recipes and overrides from the command line, and the errors that they report."""
 
 import operator
 import pathlib
@@ -83,7 +83,7 @@ def test_recipe_must_exist_and_return_a_config(tmp_path):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """A function that parses a command line and returns the flag values, the arguments and the overrides."""
+    """A function that parses a command line and returns its positional arguments and its overrides."""
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
     flags.DEFINE_string("config", None, "", flag_values=values)

@@ -1,4 +1,4 @@
-"""Every recipe freezes to its reviewed text, and every error of a configuration is reported at once."""
+"""Every recipe freezes to its reviewed text, and all errors of a configuration are reported at once."""
 
 import dataclasses
 import math
@@ -12,11 +12,17 @@ from melt_jax.config import GATES, KEYS, ConfigError, ModelConfig, freeze, model
 from melt_jax.model.gate import VARIANTS
 from tests.helpers.recipes import BASE, RECIPES, TEXTS, commented, recipe_text
 
-NOT_IN_BASE = ("gate", "first_loop", "exit_threshold", "remat", "attention_block")  # of model, set from other keys
+NOT_IN_BASE = (
+    "gate",
+    "first_loop",
+    "exit_threshold",
+    "remat",
+    "attention_block",
+)  # of `model`, set from other keys
 
 
 def changed(config: ConfigDict, **values: object) -> ConfigDict:
-    """The config with values of any type; `__` in a name stands for the dot."""
+    """The config with values of any type set; `__` in a name means a dot."""
     config = config.unlock()
     with config.ignore_type():
         for name, value in values.items():
@@ -35,7 +41,7 @@ def errors(config: ConfigDict) -> list[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_equals_its_reviewed_text(name):
-    """A deliberate change of a recipe is committed with the text: `python -m tests.helpers.recipes`."""
+    """After an intended change, `python -m tests.helpers.recipes` rewrites the text; commit both."""
     assert recipe_text(name) == (TEXTS / f"{name}.txt").read_text()
 
 
@@ -113,7 +119,7 @@ def test_all_errors_are_reported_at_once():
 
 @pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.type is not str])
 def test_every_key_rejects_wrong_values(name):
-    """Text, NaN, infinity, a fraction or an enormous number, and a bool unless the key is one."""
+    """Text, nan, infinity, lists, a huge number, a fraction for an integer, and a bool unless the key is one."""
     key = KEYS[name]
     wrong = ["many", math.nan, math.inf, -math.inf, 10**400, [1], {}]
     wrong += [] if key.type is bool else [True, -1, -0.5]

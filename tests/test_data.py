@@ -1,4 +1,4 @@
-"""The training stream: a function of (seed, step), whole documents, only predictable tokens scored."""
+"""The training stream: a function of (seed, step), whole documents, and only predictable tokens scored."""
 
 import dataclasses
 import json
@@ -264,7 +264,7 @@ def test_arithmetic_evaluation_needs_no_file():
 
 @pytest.mark.parametrize("score", ["completion", "all"])
 def test_evaluation_and_training_sequences_are_disjoint(score):
-    """With equal seeds too: no step trains on the arithmetic stream of the evaluation."""
+    """Even with equal seeds, no step trains on the arithmetic sequences of the evaluation."""
     config = dataclasses.replace(
         freeze(nano.get_config()), data=DataConfig(length=64, batch=4, low=3, high=4, score=score)
     )
@@ -279,7 +279,7 @@ def test_evaluation_and_training_sequences_are_disjoint(score):
 
 
 def test_arithmetic_needs_its_own_tokenizer(tmp_path):
-    """Training and evaluation on arithmetic are refused for a checkpoint with another tokenizer."""
+    """A checkpoint with another tokenizer is refused for training and evaluation on arithmetic."""
     (tmp_path / "tokenizer.json").write_text(
         json.dumps(
             {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}

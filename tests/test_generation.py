@@ -1,4 +1,4 @@
-"""Generation: chunks, batches, stops, loops, exits, compilations and times."""
+"""Generation: chunks, batches, stop tokens, loops, exits, compilations and times."""
 
 import dataclasses
 import pathlib
@@ -34,7 +34,7 @@ OPTIONS = GenerationOptions(NEW, CHUNK)
 
 
 def sampled(**changes):
-    """`OPTIONS` with a sampling of temperature 1."""
+    """`OPTIONS` with sampling at temperature 1."""
     return dataclasses.replace(OPTIONS, sampling=Sampling(1.0, seed=1), **changes)
 
 
@@ -58,7 +58,7 @@ def test_prefill_of_a_melt_depends_on_the_chunk():
 
 
 def test_prefill_keeps_each_prompts_last_token():
-    """Its hidden states are those of the whole sequence at that token, in whichever chunk the token is."""
+    """Its hidden states are those of the whole sequence at that token, whichever chunk the token is in."""
     hidden = prefill(make_model(), PROMPTS, NEW, CHUNK)[1]
     padded = np.array([prompt + [0] * (len(PROMPTS[-1]) - len(prompt)) for prompt in PROMPTS])
     want = run(make_model(), padded, chunk_size=CHUNK).hidden
@@ -68,7 +68,7 @@ def test_prefill_keeps_each_prompts_last_token():
 
 @pytest.mark.parametrize("gate", ["elementwise", "none"])
 def test_decoding_is_a_sequence_of_single_token_chunks(gate):
-    """Each token is the most likely one of the loop at which the exit gate stops."""
+    """Each token is the most likely one at the loop that the exit gate selects."""
     model = make_model() if gate != "none" else early_looplm()
     result = generate(model, PROMPTS, GenerationOptions(NEW, 1))
     tokens, prompt = result.tokens[-1], PROMPTS[-1]
@@ -131,7 +131,7 @@ def test_equal_prompts_draw_their_own_tokens():
 
 
 def test_everything_compiles_once():
-    """Prefill, first token and decoding, for any number of chunks and tokens; other sampling values compile nothing."""
+    """Prefill, first token and decoding compile once for any number of chunks, tokens and values of sampling."""
     prompts = [PROMPTS[2], PROMPTS[1]]
     compiled = []
 
@@ -153,9 +153,9 @@ def test_everything_compiles_once():
 
 
 class SimulatedMachine:
-    """A clock that moves only when the host compiles or waits, and a device that works beside the host.
+    """A clock that moves only when the host compiles or waits, and a device that runs in parallel with it.
 
-    A compilation takes 100 s of the host. A program takes 3 s of the device, from when it is dispatched and the
+    A compilation takes the host 100 s. A program takes the device 3 s, and starts when it has been dispatched and the
     programs before it have ended.
     """
 

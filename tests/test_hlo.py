@@ -1,7 +1,7 @@
-"""FLOPs and collectives of compiled programs, against numbers computed by hand from the shapes.
+"""FLOPs and collectives of compiled programs, compared with numbers computed by hand from the shapes.
 
-Programs are compiled for the CPU and for TPU topologies, which needs libtpu but no TPU. Programs for several CPU
-devices are compiled in a process of their own: `python tests/test_hlo.py FOLDER` writes their texts.
+Programs are compiled for the CPU and for TPU topologies, which needs libtpu but no TPU. Another process compiles the
+programs for several CPU devices: `python tests/test_hlo.py FOLDER` writes their texts.
 """
 
 import functools
@@ -38,7 +38,7 @@ def compiled(function, device, *arrays):
     return jax.jit(function).lower(*structs).compile().as_text()
 
 
-# ---- one device ----
+# One device
 
 EINSUMS = (
     "bckge,bske->bkgcs",  # scores
@@ -56,7 +56,7 @@ LETTERS = dict(zip("abcdegijkstv", (2, 3, 16, 24, 32, 2, 8, 12, 4, 40, 3, 48)))
 @pytest.mark.parametrize("equation", EINSUMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_einsum_flops_are_exact(equation, dtype, device):
-    """Two for every combination of its letters."""
+    """Two FLOPs for every combination of the indices."""
     left, right = equation.split("->")[0].split(",")
     shapes = [[LETTERS[letter] for letter in letters] for letters in (left, right)]
     product = functools.partial(jnp.einsum, equation, precision="highest")
@@ -68,7 +68,7 @@ def test_einsum_flops_are_exact(equation, dtype, device):
 
 
 def nested(x, w, trips):
-    """Runs `inner` 5 times and then one product more; 3 times that, `trips` times over."""
+    """Runs this 3 · `trips` times: `inner` 5 times, then one more product."""
 
     def inner(x, _):
         with jax.named_scope("inner"):
@@ -82,7 +82,7 @@ def nested(x, w, trips):
 
 
 def test_nested_loops_multiply(device):
-    """The trips of a loop with a traced bound come from the caller; without them its body counts once."""
+    """The caller states the trip count of a loop with a traced bound; otherwise its body counts once."""
     text = compiled(nested, device, ("bfloat16", 64, 128), ("bfloat16", 128, 128), ("int32",))
     once = 3 * (5 + 1) * 2 * 64 * 128 * 128
     unknown = analyse(text)
@@ -151,17 +151,17 @@ def test_kernel_is_listed_by_name():
 
 
 def test_compiler_markers_are_not_custom_calls():
-    """The TPU's compiler marks the packed indices of a gather with a custom call."""
+    """The TPU compiler marks the packed indices of a gather with a custom call."""
     pick = lambda x, index: jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
     text = compiled(pick, topology_devices("v5e:2x2")[0], ("bfloat16", 4, 128, 256), ("int32", 4))
     assert "GatherScatterIndicesBitpacked" in text and analyse(text).custom_calls == {}
 
 
-# ---- several devices ----
+# Several devices
 
 
 def every_collective(mesh):
-    """A scan of one collective of each kind over shards of 128 × 256 float32, with two all-reduces in one."""
+    """A scan of one collective of each kind over float32 shards of 128 × 256; the all-reduce has two arrays."""
     data, model = mesh.axis_sizes
 
     def shard(x):
@@ -189,7 +189,7 @@ def every_collective(mesh):
 
 
 def gathered_weights(mesh, tokens=SIZES["tokens"], width=SIZES["width"], hidden=SIZES["hidden"]):
-    """A scan over feed-forward layers whose weights are split over both axes and gathered over `data` one by one."""
+    """A scan over feed-forward layers with weights split over both axes and gathered over `data` by layer."""
     data, model = mesh.axis_sizes
 
     def function(x, ups, downs):
@@ -263,7 +263,7 @@ def test_scanned_collectives_count_every_iteration(make, target, cpu_texts):
 
 
 def test_overlapped_collective_counts_once():
-    """A TPU starts, continues and ends large ones in three fusions, each with a copy of the collective."""
+    """A TPU program splits a large collective into three fusions, each of which contains a copy of it."""
     make = functools.partial(gathered_weights, tokens=4096, width=2048, hidden=8192)
     text, flops, expected = sharded_text(make, topology_devices("v5e:4x4"), (4, 4), "bfloat16")
     assert "AsyncCollectiveStart" in text and "%async_collective_fusion" in text
@@ -271,7 +271,7 @@ def test_overlapped_collective_counts_once():
 
 
 def test_gradient_is_reduced_and_scattered():
-    """On a TPU this is a fusion of an all-reduce and a slice; the CPU's compiler does not scatter."""
+    """On a TPU this is a fusion of an all-reduce and a slice; the CPU compiler does not scatter."""
 
     def make(mesh):
         function, arguments, flops, expected = gathered_weights(mesh)

@@ -1,4 +1,4 @@
-"""Parsing of program text written by hand: shapes, groups, convolutions, trip counts."""
+"""Parsing of handwritten program text: shapes, groups, convolutions, trip counts."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,13 @@ from melt_jax.analysis.hlo_text import (
 
 
 def brute_force_multiplications(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate):
-    places = {i * lhs_dilate for i in range(numbers)}
-    return sum(o * stride + k * rhs_dilate - pad in places for o in range(outputs) for k in range(window))
+    """The products of an element of the input and one of the window, counted one by one."""
+    positions = {i * lhs_dilate for i in range(numbers)}
+    return sum(o * stride + k * rhs_dilate - pad in positions for o in range(outputs) for k in range(window))
 
 
 def test_convolution_counts_elements_only():
-    """Padding and the holes of a dilation take no FLOPs."""
+    """Padding and the gaps of a dilation need no FLOPs."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         numbers, window, outputs, stride, lhs_dilate, rhs_dilate = (int(n) for n in rng.integers(1, 7, 6))
@@ -95,7 +96,7 @@ ENTRY %main (x: f32[4,4]) -> (s32[], s32[], /*a comment*/f32[4,4]) {
 
 
 def test_loop_limit_is_found_in_outer_state():
-    """The inner loop counts 0, 3, 6, 9; its limit 10 is an element of the state that both loops leave unchanged."""
+    """The inner loop counts 0, 3, 6, 9; its limit, 10, is an element of the state that neither loop changes."""
     program = analyse(LIMITS_IN_THE_STATE)
     assert [loop.trips for loop in program.loops] == [2, 4]
     assert program.flops == 2 * 4 * 2 * 4**3

@@ -23,7 +23,7 @@ CONFIGS = {
 
 
 def assert_equal(got, want):
-    """Equal but for rounding in float64."""
+    """Equal up to rounding in float64."""
     assert got.dtype == want.dtype == np.float64
     np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
@@ -35,7 +35,7 @@ def assert_same_run(got, want):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transition_at_zero_is_the_looplm(name):
-    """For any chunk length, although the shared entries differ."""
+    """This holds for any chunk length, although the shared KV entries differ."""
     model, tokens = make_model(CONFIGS[name]), random_tokens(2, 10)
     want = run(looplm(model), tokens, chunk_size=10)
     for chunk in (1, 4, 10):
@@ -74,7 +74,7 @@ def test_looplm_does_not_depend_on_the_chunk():
 
 
 def test_melt_depends_on_the_chunk():
-    """Within a chunk a loop reads entries of its own loop, across chunks final ones."""
+    """A loop reads entries of the same loop within the chunk and final entries of earlier chunks."""
     model, tokens = make_model(TINY), random_tokens(2, 10)
     short, long = run(model, tokens, chunk_size=2), run(model, tokens, chunk_size=10)
     assert_equal(short.hidden[:, :, 0], long.hidden[:, :, 0])
@@ -82,7 +82,7 @@ def test_melt_depends_on_the_chunk():
 
 
 def test_fewer_loops_are_the_first_loops():
-    """The first loops of a LoopLM are the same however many follow, so `reconfigure` can change T."""
+    """The first loops of a LoopLM do not depend on the number of later loops, so `reconfigure` can change T."""
     model, tokens = make_model(change(TINY, gate="none")), random_tokens(2, 9)
     full, part = run(model, tokens, chunk_size=4), run(reconfigure(model, loops=2), tokens, chunk_size=4)
     assert_equal(part.hidden, full.hidden[:2])
@@ -116,7 +116,7 @@ def decode(model, tokens, lengths, new, chunk):
 
 @pytest.mark.parametrize("gate", ["none", "elementwise", "mean"])
 def test_chunks_of_one_equal_decoding(gate):
-    """For prompts of different lengths in one batch, each with its own slots."""
+    """This holds for prompts of different lengths in one batch, each with its own slots."""
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(2, 9)
     lengths, new = (2, 5), 4
     got, cache = decode(model, tokens, lengths, new, chunk=1)
@@ -128,7 +128,7 @@ def test_chunks_of_one_equal_decoding(gate):
 
 
 def test_prefill_then_decoding_matches_the_reference():
-    """Against the reference, whose last prompt chunk is as short as the prompt makes it."""
+    """The last prompt chunk of the reference is as short as its prompt requires."""
     model, tokens = make_model(TINY), random_tokens(2, 10)
     lengths, new = (3, 7), 3
     got, _ = decode(model, tokens, lengths, new, chunk=4)

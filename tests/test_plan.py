@@ -1,4 +1,4 @@
-"""The plan of a run: epochs of its data and the disk that it needs."""
+"""The plan of a run: the epochs of its data and the disk space it needs."""
 
 import dataclasses
 import math

@@ -94,7 +94,7 @@ def test_picture_is_written(tmp_path):
 
 
 def test_command_writes_or_reports_one_line(tmp_path):
-    """Its output, and its one line for bad input."""
+    """One line of output, and one line for bad input."""
     workdir = write_run(tmp_path / "run")
 
     def command(workdir):

@@ -1,4 +1,4 @@
-"""Preparing data: the assistant's text is scored, everything dropped is reported, the bytes are reproducible."""
+"""Preparing data: the assistant's text is scored, everything dropped is reported, output bytes are reproducible."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ from melt_jax.data.records import compatibility_errors, open_records, read_manif
 from melt_jax.data.text import Tokenizer
 from melt_jax.prepare import PrepareError, Settings, input_files, prepare, summary
 
-# The published Thinking template's form: the generation prompt ends with <think> only with enable_thinking=True.
+# Like the published Thinking template: the generation prompt ends with <think> only if enable_thinking is true.
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% if enable_thinking is defined and enable_thinking is true %}{{ '<think>\\n' }}{% endif %}{% endif %}"
 )
-# As in some published templates, earlier answers lose their thoughts.
+# Like some published templates, it drops the thoughts of earlier answers.
 FORGETFUL = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ '<|im_end|>\\n' }}"
@@ -38,7 +38,7 @@ END, STOP = 0, 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer as Ouro's: byte-level BPE in which a pair of newlines is one token."""
+    """A tokenizer like Ouro's: byte-level BPE in which two newlines are one token."""
     folder = tmp_path_factory.mktemp("tokenizer")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -104,7 +104,7 @@ def test_only_the_assistants_text_is_scored(tokenizer):
 
 
 def test_prompt_tokens_equal_those_of_generation(tokenizer):
-    # Encoded together, the pair of newlines across the prompt's end would be one token.
+    # If prompt and answer were encoded together, the two newlines at their boundary would be one token.
     assert len(tokenizer.encode("\n\n")) == 1
     messages = chat("1+1?", "<think>\n\nsum</think>2")
     document = only({"messages": messages}, tokenizer)
@@ -122,7 +122,7 @@ def test_unprompted_answer_is_scored_and_counted(tokenizer):
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("answer", ["<think>\nsum</think>2", "2"])
 def test_prompted_think_tag_is_not_scored(tokenizer, thinking, answer):
-    """The scored text is the part of the answer that the generation prompt does not give."""
+    """The scored text is the answer without the part that the generation prompt already contains."""
     messages = chat("1+1?", answer)
     document = only({"messages": messages}, tokenizer, Form(thinking=thinking))
     prompted = thinking and answer.startswith("<think>")
@@ -138,7 +138,7 @@ def test_prompted_think_tag_is_not_scored(tokenizer, thinking, answer):
 
 
 def test_think_is_never_written_twice(tmp_path, folder):
-    """A template that opens the thoughts of every assistant turn does not fit answers that open them too."""
+    """A template that writes <think> in every assistant turn does not fit answers that also begin with it."""
     opening = "{{ '<|im_start|>' + m.role + '\\n' + ('<think>\\n' if m.role == 'assistant' else '') + m.content }}"
     template = CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
                               opening + "{{ '<|im_end|>\\n' }}")  # fmt: skip
@@ -151,7 +151,7 @@ def test_think_is_never_written_twice(tmp_path, folder):
 def test_unprompted_answer_starts_at_a_token_boundary(tokenizer, answer):
     messages = chat("1+1?", answer)
     document = only({"messages": messages}, tokenizer)
-    # <think> is one token: an answer that shares only some of its characters does not share the token.
+    # <think> is one token: an answer that begins with only some of its characters does not contain it.
     rest = answer.removeprefix("<think>")
     assert scored_texts(document, tokenizer) == [rest + "<|im_end|>"] and document.traits.unprompted
     first = np.flatnonzero(document.loss_mask)[0] + 1
@@ -175,7 +175,7 @@ def test_generation_prompt_must_extend_the_messages(tmp_path, folder):
     assert "the chat template's generation prompt does not extend the messages before it" in found.reason
 
 
-# Writes thoughts from a key of their own.
+# Renders thoughts from their own key.
 THOUGHTFUL = CHATML.replace("m.content", "('<think>\\n' + m.thinking if m.thinking else '') + m.content")
 
 
@@ -427,7 +427,7 @@ def test_data_of_another_chat_template_is_refused(tmp_path, folder):
         (tmp_path / f"{name}.jsonl").write_bytes(line(row))
         prepare(folder, [tmp_path / f"{name}.jsonl"], tmp_path / name, Form(), Settings(32))
         assert record_errors(tmp_path / name, 32, 300, folder) == []
-    assert record_errors(tmp_path / "text", 32, 300, other) == []  # it was not rendered with a template
+    assert record_errors(tmp_path / "text", 32, 300, other) == []  # plain text uses no template
     (message,) = record_errors(tmp_path / "turns", 32, 300, str(other))
     assert "expected data written with the chat template of" in message and f"--tokenizer={other}" in message
     save_config(other, None)
@@ -439,7 +439,7 @@ def test_data_of_another_chat_template_is_refused(tmp_path, folder):
 
 
 def test_thinking_is_part_of_prepared_data(tmp_path, folder):
-    """Data of another `thinking`, or of an unknown one, is refused; without a template that has it, it is None."""
+    """Data with another or an unknown value of `thinking` is refused; the value is None if the template ignores it."""
     (tmp_path / "a.jsonl").write_bytes(line({"messages": chat("1+1?", "<think>\nsum</think>2")}))
     inputs = [tmp_path / "a.jsonl"]
     manifests = {
@@ -478,7 +478,7 @@ def test_nothing_to_write_is_an_error(tmp_path, folder):
 
 
 def start(tmp_path, folder, output, *more):
-    """Starts the command with one core for the tokenizer and small blocks."""
+    """Starts the command with one tokenizer thread and small blocks."""
     flags = {"tokenizer": folder, "input": tmp_path / "*.jsonl", "output": output, "length": 256, "threads": 1}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     code = (

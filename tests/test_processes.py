@@ -1,4 +1,4 @@
-"""Two processes train bitwise like one, and their checkpoints are restored bitwise on every mesh."""
+"""Two processes train bitwise like one, and every mesh restores their checkpoints bitwise."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def start(folder, name, count, devices, *other):
-    """Starts processes that train together. Even one uses `jax.distributed`: its sums are then ordered alike."""
+    """Starts processes that train together. One alone also uses `jax.distributed`, to order sums alike."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -44,7 +44,7 @@ def start(folder, name, count, devices, *other):
 
 
 def wait(processes):
-    """Waits for processes and returns their outputs, which are shown if one fails."""
+    """Waits for processes and returns their outputs; shows them if a process fails."""
     try:
         outputs = [process.communicate(timeout=1800)[0].decode() for process in processes]
     finally:
@@ -56,7 +56,7 @@ def wait(processes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The findings of two processes with four devices each and of one with eight, by name, and their outputs."""
+    """The results of two processes with four devices each and of one with eight, by name, and their outputs."""
     folder = tmp_path_factory.mktemp("processes")
     save_model(folder / "teacher", make_model(dataclasses.replace(TINY, vocab=64, gate="none")))
     outputs = wait(start(folder, "two", 2, 4))
@@ -67,7 +67,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(runs):
-    """Losses, weights and moments are bitwise equal: the same gates are drawn, and each sequence is used once."""
+    """Losses, weights and moments are bitwise equal: both draw the same gates, and each sequence is used once."""
     found, outputs = runs
     lines = [(found["folder"] / name / "transition/metrics.jsonl").read_text().splitlines() for name in ("two", "one")]
     two, one = ([json.loads(line)["loss"] for line in log] for log in lines)
@@ -86,7 +86,7 @@ def test_each_process_makes_its_own_sequences(runs):
 
 @pytest.mark.slow
 def test_checkpoints_are_restored_on_every_mesh(runs):
-    """Weights, moments and step, saved on replica 2 × fsdp 2 × tensor 2, on one mesh after the other, to one device."""
+    """Weights, moments and step, saved on replica 2 × fsdp 2 × tensor 2, then restored on one mesh after another."""
     found = runs[0]["one"]
     assert found["restored"] == {str(shape): [] for shape in OTHERS}
     assert found["resumed"] == {str(shape): [] for shape in OTHERS[:-1]}
@@ -138,7 +138,7 @@ def test_single_process_broadcasts_to_itself():
 
 @pytest.mark.slow
 def test_text_of_process_0_reaches_every_process():
-    """Texts of several lengths, one of them empty."""
+    """Texts may have any length, even 0."""
     program = """
 import jax
 from melt_jax.training.processes import broadcast_text_from_process_0, initialize_distributed

@@ -1,4 +1,4 @@
-"""Prepared data: sequences round-trip, mismatches are refused, the global batch does not depend on the processes."""
+"""Prepared data: sequences round-trip, mismatches are refused, processes share one global batch."""
 
 import json
 
@@ -64,7 +64,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-# A folder
+# Folders
 
 
 def test_sequences_round_trip(tmp_path):
@@ -96,7 +96,7 @@ def test_layout_holds_the_largest_ids(length, vocab):
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.integers(2, 40), st.data())
 def test_record_keeps_segments_and_scores(length, data):
-    """Decoding gives back the documents: their tokens, targets within them, and scores; the rest is zero."""
+    """Decoding returns the documents' tokens, targets within a document, and scores; the rest is zero."""
     sizes = data.draw(st.lists(st.integers(1, length), min_size=1).filter(lambda sizes: sum(sizes) <= length))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     documents = [make_document(rng, size) for size in sizes]
@@ -179,7 +179,7 @@ def test_every_epoch_shows_every_sequence_once(folder):
 
 
 def share(batch, process, processes):
-    """The rows of a process, not consecutive."""
+    """The batch indices of a process, which are not consecutive."""
     return np.arange(process, batch, processes)
 
 

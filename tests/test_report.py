@@ -1,4 +1,4 @@
-"""The report of a compiled program: fit, chip figures, and which all-gathers are of weights."""
+"""The report of a compiled program: fit, figures of the chip, and which all-gathers move weights."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def test_gathers_without_a_scope_are_attributed(collective, weights, unknown):
 
 
 def test_unattributed_gathers_are_reported():
-    """A step gathers each weight at least once, so that less than a copy means that the ratio is unknown."""
+    """A step gathers each weight at least once, so less than one copy means that the ratio is unknown."""
     complete = small_report(collectives=[gather()] * 4)
     assert complete.gathered_ratio == 1 and "weights gathered: 1.00 of" in complete.text()
     assert complete.record()["gathered_ratio"] == 1 and complete.record()["unknown_gathers"] == 0

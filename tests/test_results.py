@@ -1,4 +1,4 @@
-"""The results of a run: measured once, kept in a file, printed as a table."""
+"""The results of a run: measured once, stored in a file, printed as a table."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ def run_config(**evaluation):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Replaces `scoring.score` by a record of the teachers that it was called with."""
+    """Replaces `scoring.score`; returns the list of the teachers it is called with."""
     calls = []
 
     def score(model, teacher, config, before_piece):
@@ -37,7 +37,7 @@ def measured(monkeypatch):
 
 
 def test_model_is_measured_once(measured, tmp_path):
-    """A resumed run reads its rows from the file; another evaluation is measured again, another sample is not."""
+    """A resumed run reads its results from the file; a changed evaluation is measured again, except for `sample`."""
     teacher, path = object(), tmp_path / "results.json"
     Results(path).measure("student", object, teacher, run_config())
     again = Results(path)
@@ -58,7 +58,7 @@ def test_teacher_is_not_compared_with_itself(measured, tmp_path):
 
 @pytest.mark.slow
 def test_run_is_scored_on_both_tasks(tmp_path):
-    """Exact answers, and the KL of sequences to the teacher; the row is plain JSON with a line in the table."""
+    """Exact answers, and the KL of sequences to the teacher; the result is plain JSON with a line in the table."""
     model = make_model(dataclasses.replace(TINY, vocab=64, layers=1, loops=2))
     rows = Results(tmp_path / "results.json")
     rows.measure("student", lambda: model, looplm(model), run_config())
@@ -76,7 +76,7 @@ def loop_scores(chunk, final_kl, tokens=100):
 
 
 def test_table_shows_what_was_compared():
-    """Unmeasured values are dashes, rounding below zero is not shown, first tokens have columns if they are fewer."""
+    """Unmeasured values are dashes, −0 prints as 0, and first tokens have columns only if there are fewer."""
     asdict = dataclasses.asdict
     same = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.25), loop_scores(1, -1e-9))
     rows = {"teacher": asdict(Scores(None, None, 0, None, 128, 4)), "melt": asdict(Scores(0.5, 0.5, 8, same, 32, 4))}

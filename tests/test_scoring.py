@@ -1,4 +1,4 @@
-"""Perplexity and KL per loop: their values, and that nothing but the model and the tokens changes them."""
+"""Perplexity and KL per loop: their values, which depend only on the models and the tokens."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def test_perplexity_and_kl_match_the_distributions(float64):
 
 
 def test_scores_do_not_depend_on_rows(float64):
-    """Two leave a last piece of one sequence and one of padding; sixteen are more than there are."""
+    """With 2 rows the last piece is one sequence and one of padding; 16 rows are more than the batch has."""
     two, all_at_once = (scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=n) for n in (2, 16))
     np.testing.assert_allclose(two.kl, all_at_once.kl, rtol=1e-10)
     np.testing.assert_allclose(two.perplexity, all_at_once.perplexity, rtol=1e-10)
@@ -65,7 +65,7 @@ def test_pieces_hold_whole_chunks(length, chunk, size):
 
 
 def test_first_tokens_match_at_both_chunk_sizes(float64, monkeypatch):
-    """In pieces of one chunk of four tokens and of three chunks of one. A MELT has a gap between the two."""
+    """Chunks of four tokens and decoding both match, in several pieces; for a MELT the two differ."""
     monkeypatch.setattr(scoring, "PIECE_TOKENS", 4)
     melt = scoring.compare(make_model(), teacher(), BATCH, CHUNK, 6, rows=2)
     first = Batch(*(field[:, :6] for field in BATCH))
@@ -79,7 +79,7 @@ def test_first_tokens_match_at_both_chunk_sizes(float64, monkeypatch):
 
 
 def test_decoding_scores_the_requested_tokens(monkeypatch):
-    """Not at all for 0 tokens; and no tokens are scored twice if a sequence has no more than those."""
+    """0 tokens measure nothing, and a sequence that is no longer than that is not scored twice."""
     asked = []
 
     def perplexity_and_kl(model, teacher, batch, chunk, *_):
@@ -98,18 +98,18 @@ def test_decoding_scores_the_requested_tokens(monkeypatch):
 def test_exceptions_before_a_piece_propagate(float64):
     pieces = []
 
-    def leave(piece):
+    def exit_at_second(piece):
         pieces.append(piece)
         if len(pieces) == 2:
             raise SystemExit(75)
 
     with pytest.raises(SystemExit):
-        scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=2, before_piece=leave)
+        scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=2, before_piece=exit_at_second)
     assert pieces == [f"chunk 4, 11 tokens of sequences {which} of 3" for which in ("1 to 2", "3 to 3")]
 
 
 def test_different_loop_counts_can_be_compared(float64):
-    """Common loops are compared one by one, and the last loop of each with the other's."""
+    """Loops of both models are compared one by one, and the last loop of one with the last loop of the other."""
     scores = scoring.perplexity_and_kl(reconfigure(teacher(), loops=1), teacher(), BATCH, LENGTH, rows=2)
     np.testing.assert_allclose(scores.kl, [0], atol=1e-12)
     log_p = log_probabilities(teacher(), BATCH, LENGTH)
@@ -136,7 +136,7 @@ def test_memory_is_linear_in_the_sequence(monkeypatch):
         compiled = scoring.comparison_sums.lower(model, teacher(), batch, 32).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # Keys and values of one position of two sequences: one shared entry and a per-loop entry for each loop.
+    # Bytes per position of two sequences: keys and values of one shared entry and of a per-loop entry for each loop.
     entries = 2 * 2 * TINY.layers * TINY.kv_heads * TINY.head_width * 4 * (1 + TINY.loops)
     tokens = 2 * 4 * len(BATCH)
     assert (temporaries(64 + 512) - temporaries(64)) / 512 < 2 * entries + 2 * tokens

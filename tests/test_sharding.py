@@ -74,7 +74,7 @@ def test_one_device_forms_a_mesh():
     assert {axis_type.name for axis_type in mesh.axis_types} == {"Explicit"}
 
 
-# (topology, tensor): in the first six, the sequences of a process are not consecutive.
+# (topology, tensor). In the first six, the sequences of a process are not consecutive.
 SLICES = [
     ("v5p:2x2x2", 1), ("v5p:2x2x2", 2), ("v5p:2x4x4", 4), ("v4:2x2x2", 1), ("v4:2x2x4", 2), ("v6e:4x4", 1),
     ("v6e:4x4", 4), ("v5e:4x4", 8), ("tpu7x:2x2x2", 2),
@@ -84,7 +84,7 @@ SLICES = [
 @pytest.mark.parametrize(("topology", "tensor"), SLICES)
 @pytest.mark.parametrize("replica", [1, 2])
 def test_processes_have_their_devices_sequences(topology, tensor, replica):
-    """Together the processes read the whole batch, and devices of one group find the same sequences."""
+    """Together the processes read the whole batch, and the devices of a group have the same sequences."""
     devices = topology_devices(topology)
     mesh = make_mesh(MeshConfig(replica, 0, tensor), devices)
     groups, size = mesh.size // tensor, 2 * mesh.size // tensor
@@ -99,7 +99,7 @@ def test_processes_have_their_devices_sequences(topology, tensor, replica):
 
 
 def test_some_processes_have_scattered_sequences():
-    """Else the test above would not cover them."""
+    """Otherwise the test above would not cover them."""
     for topology, tensor in SLICES[:6]:
         sharding = batch_sharding(make_mesh(MeshConfig(tensor=tensor), topology_devices(topology)))
         assert np.any(np.diff(local_batch_indices(sharding, 64, process=0)) > 1)
@@ -123,7 +123,7 @@ def test_placed_batch_is_the_global_batch():
 
 
 def test_steps_do_not_depend_on_the_mesh():
-    """In float64, for both phases, several meshes, and weights gathered once per step or at each use."""
+    """In float64: both phases, several meshes of eight devices, weights gathered once per step or at each use."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.helpers.mesh_steps", "--quick", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Monitoring of the steps: SIGTERM, stalls, skipped steps, performance and profiles; how processes join."""
+"""The step monitor: SIGTERM, stalls, skipped steps, performance and profiles; and how processes join."""
 
 import os
 import signal
@@ -80,7 +80,7 @@ for measured in range(100):
 
 @pytest.fixture
 def monitor(tmp_path):
-    """Builds the `StepMonitor` of a transition of 100 steps of nano."""
+    """A function that builds the `StepMonitor` of a transition of 100 steps."""
 
     def build(start=0, wait=lambda: None, **run):
         config = nano.get_config()
@@ -126,7 +126,7 @@ class FakeArray:
 
 class TestStepMonitor:
     def run(self, monitor, event=lambda step: None, event_after=lambda step: None):
-        """{step: unfinished steps when it is dispatched} of a loop like the trainer's, and the last step."""
+        """Runs a loop like the trainer's; returns {step: unfinished steps at its dispatch} and the last step."""
         device, unfinished = FakeDevice(), {}
         with monitor:
             for step, _ in monitor.enumerate(range(100)):
@@ -192,7 +192,7 @@ def wait_for(condition):
 
 
 class TestWatchdog:
-    """By a clock that the tests set; only the last test starts the thread."""
+    """The tests set the clock; only the last test starts the thread."""
 
     @pytest.fixture
     def now(self, monkeypatch):
@@ -208,7 +208,7 @@ class TestWatchdog:
         return statuses
 
     def stall(self, folder, now, seconds, **changes):
-        """Step 7 finishes at 1 s; step 8 is dispatched and runs on for so many seconds."""
+        """Step 7 finishes at 1 s; step 8 is dispatched and takes that many seconds more."""
         dog, device = Watchdog("transition", folder, run_config(stall_seconds=10.0, **changes)), FakeDevice()
         dog.after_dispatch(7, FakeArray(device, 7))
         now[0] = 1.0

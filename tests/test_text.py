@@ -1,4 +1,4 @@
-"""Tokenizers: the arithmetic one has exactly the task's vocabulary; streaming gives whole characters."""
+"""Tokenizers: the arithmetic one has exactly the task's vocabulary; streaming returns whole characters."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """A byte-level BPE tokenizer as Ouro's, with few merges: most non-ASCII characters take several tokens."""
+    """A byte-level BPE tokenizer like Ouro's, with few merges: most non-ASCII characters take several tokens."""
     folder = tmp_path_factory.mktemp("byte_level")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -133,7 +133,7 @@ def test_stop_ids_come_from_all_files(nano, byte_level, tmp_path):
 
 
 class ReadOnly:
-    """A tokenizer, or its backend, that fails on calls which would change it."""
+    """A tokenizer, or its backend, that fails on calls that would change it."""
 
     def __init__(self, part):
         self._part = part
@@ -212,7 +212,7 @@ def test_boundary_needs_tokens_for_all_characters(nano):
 @PROPERTY
 @given(st.data())
 def test_streaming_equals_decoding(byte_level, data):
-    """Any ids, including those of incomplete characters."""
+    """This holds for any ids, even those of incomplete characters."""
     ids = data.draw(st.lists(st.integers(0, byte_level.vocab - 1), max_size=12))
     streamer = byte_level.stream()
     assert "".join(map(streamer.push, ids)) + streamer.finish() == byte_level.decode(ids)

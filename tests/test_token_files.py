@@ -1,4 +1,4 @@
-"""Token files: streams are cut, segments bound the targets, malformed files are reported."""
+"""Token files: streams are cut into sequences, targets stay within segments, malformed files are reported."""
 
 import pathlib
 

@@ -1,10 +1,10 @@
-"""All keys of a run: the paper's recipe (MELT, arXiv 2605.07721) where it states a value.
+"""All keys of a run, with the values of the MELT paper (arXiv 2605.07721) if it states them.
 
-The other files of this folder change some of the values. Any key can be overridden on the command line:
+The recipes in this folder change some of the values. Any key can be overridden on the command line:
 
     python -m melt_jax.train --config=configs/nano.py --config.alignment.beta=0.01 --workdir=runs/beta
 
-The comments are copies of the meanings in `melt_jax/config.py`, which also declares each key's type and range. After a
+The comments on keys are copies of their meanings in `melt_jax/config.py`, which also declares types and ranges. After a
 change there, `python -m tests.helpers.recipes` rewrites them.
 """
 
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.data.high = 5  # arithmetic: most definitions of a problem
     config.data.score = "completion"  # arithmetic: scored predictions; one of completion, all
 
-    # Phase 1: KV entries are blended from the per-loop cache's to the shared cache's; loss L_KD.
+    # Phase 1: KV entries are blended from those of the per-loop cache to those of the shared cache; loss L_KD.
     config.transition = ConfigDict()
     config.transition.steps = 500  # optimizer updates
     config.transition.learning_rate = 8e-6  # peak, of the backbone weights
@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     config.transition.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.transition.ramp = 1.0  # α rises linearly from 0 at step 0 to 1 at step ramp · (steps − 1)
 
-    # Phase 2: the shared cache alone; loss L_KD + β·L_align.
+    # Phase 2: only the shared cache; loss L_KD + β·L_align.
     config.alignment = ConfigDict()
     config.alignment.steps = 300  # optimizer updates
     config.alignment.learning_rate = 8e-6  # peak, of the backbone weights
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.alignment.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.alignment.beta = 0.1  # β, weight of the attention alignment
 
-    # A LoopLM from scratch: expected cross-entropy − bonus × exit entropy. A LoopLM has no cache gate.
+    # Pretraining of a LoopLM; loss: expected cross-entropy − bonus · exit entropy. A LoopLM has no cache gate.
     config.pretraining = ConfigDict()
     config.pretraining.steps = 1000  # optimizer updates
     config.pretraining.learning_rate = 3e-4  # peak, of the backbone weights
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     config.pretraining.init_std = 0.02  # standard deviation of new weights
     config.pretraining.embedding_std = 0.02  # standard deviation of new embeddings
 
-    # The LoopLM of pretraining. A run with a teacher takes the teacher's instead.
+    # The LoopLM that is pretrained. A run with a teacher uses the teacher's values instead.
     config.model = ConfigDict()
     config.model.vocab = 49152  # V, token ids
     config.model.width = 2048  # D, the model width
@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 100  # steps between checkpoints; a phase's last step is always saved
     config.checkpoints_kept = 2  # newest checkpoints of a phase to keep
 
-    # Supervision, which does not affect results.
+    # Monitoring, which does not affect results.
     config.run = ConfigDict()
     config.run.skipped_limit = 10  # consecutive updates skipped as not finite that stop the run
     config.run.stall_seconds = 0.0  # without a finished step until all stacks are logged; 0: never

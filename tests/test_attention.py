@@ -76,9 +76,9 @@ def test_bfloat16_attention_differs_by_rounding():
 def test_empty_blocks_are_not_visited():
     """A nan in an empty block changes nothing; if the block were only masked, the nan would spread."""
     query, earlier, own, alpha, mask = inputs(16, 4)
-    poisoned = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
+    with_nan = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
     outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, mask, 4)
-    np.testing.assert_array_equal(outcome(poisoned), outcome(earlier))
+    np.testing.assert_array_equal(outcome(with_nan), outcome(earlier))
 
 
 def test_only_one_block_of_scores_is_kept():

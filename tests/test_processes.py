@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
-import pathlib
-import socket
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,33 +16,18 @@ from tests.helpers.tiny import TINY, make_model
 from tests.long import processes
 from tests.long.kill_and_resume import differing, leaves
 
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 def start(folder, name, count, devices, *other):
-    """Starts processes that train together. One alone also uses `jax.distributed`, to order sums alike."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MELT_COORDINATOR": coordinator, "MELT_PROCESSES": str(count)}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    command = lambda i: [folder / "teacher", folder / name, folder / f"{name}{i}.json", *other]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.process_run", *map(str, command(i))],
-            cwd=ROOT,
-            env=environment | {"MELT_PROCESS": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for i in range(count)
-    ]
+    """Starts processes that train together and write their results to FOLDER/NAMEi.json."""
+    arguments = ["-m", "tests.helpers.process_run", folder / "teacher", folder / name, folder / name, *other]
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return start_processes(count, *arguments, stderr=subprocess.STDOUT, **flags)
 
 
 def wait(processes):
     """Waits for processes and returns their outputs; shows them if a process fails."""
     try:
-        outputs = [process.communicate(timeout=1800)[0].decode() for process in processes]
+        outputs = [process.communicate(timeout=1800)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -146,5 +127,5 @@ initialize_distributed()
 for text in ("", "T × L", "a" * 1000):
     print(broadcast_text_from_process_0(text if jax.process_index() == 0 else "ignored"))
 """
-    outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, program)]
+    outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, "-c", program)]
     assert outputs == ["\nT × L\n" + "a" * 1000 + "\n"] * 2

@@ -53,7 +53,7 @@ with PreemptionNotice() as notice:
             print("stopped", step)
             break
 """
-        outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, program)]
+        outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, "-c", program)]
         assert outputs[0] == outputs[1] and outputs[0].startswith("stopped")
 
     @pytest.mark.slow
@@ -72,7 +72,7 @@ for measured in range(100):
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2 * (1 + jax.process_index()))
 """
-        processes = start_processes(2, program)
+        processes = start_processes(2, "-c", program)
         outputs = [process.communicate(timeout=900)[0] for process in processes]
         assert [process.returncode for process in processes] == [PREEMPTED] * 2
         assert outputs[0] == outputs[1] and "measures 2\n" in outputs[0]

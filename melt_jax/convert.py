@@ -13,18 +13,14 @@ a MELT's gates. The output folder appears when it is complete.
 In a run of several processes, process 0 converts, and the others wait and fail if it fails.
 """
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from absl import flags
 
 from melt_jax import command_line
@@ -35,11 +31,10 @@ from melt_jax.checkpoints.published_config import published_config, raise_errors
 from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
 from melt_jax.files import atomic_folder, copy_companions, folder_bytes
 from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
-from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
+from melt_jax.training.processes import initialize_distributed, run_on_process_0
 
 GATE_STD = 0.02
 FORMS = ("orbax", "published")
-WAIT_SECONDS = 24 * 3600  # for process 0; if it dies, JAX ends the others within minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,41 +162,6 @@ def _check_kept(output, form):
     if kept.form != form:
         raise InputError(f"{output}: expected a model folder in {form} form, found {kept.form} form; remove it")
     print(f"{output}: exists and is kept, {kept.form}, gate {kept.config.gate}")
-
-
-def run_on_process_0(work: Callable[..., None], *args: object) -> None:
-    """Runs `work(*args)` on behalf of process 0, while the run's other processes wait for it.
-
-    If there are several processes, the work has a process of its own, on the CPU and outside the distributed run: Orbax
-    cannot save from one of several processes. The function and its arguments must be picklable.
-
-    Raises:
-      InputError: in the other processes, if the work failed. Process 0 raises the work's own exception.
-    """
-    if jax.process_count() == 1:
-        return work(*args)
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            spawn = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(1, spawn, _use_cpu) as pool:
-                pool.submit(work, *args).result()
-        except Exception as error:
-            failure = error
-    failed = failure is not None
-    try:
-        # A barrier of the coordination service can wait for hours; collectives of devices cannot.
-        ocp.multihost.get_barrier_sync_fn()(key="melt_jax process 0", timeout_ms=WAIT_SECONDS * 1000)
-        failed = broadcast_from_process_0(failed)
-    finally:
-        if failure is not None:
-            raise failure
-    if failed:
-        raise InputError("process 0: expected it to finish, found that it failed; see its output")
-
-
-def _use_cpu():
-    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":

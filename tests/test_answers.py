@@ -6,6 +6,7 @@ import numpy as np
 
 from melt_jax.data import arithmetic
 from melt_jax.inference import answers
+from tests.helpers.tiny import make_model
 
 
 def test_fresh_problems_depend_on_the_seed_alone():
@@ -37,7 +38,7 @@ def test_only_exact_answers_count(monkeypatch):
         return types.SimpleNamespace(tokens=made[first : first + len(prompts)])
 
     monkeypatch.setattr(answers, "generate", generate)
-    found = answers.exact_answers(None, problems, 4, batch=5, before_piece=pieces.append)
+    found = answers.exact_answers(make_model(), problems, 4, batch=5, before_piece=pieces.append)
     assert asked == [5, 3]
     assert pieces == ["problems 1 to 5 of 8", "problems 6 to 8 of 8"]
     assert found.answer_exact.tolist() == [True, False, False, False, True, True, True, True]

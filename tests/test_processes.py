@@ -127,5 +127,6 @@ initialize_distributed()
 for text in ("", "T × L", "a" * 1000):
     print(broadcast_text_from_process_0(text if jax.process_index() == 0 else "ignored"))
 """
-    outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, "-c", program)]
-    assert outputs == ["\nT × L\n" + "a" * 1000 + "\n"] * 2
+    for process in start_processes(2, "-c", program):
+        output = process.communicate(timeout=900)[0]  # begins with a line by Gloo
+        assert output.endswith("\n\nT × L\n" + "a" * 1000 + "\n")

@@ -38,20 +38,21 @@ def measured(monkeypatch):
 
 def test_model_is_measured_once(measured, tmp_path):
     """A resumed run reads its results from the file; a changed evaluation is measured again, except for `sample`."""
-    teacher, path = object(), tmp_path / "results.json"
-    Results(path).measure("student", object, teacher, run_config())
+    teacher, student = make_model(seed=1), make_model
+    path = tmp_path / "results.json"
+    Results(path).measure("student", student, teacher, run_config())
     again = Results(path)
-    again.measure("student", object, teacher, run_config(sample=False))
-    assert measured == [teacher]
-    again.measure("student", object, teacher, run_config(sequences=1))
-    assert measured == [teacher, teacher]
+    again.measure("student", student, teacher, run_config(sample=False))
+    assert len(measured) == 1 and measured[0] is teacher
+    again.measure("student", student, teacher, run_config(sequences=1))
+    assert len(measured) == 2 and measured[1] is teacher
     assert "student" in again.table()
-    Results(tmp_path / "none").measure("student", object, teacher, run_config(problems=0, sequences=0))
+    Results(tmp_path / "none").measure("student", student, teacher, run_config(problems=0, sequences=0))
     assert len(measured) == 2
 
 
 def test_teacher_is_not_compared_with_itself(measured, tmp_path):
-    teacher = object()
+    teacher = make_model()
     Results(tmp_path / "results.json").measure("teacher", lambda: teacher, teacher, run_config())
     assert measured == [None]
 

@@ -5,8 +5,6 @@ model is restored directly into any sharding. Dimensions of 1 are left out, beca
 to write them. Nothing is cast unless a dtype is given.
 """
 
-import contextlib
-import contextvars
 import hashlib
 import math
 import pathlib
@@ -34,8 +32,6 @@ from melt_jax.model.model import LoopedTransformer, module_leaves
 PARAMS = "params"
 CHUNK = 512  # tokens; for models whose config.json has no chunk_size
 READ_BYTES = 2**30  # read concurrently at most; Orbax needs at least the largest weight
-
-_is_alone = contextvars.ContextVar("_is_alone", default=False)
 
 
 class OrbaxFolder(ModelFolder):
@@ -66,15 +62,14 @@ class OrbaxFolder(ModelFolder):
 
     def _metadata(self):
         try:
-            with _context():
-                tree = ocp.metadata(str(self.folder / PARAMS)).metadata
+            tree = ocp.metadata(str(self.folder / PARAMS)).metadata
         except Exception as error:  # Orbax has no common class for the errors of its storage layers
             raise InputError(f"{self.folder / PARAMS}: expected a complete Orbax checkpoint, found {error}") from error
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
         return {".".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
     def _restore(self, templates):
-        context = _context()
+        context = ocp.Context()
         context.pytree.loading.partial_load = True
         largest = max(math.prod(template.shape) * 8 for template in templates.values())
         context.memory.read_concurrent_bytes = max(READ_BYTES, largest + 1)
@@ -126,38 +121,20 @@ def default_chunk(folder: str | pathlib.Path, config: ModelConfig) -> int:
 def weights_digest(folder: str | pathlib.Path) -> str:
     """The sha256 of a model folder's weights, in hexadecimal: of their paths, dtypes, shapes and bytes.
 
-    Equal weights have equal digests in either form and in any folder. Any process may call it without the others. It
-    reads one weight at a time. A published weight whose layers have several dtypes is read as float32.
+    Equal weights have equal digests in either form and in any folder. It reads one weight at a time. A published weight
+    whose layers have several dtypes is read as float32. In a run of several processes all call it, or one of them
+    through `training.processes.run_outside`: Orbax counts each process's reads and waits until all have the same count.
 
     Raises:
       InputError: as `open_folder`.
     """
     digest = hashlib.sha256()
-    with _alone():
-        source = open_folder(folder)
-        for path, shape in sorted(source.shapes.items()):
-            dtype = source.dtypes[path] or "float32"
-            digest.update(f"{path} {dtype} {shape}\n".encode())
-            digest.update(source.read(path, dtype).reshape(-1).view(np.uint8).data)
+    source = open_folder(folder)
+    for path, shape in sorted(source.shapes.items()):
+        dtype = source.dtypes[path] or "float32"
+        digest.update(f"{path} {dtype} {shape}\n".encode())
+        digest.update(source.read(path, dtype).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _alone():
-    """Within this context, the process reads Orbax checkpoints without waiting for the run's other processes."""
-    token = _is_alone.set(True)
-    try:
-        yield
-    finally:
-        _is_alone.reset(token)
-
-
-def _context():
-    context = ocp.Context()
-    if _is_alone.get():
-        context.multiprocessing.primary_host = jax.process_index()
-        context.multiprocessing.active_processes = {jax.process_index()}
-    return context
 
 
 def save_model(

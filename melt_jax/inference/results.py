@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from melt_jax.config import TrainConfig
+from melt_jax.data import stream
 from melt_jax.files import write_text
 from melt_jax.inference import scoring
 from melt_jax.model.model import LoopedTransformer
@@ -48,6 +49,8 @@ class Results:
         """
         evaluation = config.evaluation
         settings = dataclasses.asdict(evaluation) | {"chunk_size": config.chunk_size}
+        if manifest := stream.fingerprints(config).get("evaluation.path"):
+            settings["manifest"] = manifest
         del settings["sample"]
         measured = self._rows.get(name, {}).get("settings") == settings
         if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(measured):

@@ -162,7 +162,9 @@ def whole_documents(tokens: Tokens, loss_mask: Mask) -> Batch:
     return Batch(tokens, jnp.ones_like(tokens), jnp.asarray(loss_mask, jnp.int32))
 
 
-def teacher_targets(teacher: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...], align: bool) -> Targets:
+def teacher_targets(
+    teacher: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...], align: bool
+) -> Targets:
     """Runs the frozen teacher over (tokens, positions, segments) chunks; its cache is freed after the last one."""
     (hidden, attention_output, _), _ = run_chunks(teacher, chunks)
     return jax.lax.stop_gradient(Targets(hidden, attention_output if align else None))

@@ -1,15 +1,21 @@
 """The processes of one run: how they join, and how they agree on a value."""
 
+import concurrent.futures
 import glob
+import multiprocessing
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from melt_jax.config import InputError
 
 VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
+WAIT_SECONDS = 24 * 3600  # for process 0; if it dies, JAX ends the others within minutes
 
 
 def initialize_distributed() -> None:
@@ -54,6 +60,52 @@ def broadcast_text_from_process_0(text: str) -> str:
     if jax.process_index() > 0:
         data = np.zeros(size, np.uint8)  # of process 0's shape
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
+
+
+def run_on_process_0(work: Callable[..., None], *args: object) -> None:
+    """Runs `work(*args)` on behalf of process 0 by `run_outside`, while the run's other processes wait for it.
+
+    Raises:
+      InputError: in the other processes, if the work failed. Process 0 raises the work's own exception.
+    """
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            run_outside(work, *args)
+        except Exception as error:
+            failure = error
+    failed = failure is not None
+    try:
+        wait_for_process_0()
+        failed = broadcast_from_process_0(failed)
+    finally:
+        if failure is not None:
+            raise failure
+    if failed:
+        raise InputError("process 0: expected it to finish, found that it failed; see its output")
+
+
+def run_outside(work: Callable[..., Any], *args: object) -> Any:
+    """`work(*args)` by one process of a run. If there are several, in a child process, on the CPU and outside the run.
+
+    Orbax coordinates its reads and writes among the processes of a run, so one of them cannot use it alone. The
+    function, its arguments and its result must be picklable.
+    """
+    if jax.process_count() == 1:
+        return work(*args)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, _use_cpu) as pool:
+        return pool.submit(work, *args).result()
+
+
+def wait_for_process_0() -> None:
+    """Waits until all processes are here. A collective of devices would time out after minutes of work of process 0."""
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key="melt_jax process 0", timeout_ms=WAIT_SECONDS * 1000)
+
+
+def _use_cpu() -> None:
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _explicit(given: dict[str, str]) -> tuple[str, int, int]:

@@ -12,7 +12,7 @@ from melt_jax.checkpoints.orbax import weights_digest
 from melt_jax.config import ConfigError, InputError, TrainConfig
 from melt_jax.data import stream
 from melt_jax.files import write_text
-from melt_jax.training.processes import broadcast_text_from_process_0
+from melt_jax.training.processes import broadcast_text_from_process_0, run_outside, wait_for_process_0
 
 # May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
 RESUMABLE_KEYS = {
@@ -36,6 +36,7 @@ def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
             error = _config_error(config, workdir)
         except (InputError, OSError) as problem:  # the other processes wait for this one
             error = str(problem)
+    wait_for_process_0()
     if error := broadcast_text_from_process_0(error):
         raise ConfigError(error)
 
@@ -44,7 +45,7 @@ def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
     """Writes the config to the workdir, unless the run there has another; returns the error then."""
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if "pretraining" not in config.phases:
-        new["teacher weights"] = f"sha256 {weights_digest(config.teacher)}"
+        new["teacher weights"] = f"sha256 {run_outside(weights_digest, config.teacher)}"
     if digest := stream.fingerprints(config).get("data.path"):
         new["manifest of data.path"] = f"sha256 {digest}"
     old = json.loads(path.read_text()) if path.exists() else new

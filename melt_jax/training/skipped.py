@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from melt_jax.config import InputError
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(InputError):
     """Too many steps in a row whose loss or gradient was not finite."""
 
 

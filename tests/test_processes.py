@@ -128,5 +128,5 @@ for text in ("", "T × L", "a" * 1000):
     print(broadcast_text_from_process_0(text if jax.process_index() == 0 else "ignored"))
 """
     for process in start_processes(2, "-c", program):
-        output = process.communicate(timeout=900)[0]  # begins with a line by Gloo
+        output = process.communicate(timeout=900)[0]  # Gloo prints a line first
         assert output.endswith("\n\nT × L\n" + "a" * 1000 + "\n")

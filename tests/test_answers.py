@@ -20,7 +20,7 @@ def test_fresh_problems_depend_on_the_seed_alone():
 
 
 def test_only_exact_answers_count(monkeypatch):
-    """A wrong or missing answer, or more tokens after it, is not exact; a completion also needs its exact steps."""
+    """A wrong answer, a missing stop token or an extra token is not exact; a completion also needs exact steps."""
     problems = answers.fresh_problems(1, 8, 2, 3)
     stop, answer = arithmetic.STOP, arithmetic.ANSWER
     made = [problem.completion for problem in problems]

@@ -221,7 +221,7 @@ def test_sharded_models_are_restored_in_place(tmp_path):
 
 
 def test_writing_copies_no_weights(tmp_path):
-    """A dimension of 1 would make TensorStore copy the array; the peak resident set grows by less than a copy."""
+    """A dimension of 1 would make TensorStore copy the array; the peak resident set must not grow by a copy."""
     code = f"""
 import resource
 import numpy as np

@@ -159,7 +159,7 @@ def test_definitions_stay_within_their_bounds():
 
 
 def test_task_does_not_change():
-    """The published results depend on the problems of a seed and step."""
+    """Published results depend on the problems of each seed and step."""
     batch = arithmetic.arithmetic_batch(0, 7, batch=1, length=64)
     assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == FIRST_PROBLEM
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"

@@ -74,7 +74,7 @@ def test_step_counts_teacher_and_student_passes():
 @pytest.mark.parametrize("gate", ["none", "elementwise"])
 @pytest.mark.parametrize("first_loop", ["copy", "gated"])
 def test_formula_matches_a_compiled_chunk(gate, first_loop):
-    """With every slot and the whole chunk as entries, and with the gate computed in loop 1 even if it is unused."""
+    """The program attends to every slot and the whole chunk, and computes the gate in loop 1 even if it is unused."""
     config = dataclasses.replace(TINY, gate=gate, first_loop=first_loop)
     batch, chunk, slots = 2, 8, 24
 

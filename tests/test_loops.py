@@ -128,7 +128,7 @@ def test_chunks_of_one_equal_decoding(gate):
 
 
 def test_prefill_then_decoding_matches_the_reference():
-    """The last prompt chunk of the reference is as short as its prompt requires."""
+    """The last prompt chunk of the reference ends with its prompt, however short it is."""
     model, tokens = make_model(TINY), random_tokens(2, 10)
     lengths, new = (3, 7), 3
     got, _ = decode(model, tokens, lengths, new, chunk=4)

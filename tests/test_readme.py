@@ -138,7 +138,7 @@ def repository_copy(folder):
     "readme", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in READMES]
 )
 def test_fenced_blocks_run(readme, tmp_path):
-    """A README's blocks run in order in one folder; a block in another language than sh and python fails."""
+    """A README's blocks run in order in one folder; a block in any language but sh and python fails."""
     folder = repository_copy(tmp_path)
     for language, source in fenced_blocks(readme):
         assert language in INTERPRETERS, f"{readme}: expected a block of {sorted(INTERPRETERS)}, found {language!r}"

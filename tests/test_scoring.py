@@ -65,7 +65,7 @@ def test_pieces_hold_whole_chunks(length, chunk, size):
 
 
 def test_first_tokens_match_at_both_chunk_sizes(float64, monkeypatch):
-    """Chunks of four tokens and decoding both match, in several pieces; for a MELT the two differ."""
+    """Chunked scores and decoding match, each in several pieces; for a MELT the two differ."""
     monkeypatch.setattr(scoring, "PIECE_TOKENS", 4)
     melt = scoring.compare(make_model(), teacher(), BATCH, CHUNK, 6, rows=2)
     first = Batch(*(field[:, :6] for field in BATCH))
@@ -79,7 +79,7 @@ def test_first_tokens_match_at_both_chunk_sizes(float64, monkeypatch):
 
 
 def test_decoding_scores_the_requested_tokens(monkeypatch):
-    """0 tokens measure nothing, and a sequence that is no longer than that is not scored twice."""
+    """With 0 tokens decoding is not measured; with the whole sequence no tokens are scored twice."""
     asked = []
 
     def perplexity_and_kl(model, teacher, batch, chunk, *_):

@@ -1,9 +1,9 @@
 """Every configuration key with its type, range, unit and meaning, and the frozen dataclasses that hold the values.
 
-A key is declared once, below, as `name: Annotated[type, limit, "meaning"]`; T, L, D, … are the letters of the method's
-description. `configs/base.py` gives each key a value and copies the meaning into a comment, which a test compares.
-`freeze` checks a ConfigDict and reports all its errors at once: one loop over the keys, then the contradictions between
-keys.
+A key is declared once, below, as `name: Annotated[type, limit, "meaning"]`; `melt_jax/README.md` explains the letters
+T, L, D, …. `configs/base.py` gives each key a value and repeats its meaning in a comment; a test compares the two.
+`freeze` checks a ConfigDict and reports all its errors at once: first those of each key, then the contradictions
+between keys.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ Decay = Annotated[float, Range(0, below=1)]
 
 
 class InputError(ValueError):
-    """Input that cannot be used: the message names it, what was expected, what was found and what to do."""
+    """Unusable input; the message names it and states what was expected, what was found and what to do."""
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be run; the message lists every error."""
+    """An unusable configuration; the message lists every error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The source of the training sequences. The defaults are those of arithmetic."""
+    """The source of the training sequences. The defaults suit the arithmetic task."""
 
     source: Annotated[str, OneOf(("tokens", "records", "arithmetic")), "a token file, prepared data, or problems"] = (
         "arithmetic"
@@ -92,7 +92,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-    """The keys that all phases have."""
+    """The keys common to all phases."""
 
     steps: Annotated[Count, "optimizer updates"]
     learning_rate: Annotated[PositiveOrZero, "peak, of the backbone weights"]
@@ -112,7 +112,7 @@ class PretrainingConfig(PhaseConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TransitionConfig(PhaseConfig):
-    """Phase 1: KV entries are blended from the per-loop to the shared cache's; loss L_KD."""
+    """Phase 1: attention reads a blend of per-loop and shared KV entries; loss L_KD."""
 
     ramp: Annotated[float, Range(above=0, most=1), "α rises linearly from 0 at step 0 to 1 at step ramp · (steps − 1)"]
 
@@ -231,14 +231,14 @@ def _teacher_is_given(values):
 
 def _pretraining_makes_a_looplm(values):
     if values["phases"] == ("pretraining",) and values["model.gate"] != "none":
-        yield f"model.gate: expected 'none', as pretraining makes a LoopLM, found {values['model.gate']!r}"
+        yield f"model.gate: expected 'none', because pretraining trains a LoopLM, found {values['model.gate']!r}"
 
 
 def _run_sets_remat_and_block(values):
     for name in ("remat", "attention_block"):
         default = KEYS[f"model.{name}"].default
         if name in values and (value := values[f"model.{name}"]) != default:
-            yield f"model.{name}: expected {default!r}, as the key {name} sets it, found {value!r}"
+            yield f"model.{name}: expected {default!r}, because the key {name} sets it, found {value!r}"
 
 
 def _first_loop_fits_the_gate(values):
@@ -247,7 +247,7 @@ def _first_loop_fits_the_gate(values):
 
 def _gathered_weights_are_recomputed(values):
     if (values["gather"], values["remat"]) == ("layer", "none"):
-        yield "remat: expected products or layer, as gather is 'layer' and none keeps gathered weights, found 'none'"
+        yield "remat: expected 'products' or 'layer' with gather 'layer', to free gathered weights, found 'none'"
 
 
 def _micro_batches_divide_the_batch(values):
@@ -271,7 +271,8 @@ def _kv_heads_divide_heads(values):
 
 def _head_width_is_even(values):
     if values["model.head_width"] % 2:
-        yield f"model.head_width: expected an even number, as RoPE pairs components, found {values['model.head_width']}"
+        found = values["model.head_width"]
+        yield f"model.head_width: expected an even number, because RoPE pairs components, found {found}"
 
 
 CHECKS = (
@@ -289,10 +290,10 @@ CHECKS = (
 
 
 def first_loop_errors(gate: str, first_loop: str, prefix: str = "") -> list[str]:
-    """Why a MELT with that gate cannot have that first loop: a list of messages."""
+    """Errors if a MELT with `gate` cannot use `first_loop`: a list of messages."""
     if first_loop == "copy" or gate == "elementwise":
         return []
-    return [f"{prefix}first_loop: expected 'copy', unless the gate is elementwise, found {first_loop!r}"]
+    return [f"{prefix}first_loop: expected 'copy' unless the gate is elementwise, found {first_loop!r}"]
 
 
 # ---- whole configurations
@@ -302,7 +303,7 @@ def freeze(config: "ConfigDict") -> TrainConfig:
     """The `TrainConfig` of a ConfigDict.
 
     Raises:
-      ConfigError: lists every unknown or missing key, wrong type, impossible value and contradiction.
+      ConfigError: lists every unknown or missing key, wrong type, invalid value and contradiction.
     """
     given, errors = _flatten(config.to_dict()), []
     groups = {name.split(".")[0] for name in KEYS if "." in name}
@@ -320,7 +321,7 @@ def freeze(config: "ConfigDict") -> TrainConfig:
 
 
 def model_errors(model: ModelConfig, prefix: str = "") -> list[str]:
-    """Every impossible value and contradiction of a `ModelConfig`: a list of messages."""
+    """Every invalid value and contradiction of a `ModelConfig`: a list of messages."""
     keys = keys_of(ModelConfig, "model.")
     values = {name: getattr(model, name.removeprefix("model.")) for name in keys}
     return [prefix + line.removeprefix("model.") for line in _errors(keys, values)]
@@ -338,7 +339,7 @@ def _errors(keys, values):
 
 
 def _suggestion(name):
-    """The end of an error about an unknown key: the keys that it may stand for."""
+    """The end of an error about an unknown key: the keys that may have been meant."""
     last = name.split(".")[-1]
     near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.85)
     near = near or [key for key in KEYS if key.split(".")[-1] == last] or difflib.get_close_matches(name, KEYS, n=1)

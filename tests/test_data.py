@@ -187,7 +187,7 @@ CONFIGS = {
     "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
     "data.high: expected a problem within data.length, 69 tokens, found 70 tokens for 5": DataConfig(length=69),
     'data.path: expected a .npy or .npz file for source "tokens", found none': DataConfig("tokens"),
-    "data.path: nowhere.npy: no such file": DataConfig("tokens", "nowhere.npy"),
+    "data.path: nowhere.npy: expected a file, found none": DataConfig("tokens", "nowhere.npy"),
 }
 
 
@@ -233,7 +233,7 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
         ({"sequences": 3}, 'expected sequences kept from training for source "tokens", found none'),
         ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "expected sequences kept from training, found data.path"),
         ({"sequences": 4, "path": other}, "evaluation.sequences: expected at most the 3 sequences"),
-        ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: no such file"),
+        ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: expected a file, found none"),
         ({"sequences": 3, "path": f"{tmp_path}/longer.npy"}, "expected sequences of 4 tokens, found 5"),
         ({"path": other}, "drop it, or set evaluation.sequences above 0"),
     ):

@@ -164,13 +164,13 @@ class Program:
 
     def summary(self, scopes: Iterable[str] = ()) -> str:
         """A table to print, in GFLOP and MB (1e9, 1e6), with FLOPs by scope if `scopes` are given."""
-        lines = [f"matrix products      {self.flops / 1e9:>14,.3f} GFLOP a device"]
+        lines = [f"matrix products      {self.flops / 1e9:>14,.3f} GFLOP per device"]
         row = lambda name, flops: f"  {name:<19}{flops / 1e9:>14,.3f} {flops / max(self.flops, 1):>7.1%}"
         lines += [row(name, flops) for name, flops in self.flops_by_precision().items()]
         if scopes:
             lines.append("by scope")
             lines += [row(name, flops) for name, flops in self.flops_by_scope(scopes).items()]
-        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB a device")
+        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB per device")
         for (kind, group, dtype), (times, size) in self.collectives_by_kind().items():
             lines.append(f"  {kind:<19}{size / 1e6:>14,.3f} {times:>9,g} times, {dtype}, {group} devices")
         lines += [f"custom call, FLOPs unknown: {name}, {n:,g} times" for name, n in self.custom_calls.items()]

@@ -85,7 +85,7 @@ class Report:
       chip: of the topology, or None if `chips` has no figures for it.
       devices: in the mesh.
       compile_seconds: for compiling on this machine.
-      memory: of a device.
+      memory: of one device.
       program: FLOPs and collectives.
       necessary_flops: FLOPs of all devices by `melt_jax.analysis.flops`.
       weights: those that the program may gather.
@@ -141,7 +141,7 @@ class Report:
         lines = [
             self.title,
             f"compiled in {self.compile_seconds:.0f} s",
-            f"memory of a device, GB (1e9 bytes): arguments {_giga(memory.arguments)},"
+            f"memory per device, GB (1e9 bytes): arguments {_giga(memory.arguments)},"
             f" temporaries {_giga(memory.temporaries)}, outputs {_giga(memory.outputs)},"
             f" total {_giga(memory.total)}{limit}",
             f"(temporaries by memory_analysis: {_giga(memory.analysed_temporaries)})",

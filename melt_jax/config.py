@@ -60,7 +60,7 @@ class ModelConfig:
     rms_eps: Annotated[Positive, "added to the mean square in every norm"] = 1e-6
     max_positions: Annotated[Count, "longest sequence, in tokens"] = 65536
     tied: Annotated[bool, "the output head is the embedding matrix"] = False
-    gate: Annotated[str, OneOf(GATES), "how a KV entry is rewritten; none: a LoopLM"] = "none"
+    gate: Annotated[str, OneOf(GATES), "gate variant; none: a LoopLM"] = "none"
     first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "the first latent, as in student.first_loop"] = "copy"
     exit_threshold: Annotated[PositiveOrZero, "cumulative exit probability that ends the loops; 1: loop T"] = 1.0
     bos: Annotated[int | None, Range(0), "token id that begins a sequence, for config.json"] = None
@@ -139,8 +139,8 @@ class OptimizerConfig:
 class StudentConfig:
     """The MELT that the LoopLM becomes."""
 
-    gate: Annotated[str, OneOf(GATES[1:]), "how a KV entry is rewritten"]
-    first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "h¹ = u, or h⁰ = 0 and the gate acts at loop 1 too"]
+    gate: Annotated[str, OneOf(GATES[1:]), "gate variant"]
+    first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "copy: h¹ = u; gated: h⁰ = 0, gated at loop 1 too"]
     gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
 
 
@@ -161,8 +161,8 @@ class EvaluationConfig:
 
     problems: Annotated[CountOrZero, "arithmetic problems to answer; 0: none"]
     sequences: Annotated[CountOrZero, "sequences on which the KL to the teacher is measured; 0: none"]
-    decoding_tokens: Annotated[CountOrZero, "first tokens of each on which the KL of decoding is measured; 0: none"]
-    path: Annotated[str, "tokens, records: sequences kept from training, in the form and length of data"]
+    decoding_tokens: Annotated[CountOrZero, "first tokens of each sequence on which decoding is measured; 0: none"]
+    path: Annotated[str, "tokens, records: held-out sequences, in the form and length of data"]
     seed: Annotated[Seed, "of the problems and the sequences"]
     sample: Annotated[bool, "print one worked answer"]
 
@@ -171,10 +171,10 @@ class EvaluationConfig:
 class RunConfig:
     """Supervision of a run, which does not affect its results."""
 
-    skipped_limit: Annotated[Count, "consecutive updates skipped as not finite that stop the run"]
-    stall_seconds: Annotated[PositiveOrZero, "without a finished step until all stacks are logged; 0: never"]
+    skipped_limit: Annotated[Count, "consecutive skipped steps, not finite, that stop the run"]
+    stall_seconds: Annotated[PositiveOrZero, "time without a finished step after which all stacks are logged; 0: never"]
     stall_first_seconds: Annotated[PositiveOrZero, "the same for the first step, which compiles; 0: never"]
-    stall_exits: Annotated[bool, "then exit with status 76, so that a launcher restarts the run"]
+    stall_exits: Annotated[bool, "exit with status 76 after a stall, so that a launcher restarts the run"]
     profile_start: Annotated[CountOrZero, "first step of each phase to profile, from 1; 0: none"]
     profile_steps: Annotated[Count, "steps to profile"]
 
@@ -186,7 +186,7 @@ class TrainConfig:
     seed: Annotated[Seed, "of new weights and data; step n's batch is a function of (seed, n)"]
     phases: Annotated[WORDS, OneOf(PHASES), "run in this order, or pretraining alone"]
     teacher: Annotated[str, "folder of the LoopLM checkpoint, in either form; the student starts from it too"]
-    tokenizer: Annotated[str, "folder of the tokenizer files to save beside the weights; empty: the teacher's"]
+    tokenizer: Annotated[str, "folder of the tokenizer files to save with the weights; empty: the teacher's"]
     model: ModelConfig
     student: StudentConfig
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]

@@ -81,7 +81,7 @@ def forward_flops(
         number of tokens so far for decoding.
       logits: number of loops whose logits are computed; all by default, as in training. Decoding computes 1; a prefill
         computes 1 for its last token only.
-      transition: whether per-loop entries are kept beside the shared ones.
+      transition: whether per-loop entries are kept in addition to the shared ones.
 
     Raises:
       ValueError: `transition` for a model without a gate.

@@ -113,13 +113,13 @@ def _evaluation_errors(config: TrainConfig, model: ModelConfig, tokenizer) -> li
     evaluation, source = config.evaluation, config.data.source
     found = f'evaluation.path: expected none, found "{evaluation.path}"'
     if not evaluation.sequences:
-        return [f"{found}; drop it, or set evaluation.sequences above 0"] if evaluation.path else []
+        return [f"{found}; remove it, or set evaluation.sequences above 0"] if evaluation.path else []
     if source == "arithmetic":
-        return [f'{found}; drop it: source "arithmetic" reads no file'] if evaluation.path else []
+        return [f'{found}; remove it: source "arithmetic" reads no file'] if evaluation.path else []
     if not evaluation.path:
-        return [f'evaluation.path: expected sequences kept from training for source "{source}", found none']
+        return [f'evaluation.path: expected held-out sequences for source "{source}", found none']
     if pathlib.Path(evaluation.path).resolve() == pathlib.Path(config.data.path).resolve():
-        return ["evaluation.path: expected sequences kept from training, found data.path"]
+        return ["evaluation.path: expected held-out sequences, found data.path"]
     data = evaluation_data(config)
     errors = [line.replace("data.path: ", "evaluation.path: ", 1) for line in data_errors(data, model, tokenizer)]
     if errors:
@@ -230,7 +230,7 @@ def _arithmetic_errors(data: DataConfig, model: ModelConfig) -> list[str]:
     errors = []
     if data.path:
         errors.append(
-            f'data.path: expected none for source "arithmetic", found {data.path}; drop it, or set data.source'
+            f'data.path: expected none for source "arithmetic", found {data.path}; remove it, or set data.source'
         )
     if data.score not in SCORES:
         errors.append(f"data.score: {_unknown(data.score, SCORES)}")

@@ -41,7 +41,7 @@ def data_line(config: TrainConfig, sequences: int) -> str:
 
 
 def disk_line(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> str:
-    """The largest size of the workdir during the run, its size now, and the free space beside it, in GB (1e9 bytes)."""
+    """The largest size of the workdir during the run, its size now, and the free disk space, in GB (1e9 bytes)."""
     existing = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
     used = folder_bytes(workdir) if workdir.exists() else 0
     needed, free = disk_bytes(config, model), shutil.disk_usage(existing).free

@@ -59,7 +59,7 @@ def broadcast_text_from_process_0(text: str) -> str:
 def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
     """(coordinator, processes, process) from the variables."""
     if missing := [name for name in VARIABLES if name not in given]:
-        raise InputError(f"{', '.join(missing)}: expected a value beside {', '.join(given)}, found none; set all three")
+        raise InputError(f"{', '.join(missing)}: expected a value with {', '.join(given)}, found none; set all three")
     coordinator, processes, process = (given[name] for name in VARIABLES)
     if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
         raise InputError(

@@ -17,12 +17,12 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of new weights and data; step n's batch is a function of (seed, n)
     config.phases = ("transition", "alignment")  # run in this order, or pretraining alone
     config.teacher = ""  # folder of the LoopLM checkpoint, in either form; the student starts from it too
-    config.tokenizer = ""  # folder of the tokenizer files to save beside the weights; empty: the teacher's
+    config.tokenizer = ""  # folder of the tokenizer files to save with the weights; empty: the teacher's
 
     # The MELT that the LoopLM becomes.
     config.student = ConfigDict()
-    config.student.gate = "elementwise"  # how a KV entry is rewritten; one of elementwise, scalar, mean, ema, last
-    config.student.first_loop = "copy"  # h¹ = u, or h⁰ = 0 and the gate acts at loop 1 too; one of copy, gated
+    config.student.gate = "elementwise"  # gate variant; one of elementwise, scalar, mean, ema, last
+    config.student.first_loop = "copy"  # copy: h¹ = u; gated: h⁰ = 0, gated at loop 1 too; one of copy, gated
     config.student.gate_std = 0.02  # standard deviation of new gate matrices
 
     # The computation of a step.
@@ -112,10 +112,10 @@ def get_config() -> ConfigDict:
 
     # Monitoring, which does not affect results.
     config.run = ConfigDict()
-    config.run.skipped_limit = 10  # consecutive updates skipped as not finite that stop the run
-    config.run.stall_seconds = 0.0  # without a finished step until all stacks are logged; 0: never
+    config.run.skipped_limit = 10  # consecutive skipped steps, not finite, that stop the run
+    config.run.stall_seconds = 0.0  # time without a finished step after which all stacks are logged; 0: never
     config.run.stall_first_seconds = 3600.0  # the same for the first step, which compiles; 0: never
-    config.run.stall_exits = True  # then exit with status 76, so that a launcher restarts the run
+    config.run.stall_exits = True  # exit with status 76 after a stall, so that a launcher restarts the run
     config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
     config.run.profile_steps = 3  # steps to profile
 
@@ -123,8 +123,8 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none
     config.evaluation.sequences = 0  # sequences on which the KL to the teacher is measured; 0: none
-    config.evaluation.decoding_tokens = 512  # first tokens of each on which the KL of decoding is measured; 0: none
-    config.evaluation.path = ""  # tokens, records: sequences kept from training, in the form and length of data
+    config.evaluation.decoding_tokens = 512  # first tokens of each sequence on which decoding is measured; 0: none
+    config.evaluation.path = ""  # tokens, records: held-out sequences, in the form and length of data
     config.evaluation.seed = 1  # of the problems and the sequences
     config.evaluation.sample = False  # print one worked answer
 

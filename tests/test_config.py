@@ -176,7 +176,7 @@ CONTRADICTIONS = {
     "student.first_loop: expected 'copy'": [
         {"student__gate": gate, "student__first_loop": "gated"} for gate in GATES[2:]
     ],
-    "remat: expected products or layer": [{"gather": "layer", "remat": "none"}],
+    "remat: expected 'products' or 'layer'": [{"gather": "layer", "remat": "none"}],
     "micro_batches: expected a divisor of data.batch, 32": [{"micro_batches": 5}],
     "alignment.warmup_steps: expected at most alignment.steps, 9": [{"alignment__steps": 9}],
     "model.kv_heads: expected a divisor of heads, 16": [{"model__kv_heads": 3}],
@@ -217,7 +217,7 @@ def test_all_model_errors_are_listed():
         "model.exit_threshold: expected at least 0, found -0.1",
         "model.bos: expected at least 0, found -1",
         "model.kv_heads: expected a divisor of heads, 16, found 3",
-        "model.head_width: expected an even number, as RoPE pairs components, found 15",
+        "model.head_width: expected an even number, because RoPE pairs components, found 15",
     ]
 
 

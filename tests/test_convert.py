@@ -117,7 +117,7 @@ def test_seed_determines_the_gates(converted, tmp_path):
     [
         ("melt", "ouro_again", Changes(), "refuse", "ouro_again: expected a new folder"),
         ("nowhere", "new", Changes(), "refuse", "nowhere: expected a model checkpoint"),
-        ("melt", "new", Changes("ema"), "refuse", "first_loop: expected 'copy', unless the gate is elementwise"),
+        ("melt", "new", Changes("ema"), "refuse", "first_loop: expected 'copy' unless the gate is elementwise"),
         ("ouro", "new", Changes(first_loop="gated"), "refuse", "first_loop: expected none for a LoopLM"),
         ("ouro", "ouro", Changes(), "overwrite", "expected an output that neither is nor contains the input"),
         ("ouro", ".", Changes(), "overwrite", "expected an output that neither is nor contains the input"),

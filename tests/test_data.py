@@ -182,12 +182,12 @@ CONFIGS = {
     'expected one of arithmetic, tokens, records, found "arithmetics"; did you mean "arithmetic"?': DataConfig(
         "arithmetics"
     ),
-    'data.path: expected none for source "arithmetic", found a/x.npy; drop it': DataConfig(path="a/x.npy"),
+    'data.path: expected none for source "arithmetic", found a/x.npy; remove it': DataConfig(path="a/x.npy"),
     'data.score: expected one of completion, all, found "al"; did you mean "all"?': DataConfig(score="al"),
     "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
     "data.high: expected a problem within data.length, 69 tokens, found 70 tokens for 5": DataConfig(length=69),
     'data.path: expected a .npy or .npz file for source "tokens", found none': DataConfig("tokens"),
-    "data.path: nowhere.npy: no such file": DataConfig("tokens", "nowhere.npy"),
+    "data.path: nowhere.npy: expected a file, found none": DataConfig("tokens", "nowhere.npy"),
 }
 
 
@@ -230,12 +230,12 @@ def test_evaluation_uses_sequences_kept_from_training(tmp_path):
 
     np.save(tmp_path / "longer.npy", np.zeros((3, 5), np.int32))
     for evaluation, message in (
-        ({"sequences": 3}, 'expected sequences kept from training for source "tokens", found none'),
-        ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "expected sequences kept from training, found data.path"),
+        ({"sequences": 3}, 'expected held-out sequences for source "tokens", found none'),
+        ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "expected held-out sequences, found data.path"),
         ({"sequences": 4, "path": other}, "evaluation.sequences: expected at most the 3 sequences"),
-        ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: no such file"),
+        ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: expected a file, found none"),
         ({"sequences": 3, "path": f"{tmp_path}/longer.npy"}, "expected sequences of 4 tokens, found 5"),
-        ({"path": other}, "drop it, or set evaluation.sequences above 0"),
+        ({"path": other}, "remove it, or set evaluation.sequences above 0"),
     ):
         (found,) = run_errors(run_config(train, **evaluation), NANO)
         assert message in found and found.startswith("evaluation.")
@@ -259,7 +259,7 @@ def test_arithmetic_evaluation_needs_no_file():
     assert run_errors(freeze(config), NANO) == []
     config.evaluation.path = "x.npy"
     (found,) = run_errors(freeze(config), NANO)
-    assert found == 'evaluation.path: expected none, found "x.npy"; drop it: source "arithmetic" reads no file'
+    assert found == 'evaluation.path: expected none, found "x.npy"; remove it: source "arithmetic" reads no file'
 
 
 @pytest.mark.parametrize("score", ["completion", "all"])

@@ -250,12 +250,12 @@ def test_template_that_drops_thoughts_is_reported(tmp_path, folder):
 
 MALFORMED = {
     "expected JSON in UTF-8": b'{"text": "a"\n',
-    "expected JSON in UTF-8: 'utf-8'": b'{"text": "\xff"}\n',
+    "expected JSON in UTF-8, found 'utf-8'": b'{"text": "\xff"}\n',
     "expected an object of columns, found [1, 2]": b"[1, 2]\n",
     "expected one of the columns messages, conversations, text, found body": {"body": "a"},
     "messages: expected a list of messages, found": {"messages": "a"},
     "text: expected text, found 3": {"text": 3},
-    "text: empty": {"text": ""},
+    "text: expected text, found none": {"text": ""},
     "messages: expected at least one message, found none": {"messages": []},
     "messages[0]: expected an object, found": {"messages": ["a"]},
     "messages[0]: expected role and content, or from and value, found speaker": {"messages": [{"speaker": "a"}]},
@@ -272,7 +272,7 @@ def test_malformed_rows_give_a_reason(message, tokenizer):
 
 def test_missing_column_is_named(tokenizer):
     found = only({"input": "a"}, tokenizer, Form(question="input", answer="output"))
-    assert found.reason == 'no column "output"; found input'
+    assert found.reason == 'expected a column "output", found input'
 
 
 def test_conversation_rejected_by_template_is_malformed(tmp_path, folder):
@@ -331,7 +331,7 @@ def test_unreadable_files_are_errors(tmp_path):
         InputRows([tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "folder"], ["text"])
     messages = (
         "a.txt: expected .jsonl or .parquet",
-        "b.jsonl: no such file",
+        "b.jsonl: expected a file, found none",
         "folder: expected a file, found a folder",
     )
     lines = str(error.value).splitlines()
@@ -339,7 +339,7 @@ def test_unreadable_files_are_errors(tmp_path):
     with pytest.raises(ValueError, match="expected at least one file, found none"):
         InputRows([], ["text"])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
-    with pytest.raises(ValueError, match=r"c.parquet: cannot be read as parquet, after row 0"):
+    with pytest.raises(ValueError, match=r"c.parquet: expected a parquet file, found an error after row 0"):
         list(InputRows([tmp_path / "c.parquet"], ["text"]))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "d.parquet")
     with pytest.raises(ValueError, match=r"d.parquet: expected one of the columns text, found body"):
@@ -351,7 +351,7 @@ def test_patterns_match_each_file_once(tmp_path):
         (tmp_path / name).touch()
     found = input_files([f"{tmp_path}/*.jsonl|{tmp_path}/*.parquet", f"{tmp_path}/a*"])
     assert [pathlib.Path(path).name for path in found] == ["a.jsonl", "b.jsonl", "c.parquet"]
-    with pytest.raises(ValueError, match=r"no file matches .*\*\.x"):
+    with pytest.raises(ValueError, match=r"expected files that match .*\*\.x, found none"):
         input_files([f"{tmp_path}/*.x"])
 
 
@@ -435,7 +435,7 @@ def test_data_of_another_chat_template_is_refused(tmp_path, folder):
     assert "sha256 none, found" in message
     (other / "tokenizer_config.json").unlink()
     (message,) = record_errors(tmp_path / "turns", 32, 300, other)
-    assert "cannot be read" in message and "no tokenizer_config.json" in message
+    assert "expected the chat template" in message and "expected tokenizer_config.json" in message
 
 
 def test_thinking_is_part_of_prepared_data(tmp_path, folder):
@@ -449,7 +449,7 @@ def test_thinking_is_part_of_prepared_data(tmp_path, folder):
     assert [manifests[thinking]["thinking"] for thinking in manifests] == [True, False]
     assert record_errors(tmp_path / "False", 64, 300, folder) == []
     (message,) = compatibility_errors(manifests[False], manifests[True], "train")
-    assert message.startswith("expected data rendered with --thinking as train is")
+    assert message.startswith("expected data rendered with --thinking, as train is")
     assert compatibility_errors(manifests[True], manifests[True], "train") == []
     old = {key: value for key, value in read_manifest(tmp_path / "True").items() if key != "thinking"}
     (tmp_path / "True/manifest.json").write_text(json.dumps(old))
@@ -515,5 +515,5 @@ def test_killed_run_leaves_no_output(tmp_path, folder):
     out, _ = process.communicate()
     assert list(unfinished.glob("*.arrayrecord")), out
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("manifest.json"))
-    with pytest.raises(ValueError, match="unfinished"):
+    with pytest.raises(ValueError, match=r"expected manifest.json, found none"):
         open_records(unfinished)

@@ -44,7 +44,7 @@ def test_mesh_uses_all_devices():
 
 def test_colliding_and_unknown_rules_are_refused():
     assert partition(("layers", "embed", "heads", None)) == jax.P(None, "fsdp", "tensor", None)
-    with pytest.raises(ShardingError, match=r"tensor can split only one"):
+    with pytest.raises(ShardingError, match=r"expected tensor to split only one"):
         partition(("heads", "mlp"))
     with pytest.raises(ShardingError, match=r"found.*'head'"):
         partition(("head", "embed"))
@@ -58,10 +58,14 @@ def test_indivisible_dimensions_are_listed():
     model = abstract_model(TINY)
     with pytest.raises(ShardingError) as error:
         weight_shardings(model, abstract_mesh(tensor=4, fsdp=3))
-    for line in ("embed_tokens: vocab, 29,.*tensor, 4", "k_proj: heads, 2,.*tensor, 4", "w_z: embed, 16,.*fsdp, 3"):
+    for line in (
+        "embed_tokens: .*vocab .*tensor, 4, found 29",
+        "k_proj: .*heads .*tensor, 4, found 2",
+        "w_z: .*embed .*fsdp, 3, found 16",
+    ):
         assert error.match(line)
     odd = dataclasses.replace(TINY, width=18, vocab=28, kv_heads=4, gate="last")
-    with pytest.raises(ShardingError, match=r"width, 18,.*tensor, 4"):
+    with pytest.raises(ShardingError, match=r"width: .*tensor, 4, found 18"):
         weight_shardings(abstract_model(odd), abstract_mesh(tensor=4))
     with pytest.raises(ShardingError, match=r"multiple of 12 .*found 18"):
         check_batch(abstract_mesh(fsdp=2, replica=3), 18, 2)

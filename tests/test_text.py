@@ -81,7 +81,7 @@ def test_other_tokenizers_are_refused_for_arithmetic(nano, byte_level, tmp_path)
     assert message.startswith(f"{byte_level.folder}: expected the tokenizer of the arithmetic task")
     (tmp_path / "tokenizer.json").write_text("{")
     (message,) = tokenizer_errors(tmp_path)
-    assert message.startswith(f"{tmp_path}/tokenizer.json: cannot be read")
+    assert message.startswith(f"{tmp_path}/tokenizer.json: expected a tokenizer, found")
 
 
 def test_special_tokens_can_be_skipped(nano):
@@ -115,7 +115,7 @@ def test_docstring_example_of_chat_holds(nano):
 def test_invalid_chats_are_errors(nano, byte_level):
     with pytest.raises(ValueError, match="at least one message"):
         nano.chat([])
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="expected a chat template"):
         byte_level.chat([{"role": "user", "content": "a"}])
     with pytest.raises(Exception, match="expected the role user or assistant, found system"):
         nano.chat([{"role": "system", "content": "a"}])
@@ -166,9 +166,7 @@ def test_sha256_is_that_of_the_file(nano):
 
 
 def test_missing_files_are_all_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no tokenizer.json and no tokenizer_config.json; copy the tokenizer files"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json and tokenizer_config.json, found none; copy"):
         Tokenizer(tmp_path)
 
 

@@ -46,10 +46,10 @@ def test_segments_bound_targets_and_mask(tmp_path):
 
 GOOD = np.arange(12).reshape(3, 4)
 FORM = {
-    "no such file": ("a.npy", None),
+    "expected a file, found none": ("a.npy", None),
     'expected a .npy or .npz file, found ".txt"': ("a.txt", b"1 2 3"),
-    "cannot be read as .npy": ("a.npy", b"not an array"),
-    "cannot be read as .npz": ("a.npz", b"PK not an archive"),
+    "expected a .npy file": ("a.npy", b"not an array"),
+    "expected a .npz file": ("a.npz", b"PK not an archive"),
     'expected an array "tokens", found ids': ("a.npz", {"ids": GOOD}),
     "arrays: expected tokens, segments, loss_mask, found mask": ("a.npz", {"tokens": GOOD, "mask": GOOD}),
     "tokens: expected integers, found float64": ("a.npy", {"tokens": GOOD * 1.0}),
@@ -85,7 +85,7 @@ def test_damaged_archives_are_reported(tmp_path, save):
     for content in (whole[: len(whole) // 2], whole[:-1], whole[:3], b"", overwritten):
         path.write_bytes(content)
         (message,) = token_errors(path, 100, 97)
-        assert message.startswith(f"{path}: cannot be read as .npz: ")
+        assert message.startswith(f"{path}: expected a .npz file, found ")
 
 
 def test_stream_needs_a_length(tmp_path):

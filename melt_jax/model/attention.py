@@ -1,9 +1,9 @@
 """Softmax attention of a chunk over a long cache, one block of slots at a time.
 
 Only the scores of one block exist at a time, and only blocks that hold entries are visited, so a chunk early in a
-sequence costs less than a late one. The gradient recomputes the scores from the log of their normaliser (the flash
-attention of arXiv 2205.14135, on plain arrays). Letters in shapes: B batch, S cached slots, C chunk length, K
-key/value heads, G query heads per key/value head, E head width.
+sequence costs less than a late one. The backward pass recomputes the scores from the log of their normaliser, as in
+flash attention (arXiv 2205.14135). Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G
+query heads per key/value head, E head width.
 """
 
 import functools
@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 from melt_jax.model.cache import KV, ChunkKV, blend
 from melt_jax.model.layout import einsum, upcast
 
-SAVED = "attention"  # the checkpoint name of the values that the gradient needs from the forward pass
+SAVED = "attention"  # the `jax.checkpoint` name of the values that the backward pass needs from the forward pass
 
 
 class AttentionMask(NamedTuple):
-    """Which tokens a query attends to: itself and earlier tokens of its segment, but none of segment 0, padding.
+    """Which tokens a query attends to: itself and earlier tokens of its segment, except in segment 0, padding.
 
     Attributes:
       segments: of the chunk's tokens.
@@ -61,11 +61,11 @@ def blockwise_attention(
     mask: AttentionMask,
     block: int,
 ) -> Float[Array, "B C K G E"]:
-    """Softmax attention over the entries of earlier tokens ++ the chunk's own entries of this loop.
+    """Softmax attention over the entries of earlier tokens and the chunk's own entries of this loop.
 
     Args:
       query: the chunk's queries.
-      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, which α blends.
+      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, blended by α.
       own: the chunk's entries, [B, C, K, E].
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
@@ -160,7 +160,7 @@ def _unblend(kv_bar, earlier, alpha):
 
 
 def _scores(query, keys, visible):
-    """[B, K, G, C, slots], at least float32; −∞ for slots that a query does not attend to."""
+    """Attention scores [B, K, G, C, slots], at least float32; −∞ for slots that a query does not attend to."""
     scores = einsum("bckge,bske->bkgcs", query, keys, accumulate=True)
     return jnp.where(visible[:, None, None], scores / math.sqrt(query.shape[-1]), -jnp.inf)
 

@@ -1,10 +1,10 @@
-"""All keys of a run: the paper's recipe (MELT, arXiv 2605.07721) where it states a value.
+"""All keys of a run, with the values of the MELT paper (arXiv 2605.07721) if it states them.
 
-The other files of this folder change some of the values. Any key can be overridden on the command line:
+The recipes in this folder change some of the values. Any key can be overridden on the command line:
 
     python -m melt_jax.train --config=configs/nano.py --config.alignment.beta=0.01 --workdir=runs/beta
 
-The comments are copies of the meanings in `melt_jax/config.py`, which also declares each key's type and range. After a
+The comments on keys are copies of their meanings in `melt_jax/config.py`, which also declares types and ranges. After a
 change there, `python -m tests.helpers.recipes` rewrites them.
 """
 
@@ -17,12 +17,12 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of new weights and data; step n's batch is a function of (seed, n)
     config.phases = ("transition", "alignment")  # run in this order, or pretraining alone
     config.teacher = ""  # folder of the LoopLM checkpoint, in either form; the student starts from it too
-    config.tokenizer = ""  # folder of the tokenizer files to save beside the weights; empty: the teacher's
+    config.tokenizer = ""  # folder of the tokenizer files to save with the weights; empty: the teacher's
 
     # The MELT that the LoopLM becomes.
     config.student = ConfigDict()
-    config.student.gate = "elementwise"  # how a KV entry is rewritten; one of elementwise, scalar, mean, ema, last
-    config.student.first_loop = "copy"  # h¹ = u, or h⁰ = 0 and the gate acts at loop 1 too; one of copy, gated
+    config.student.gate = "elementwise"  # gate variant; one of elementwise, scalar, mean, ema, last
+    config.student.first_loop = "copy"  # copy: h¹ = u; gated: h⁰ = 0, gated at loop 1 too; one of copy, gated
     config.student.gate_std = 0.02  # standard deviation of new gate matrices
 
     # The computation of a step.
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.data.high = 5  # arithmetic: most definitions of a problem
     config.data.score = "completion"  # arithmetic: scored predictions; one of completion, all
 
-    # Phase 1: KV entries are blended from the per-loop cache's to the shared cache's; loss L_KD.
+    # Phase 1: KV entries are blended from those of the per-loop cache to those of the shared cache; loss L_KD.
     config.transition = ConfigDict()
     config.transition.steps = 500  # optimizer updates
     config.transition.learning_rate = 8e-6  # peak, of the backbone weights
@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     config.transition.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.transition.ramp = 1.0  # α rises linearly from 0 at step 0 to 1 at step ramp · (steps − 1)
 
-    # Phase 2: the shared cache alone; loss L_KD + β·L_align.
+    # Phase 2: only the shared cache; loss L_KD + β·L_align.
     config.alignment = ConfigDict()
     config.alignment.steps = 300  # optimizer updates
     config.alignment.learning_rate = 8e-6  # peak, of the backbone weights
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.alignment.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.alignment.beta = 0.1  # β, weight of the attention alignment
 
-    # A LoopLM from scratch: expected cross-entropy − bonus × exit entropy. A LoopLM has no cache gate.
+    # Pretraining of a LoopLM; loss: expected cross-entropy − bonus · exit entropy. A LoopLM has no cache gate.
     config.pretraining = ConfigDict()
     config.pretraining.steps = 1000  # optimizer updates
     config.pretraining.learning_rate = 3e-4  # peak, of the backbone weights
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     config.pretraining.init_std = 0.02  # standard deviation of new weights
     config.pretraining.embedding_std = 0.02  # standard deviation of new embeddings
 
-    # The LoopLM of pretraining. A run with a teacher takes the teacher's instead.
+    # The LoopLM that is pretrained. A run with a teacher uses the teacher's values instead.
     config.model = ConfigDict()
     config.model.vocab = 49152  # V, token ids
     config.model.width = 2048  # D, the model width
@@ -110,12 +110,12 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 100  # steps between checkpoints; a phase's last step is always saved
     config.checkpoints_kept = 2  # newest checkpoints of a phase to keep
 
-    # Supervision, which does not affect results.
+    # Monitoring, which does not affect results.
     config.run = ConfigDict()
-    config.run.skipped_limit = 10  # consecutive updates skipped as not finite that stop the run
-    config.run.stall_seconds = 0.0  # without a finished step until all stacks are logged; 0: never
+    config.run.skipped_limit = 10  # consecutive skipped steps, not finite, that stop the run
+    config.run.stall_seconds = 0.0  # time without a finished step after which all stacks are logged; 0: never
     config.run.stall_first_seconds = 3600.0  # the same for the first step, which compiles; 0: never
-    config.run.stall_exits = True  # then exit with status 76, so that a launcher restarts the run
+    config.run.stall_exits = True  # exit with status 76 after a stall, so that a launcher restarts the run
     config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
     config.run.profile_steps = 3  # steps to profile
 
@@ -123,8 +123,8 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none
     config.evaluation.sequences = 0  # sequences on which the KL to the teacher is measured; 0: none
-    config.evaluation.decoding_tokens = 512  # first tokens of each on which the KL of decoding is measured; 0: none
-    config.evaluation.path = ""  # tokens, records: sequences kept from training, in the form and length of data
+    config.evaluation.decoding_tokens = 512  # first tokens of each sequence on which decoding is measured; 0: none
+    config.evaluation.path = ""  # tokens, records: held-out sequences, in the form and length of data
     config.evaluation.seed = 1  # of the problems and the sequences
     config.evaluation.sample = False  # print one worked answer
 

@@ -1,8 +1,8 @@
-"""The embedded LoopLM becomes a MELT in two phases of 100 + 300 steps, in five minutes on two CPU cores.
+"""Trains the embedded LoopLM into a MELT in phases of 100 and 300 steps, in five minutes on two CPU cores.
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 
-Expected: of 256 arithmetic problems the MELT answers about 60 % after the transition and 100 % after the alignment. The
+Expected: the MELT answers about 60 % of 256 arithmetic problems after the transition and 100 % after the alignment. The
 teacher answers 100 %; the teacher with a single shared KV entry that every loop overwrites, untrained, answers none.
 """
 

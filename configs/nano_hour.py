@@ -1,8 +1,8 @@
-"""`nano.py` with 1 000 + 2 000 steps and β 0.005, in 45 minutes on one CPU core.
+"""`nano.py` with phases of 1 000 and 2 000 steps and β = 0.005, in 45 minutes on one CPU core.
 
     python -m melt_jax.train --config=configs/nano_hour.py --workdir=runs/nano_hour
 
-Expected: of 256 arithmetic problems the MELT answers 95.7 % after the transition and 100 % after the alignment, as does
+Expected: the MELT answers 95.7 % of 256 arithmetic problems after the transition and 100 % after the alignment, like
 its teacher.
 """
 

@@ -1,4 +1,4 @@
-"""The embedded LoopLM, `melt_jax/assets/ouro_nano`, trained from scratch on worked arithmetic with Ouro's objective.
+"""Trains the embedded LoopLM, `melt_jax/assets/ouro_nano`, from scratch on worked arithmetic with Ouro's objective.
 
     python -m melt_jax.train --config=configs/nano_teacher.py --workdir=runs/nano_teacher
 

@@ -1,6 +1,6 @@
-"""Ouro-1.4B-Thinking becomes MELT-1.6B: the recipe of the MELT paper (arXiv 2605.07721), for 16 TPU v6e chips.
+"""Trains Ouro-1.4B-Thinking into MELT-1.6B by the recipe of the MELT paper (arXiv 2605.07721), on 16 TPU v6e chips.
 
-Sequences of 10 000 tokens in chunks of 500, 320 000 tokens a step, 500 + 300 steps: 256M tokens of reasoning traces.
+Sequences of 10 000 tokens in chunks of 500, 320 000 tokens per step, 500 + 300 steps: 256M tokens of reasoning traces.
 The paper used 1 040 H100-hours. Convert the published folder, prepare the traces, then train:
 
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/ouro_1_4b --to=orbax
@@ -8,8 +8,8 @@ The paper used 1 040 H100-hours. Convert the published folder, prepare the trace
         --output=data/train --long=drop
     python -m melt_jax.train --config=configs/ouro_1_4b.py --workdir=runs/melt_1_6b
 
-Expected: 1 636 028 417 parameters, and a cache of 196 608 bytes a token in bfloat16 where the LoopLM's takes 786 432.
-The recipe has been compiled for its chips but not run to its end. To see whether a step fits other chips:
+Expected: 1 636 028 417 parameters, and a cache of 196 608 bytes per token in bfloat16; the LoopLM's takes 786 432.
+The recipe has been compiled for these chips but not run to its end. To check whether a step fits other chips:
 
     python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v6e:4x4 --phase=transition
 """

@@ -1,12 +1,12 @@
-"""Compiles the steps of the tables in launch/README.md one by one and prints the tables as markdown.
+"""Compiles the training steps in the tables of launch/README.md and prints the tables as markdown.
 
-    python launch/compile_table.py                       Ouro to MELT on several TPU topologies: two tables, same rows
-    python launch/compile_table.py --levers              one step under several choices
+    python launch/compile_table.py                       steps on several TPU topologies: two tables with the same rows
+    python launch/compile_table.py --levers              one step with several choices
     python launch/compile_table.py --only='v6e|2.6B'     only rows whose names match a regular expression
     python launch/compile_table.py --records=FILE        stores each result in FILE; a rerun compiles only missing rows
 
-Run it in the repository's folder. It needs libtpu (pip install 'jax[tpu]') but no TPU, and takes a minute or two per
-row on two cores.
+Run it in the repository's folder. It needs libtpu (pip install 'jax[tpu]') but no TPU. A row takes a minute or two on
+two cores.
 """
 
 import argparse
@@ -44,7 +44,7 @@ LEVERS = {
     "tensor 16": {"mesh.tensor": 16},
     "remat 'layer', tensor 2, 8 sequences": {"remat": "layer", "mesh.tensor": 2, "data.batch": 8},
 }
-RECIPE_BATCH = 32  # sequences of the recipe's step; chip-hours are scaled to it
+RECIPE_BATCH = 32  # sequences per step of the recipe; chip-hours are scaled to it
 
 WHERE = ("model", "topology", "phase", "sequences", "tensor", "micro-batches")
 MEMORY = ("GB a device", "temporaries, GB")
@@ -57,14 +57,14 @@ Record = dict[str, Any] | None  # None: the step exceeds the chip's memory
 
 
 class StepFailedError(Exception):
-    """A step was not compiled, for another reason than its memory."""
+    """The compilation of a step failed for another reason than lack of memory."""
 
 
 def compile_step(config: str, topology: str, phase: str, **overrides: Any) -> Record:
-    """Returns the record of `melt_jax.compile`, with its batch as "batch"; None if the compiler runs out of memory.
+    """Compiles a step; returns the record of `melt_jax.compile` plus "batch", or None if the step exceeds the memory.
 
     Raises:
-      StepFailedError: the command failed for another reason; the message is its output.
+      StepFailedError: the command failed for another reason; the message contains its output.
     """
     command = [sys.executable, "-m", "melt_jax.compile", "--json", f"--config={config}", f"--topology={topology}"]
     command += [f"--phase={phase}", *(f"--config.{key}={value}" for key, value in overrides.items())]
@@ -79,7 +79,7 @@ def compile_step(config: str, topology: str, phase: str, **overrides: Any) -> Re
 
 
 class Records:
-    """Results by the arguments of their steps, kept in a file of JSON lines if one is given."""
+    """Records by the arguments of their steps, stored in a file of JSON lines if one is given."""
 
     def __init__(self, path: str | pathlib.Path | None):
         self._path = pathlib.Path(path) if path else None
@@ -142,7 +142,7 @@ def line(words: Names) -> str:
 
 
 def steps(levers: bool, only: str) -> list[tuple[Names, dict[str, Any]]]:
-    """Returns [(names of the row, arguments of `compile_step`)] of a table, of rows whose names match `only`."""
+    """Returns [(names of the row, arguments of `compile_step`)] of the rows of a table whose names match `only`."""
     if levers:
         found = [((name,), {"config": SMALL} | BASE | changes) for name, changes in LEVERS.items()]
     else:
@@ -158,11 +158,11 @@ def steps(levers: bool, only: str) -> list[tuple[Names, dict[str, Any]]]:
 
 
 def main() -> None:
-    """Prints a table row by row; the table of topologies is printed in two halves, because it has many columns."""
+    """Prints a table row by row. The table of topologies has many columns and is printed in two halves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levers", action="store_true", help="the table of choices")
-    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose names, joined by spaces, match")
-    parser.add_argument("--records", metavar="FILE", help="file of results; rows found there are not compiled again")
+    parser.add_argument("--levers", action="store_true", help="print the table of choices")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only rows whose names, joined by spaces, match")
+    parser.add_argument("--records", metavar="FILE", help="file of records; rows with a record are not compiled again")
     args = parser.parse_args()
     names = ("choice",) if args.levers else WHERE
     columns = (*MEMORY, *WORK, COMPILED) if args.levers else (*MEMORY, HOURS, COMPILED)
@@ -175,7 +175,7 @@ def main() -> None:
         for named, step in chosen:
             rows.append((named, records.compile(step)))
             print(row(named, columns, rows[-1][1]), flush=True)
-    finally:  # if a step fails, print the second half of the rows so far
+    finally:  # if a step fails, the rows so far still get their second half
         if rows and not args.levers:
             print("\n" + head(WHERE[:3], WORK))
             print(*(row(named[:3], WORK, record) for named, record in rows), sep="\n", flush=True)

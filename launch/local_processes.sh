@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine's CPU, connected over loopback like the hosts of a TPU slice. For trying
-# out runs on several hosts without having them.
+# Trains with several processes on this machine's CPU, connected over loopback like the hosts of a TPU slice, to try
+# out a run on several hosts without having them.
 #
 #     launch/local_processes.sh 2 --config=configs/nano.py --workdir=runs/two
 #     launch/local_processes.sh 2 launch/main_job.sh
-#     DEVICES=4 launch/local_processes.sh 2 …          four devices for each process instead of one
+#     DEVICES=4 launch/local_processes.sh 2 …          four devices per process instead of one
 #
 # Arguments: the number of processes, then the arguments of melt_jax.train, or a command and its arguments.
-# Needs: Python 3.11 or later; sets up .venv first, or uses the interpreter PYTHON_RUN.
+# Needs: Python 3.11 or later. Sets up .venv first, or uses the interpreter PYTHON_RUN.
 #
-# Process 0 prints here; process i prints to process<i>.log in the folder LOGS (default: a new one).
+# Process 0 prints here; process i prints to process<i>.log in the folder LOGS (default: a new folder).
 # SIGTERM and Ctrl-C reach all processes as SIGTERM.
-# The exit status is 75 or 76 if a process asks for a restart with it, else the highest of the processes.
+# The exit status is 75 or 76 if a process requests a restart with it, else the highest status of any process.
 set -euo pipefail
 processes=${1:?the number of processes}
 shift
@@ -38,7 +38,7 @@ for ((i = 0; i < processes; i++)); do
     fi
     pids+=($!)
 done
-# A scheduler signals all processes, too, although one would be enough.
+# One process would be enough, but a scheduler signals all of them too.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
 highest=0 again=0

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The main job: turns an Ouro checkpoint into a MELT by two phases of distillation.
+# The main job: turns an Ouro checkpoint into a MELT in two phases of distillation.
 #
 #     launch/main_job.sh                                       the embedded LoopLM, five minutes on two cores
 #     launch/main_job.sh configs/ouro_1_4b.py Ouro-1.4B-Thinking runs/melt_1_6b --config.data.path=data/traces
 #
-# Arguments: config, published folder of the LoopLM, workdir, then overrides of the config.
-# Needs: Python 3.11 or later; sets up .venv first.
+# Arguments: the config, the published folder of the LoopLM, the workdir, then overrides of the config.
+# Needs: Python 3.11 or later. Sets up .venv first.
 #
-# The MELT is published in <workdir>/melt, in bfloat16 if the LoopLM's config.json states that dtype, else in float32.
+# Publishes the MELT in <workdir>/melt, in bfloat16 if the LoopLM's config.json states that dtype, else in float32.
 # Rerun the command to resume an interrupted job.
-# On several hosts, run the same command on each. They must share the folders; process 0 converts and publishes.
+# On several hosts that share the folders, run the same command on each; process 0 converts and publishes.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 config=${1:-configs/nano.py}

@@ -1,10 +1,11 @@
-# Creates the virtual environment .venv with the packages of requirements.txt, and libtpu if the machine has a TPU. Takes
-# some minutes, once. The scripts beside it source it; launch/test.sh sets extra=test, which adds the test tools.
+# Creates the virtual environment .venv with the packages of requirements.txt, and libtpu if the machine has a TPU. The
+# first run takes some minutes. The other scripts of this folder source this one; launch/test.sh sets extra=test to add
+# the test tools.
 #
 # Starts over if requirements.txt has changed or an earlier setup was interrupted.
-# Needs Python 3.11 or later with venv, and a package index.
-# PYTHON=… is the interpreter from which .venv is made (default: python3).
-# PYTHON_RUN=… is an interpreter with all packages, used as it is instead of .venv.
+# Needs: Python 3.11 or later with venv, and a package index.
+# PYTHON=… is the interpreter that creates .venv (default: python3).
+# PYTHON_RUN=… is an interpreter that has all packages; it is used instead of .venv.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 pip_install() { PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
@@ -25,7 +26,7 @@ else
         pip_install --upgrade pip
         pip_install -e .
         if has_tpu; then pip_install 'jax[tpu]'; fi
-        cp requirements.txt .venv/installed.txt # last: without this file the next start begins anew
+        cp requirements.txt .venv/installed.txt # last: without this file the next run starts over
     fi
     if [ "${extra:-}" = test ] && ! cmp -s pyproject.toml .venv/installed_test.toml; then
         echo "adding the test tools to .venv"

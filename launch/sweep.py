@@ -1,11 +1,11 @@
-"""Trains a recipe once for each combination of some overrides, one run after the other, and prints their results.
+"""Trains a recipe once for every combination of some overrides, one run after another, and prints the results.
 
     python launch/sweep.py --config=configs/nano.py --workdir=runs/beta alignment.beta=0,0.005,0.1 seed=0,1,2
 
-Each run has its own folder, named by its overrides, and all combinations are checked before the first run starts. Rerun
-the command to resume the sweep: finished runs are not trained again. `--config.KEY=VALUE` overrides a key in all runs.
-`--print` prints one command per run, for a scheduler, and runs nothing. The status is 1 if a run failed. Run it in the
-repository's folder with the Python of the virtual environment that launch/setup.sh makes.
+Each run has its own folder, named after its overrides. All combinations are checked before the first run starts. Rerun
+the command to resume the sweep; complete runs are not trained again. `--config.KEY=VALUE` overrides a key in all runs.
+`--print` prints one command per run, for a scheduler, and trains nothing. The exit status is 1 if a run failed. Run it
+in the repository's folder with the Python of the virtual environment that launch/setup.sh creates.
 """
 
 import itertools
@@ -27,10 +27,10 @@ Overrides = list[tuple[str, str]]
 
 
 def combinations(swept: Sequence[str]) -> list[Overrides]:
-    """Each choice of one value per key, [(key, value), …], from ["key=value,value", …].
+    """Every combination, as [(key, value), …], of one value per key from ["key=value,value", …].
 
     Raises:
-      InputError: an argument has another form, or a key is repeated.
+      InputError: an argument has another form or a key occurs twice.
     """
     keys, values = [], []
     for argument in swept:
@@ -56,10 +56,10 @@ def run_command(config: str, folder: pathlib.Path, overrides: Overrides) -> list
 
 
 def check_choices(config: str, choices: Sequence[Overrides], fixed: Overrides) -> None:
-    """Freezes the config of every run; `fixed` are the overrides of all runs.
+    """Checks the config of every run; `fixed` are the overrides of all runs.
 
     Raises:
-      InputError: lists the errors of the first run that has some.
+      InputError: the errors of the first run whose config has any.
     """
     for choice in choices:
         try:

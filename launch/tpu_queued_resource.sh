@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the Cloud TPU machines of a queued resource. Requests new machines when they are preempted, until the run is
-# complete.
+# Trains on the Cloud TPU machines of a queued resource. Until the run is complete, requests new machines whenever they
+# are preempted.
 #
 #     ZONE=us-east5-b ACCELERATOR=v6e-16 RUNTIME=v2-alpha-tpuv6e NFS=10.0.0.2:/melt \
 #         launch/tpu_queued_resource.sh melt-1 --config=configs/ouro_1_4b.py --workdir=/mnt/melt/runs/melt_1_6b \
@@ -10,17 +10,17 @@
 #
 # Needs:
 # - gcloud with a project and a login;
-# - a git clone: its HEAD is copied to the machines;
-# - NFS, a network share (such as Filestore) that the machines can reach and that outlives them. Each mounts it at
-#   /mnt/melt. It holds the teacher and the prepared data, and receives the run.
+# - a git clone, whose HEAD is copied to the machines;
+# - NFS, a network share (such as Filestore) that the machines can reach and that outlives them. Each machine mounts it
+#   at /mnt/melt. It contains the teacher and the prepared data, and receives the run.
 #
 # Every host runs the same command; JAX finds the other hosts.
 #
 # Environment, besides the four variables above:
-#   PROVISION="--spot"   how the machines are requested; may be empty, or "--reserved"
+#   PROVISION="--spot"   flags of the request; may be empty, or "--reserved"
 #   POLL=30              seconds between polls of the queue
 #   RESTARTS=10          consecutive restarts on the same machines
-#   KEEP=1               keeps the machines at the end
+#   KEEP=1               keep the machines when the run is complete
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:?a name for the queued resource}
@@ -40,7 +40,7 @@ state() { # NONE: never requested; UNKNOWN: gcloud does not answer
 }
 everywhere() { queue ssh --worker=all --node=all --command="$1"; }
 
-# Waits until the machines are ready. Requests them if they were never requested or are gone.
+# Waits until the machines are ready. Requests them if there is no request, or again if it was preempted or failed.
 provide() {
     local now
     while now=$(state) && [ "$now" != ACTIVE ]; do
@@ -60,7 +60,7 @@ provide() {
     done
 }
 
-# Sets up the code, the share and the Python environment on every host; quick if that is already done.
+# Sets up the code, the share and the Python environment on every host. Quick if they are set up already.
 prepare() {
     git archive --format=tar.gz --output="$archive" HEAD &&
         gcloud compute tpus queued-resources scp "$archive" "$name:melt_jax.tar.gz" \
@@ -76,7 +76,7 @@ prepare() {
             PYTHON=python3.11 bash -c 'set -e; source launch/setup.sh'"
 }
 
-# Runs the training command on every host. A process left behind by a lost connection saves and exits first.
+# Runs the training command on every host. A process left by a lost connection first saves and exits.
 train() {
     everywhere "cd melt_jax
         kill -TERM \$(cat train.pid 2>/dev/null) 2>/dev/null
@@ -97,7 +97,7 @@ while true; do
         [ -n "${KEEP:-}" ] || queue delete --force --quiet
         exit 0
     fi
-    sleep "${POLL:-30}" # a preempted machine is not reported as gone immediately
+    sleep "${POLL:-30}" # a preemption is not reported immediately
     if [ "$(state)" = ACTIVE ]; then
         # 75: preempted; 76: stalled; 134: aborted by JAX because a process was lost; 255: connection lost
         case $status in 75 | 76 | 134 | 255) restarts=$((restarts + 1)) ;; *) restarts=$((${RESTARTS:-10} + 1)) ;; esac

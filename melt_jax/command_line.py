@@ -1,4 +1,4 @@
-"""The frame of every command: flags, the `--config` flag of train and compile, and one way out.
+"""Code that all commands share: flag parsing, the `--config` flag of train and compile, and error exits.
 
 A command ends with its results on standard output and status 0, or with one message on standard error and status 1:
 
@@ -28,7 +28,7 @@ _OVERRIDE = "config.KEY"
 
 
 def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
-    """Parses the flags, runs `main(argv)` and exits. Arguments that are no flags are errors unless `positional`.
+    """Parses the flags, runs `main(argv)` and exits. Positional arguments are errors unless `positional`.
 
     A flag that cannot be parsed, `InputError` and `OSError` are bad input: the message is printed after the command's
     name, without a traceback, and the status is 1. Any other exception is a defect of this package and keeps its
@@ -51,7 +51,7 @@ def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
 
 
 def define_config_flag() -> None:
-    """Defines `--config=FILE` and `--config.KEY=VALUE`, which `read_config` reads."""
+    """Defines `--config=FILE` and `--config.KEY=VALUE`; `read_config` reads them."""
     flags.DEFINE_string(
         "config",
         None,
@@ -59,12 +59,12 @@ def define_config_flag() -> None:
         required=True,
     )
     flags.DEFINE_multi_string(
-        _OVERRIDE, [], "Overrides a key of the recipe, as in --config.seed=3; configs/base.py lists the keys"
+        _OVERRIDE, [], "Overrides a key of the recipe, as in --config.seed=3; configs/base.py lists the keys."
     )
 
 
 def read_config() -> ConfigDict:
-    """The recipe that `--config` names, with the values of `--config.KEY`.
+    """The recipe named by `--config`, with the overrides of `--config.KEY`.
 
     Raises:
       InputError: the file is missing or fails.
@@ -73,19 +73,19 @@ def read_config() -> ConfigDict:
 
 
 def config_overrides() -> list[tuple[str, str]]:
-    """The pairs of a key's dotted name and a text that `--config.KEY=VALUE` gives, in their order."""
+    """The (dotted key, text) pairs given by `--config.KEY=VALUE`, in order."""
     overrides: list[str] = flags.FLAGS.get_flag_value(_OVERRIDE, [])
     return [(key, text) for key, _, text in (override.partition("=") for override in overrides)]
 
 
 def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
-    """The ConfigDict that a recipe's `get_config()` returns, with overrides from text.
+    """The ConfigDict of a recipe's `get_config()`, with overrides.
 
-    Unknown keys and texts of another type are kept, so that `freeze` reports them with all other errors.
+    Unknown keys and texts of the wrong type are kept, so that `freeze` reports them with all other errors.
 
     Args:
       path: a Python file; "file:text" calls `get_config(text)`.
-      overrides: pairs of a key's dotted name and a text; of a repeated key the last counts.
+      overrides: (dotted key, text) pairs; if a key is repeated, the last one counts.
 
     Raises:
       InputError: the file is missing or fails.
@@ -98,7 +98,7 @@ def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
 
 
 def set_key(config: ConfigDict, name: str, value: object) -> None:
-    """Sets the value of an unlocked ConfigDict's key, given its dotted name; makes groups that are missing."""
+    """Sets a key of an unlocked ConfigDict, given its dotted name; creates missing groups."""
     *groups, key = name.split(".")
     parent: Any = config
     for group in groups:
@@ -118,7 +118,7 @@ def _call_get_config(file: str, *argument: str) -> ConfigDict:
     try:
         loader.exec_module(module)
         config = module.get_config(*argument)
-    except Exception as error:  # the file is the user's own program
+    except Exception as error:  # a recipe is the user's program and may raise anything
         raise InputError(f"--config: {_place(error, file)}: {type(error).__name__}: {_text(error)}") from error
     if not isinstance(config, ConfigDict):
         raise InputError(f"--config: expected a ConfigDict from get_config() of {file}, found {config!r:.100}")
@@ -139,14 +139,14 @@ def _text(error: BaseException) -> str:
     """The message of an error on one line."""
     if isinstance(error, SyntaxError):
         return error.msg
-    while error.args and isinstance(error.args[0], BaseException):  # so ml_collections raises them
+    while error.args and isinstance(error.args[0], BaseException):  # ml_collections wraps errors this way
         error = error.args[0]
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(message).split())[:300]
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """The arguments that are no flags, after the program's name."""
+    """Parses the flags; returns the program's name and the positional arguments."""
     flags.FLAGS.set_gnu_getopt(True)
     try:
         argv = argv[:1] + flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=True)

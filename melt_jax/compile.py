@@ -3,14 +3,14 @@
     python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v5e:4x4 --phase=alignment \\
         --config.data.batch=4 --config.micro_batches=1
 
-The program is exactly the one that `melt_jax.train` runs (transition, alignment, and evaluate: scoring at the end of a
-phase), or `melt_jax.generate` (prefill, decode). The model is that of the config's teacher if its folder exists, else
+The program is exactly the one that `melt_jax.train` (transition, alignment; evaluate: scoring at the end of a phase) or
+`melt_jax.generate` (prefill, decode) runs. The model is that of the config's teacher if its folder exists, else
 `config.model`.
 
-Total memory is that of the compiler's memory-usage report, which it compares with the chip's HBM; arguments and outputs
-are those of `memory_analysis`, and temporaries are the rest. FLOPs and collectives are read from the compiled text,
-times the trips of the loops around them; the loop over blocks of the cache counts its mean number of trips. The status
-is 1 if the program does not fit the chip. Needs libtpu: pip install 'jax[tpu]'.
+Total memory comes from the compiler's memory-usage report, arguments and outputs from `memory_analysis`; temporaries
+are the rest. FLOPs and collectives are read from the compiled text and multiplied by the trip counts of the enclosing
+loops; the loop over blocks of the cache counts with its mean number of trips. The status is 1 if the program does not
+fit the chip. Needs libtpu: pip install 'jax[tpu]'.
 """
 
 import dataclasses
@@ -69,11 +69,11 @@ class Program(NamedTuple):
     """A program to compile.
 
     Attributes:
-      function: jitted.
+      function: the jitted function.
       arguments: abstract arrays with shardings.
       necessary_flops: of all devices.
       trips: mean trips of loops with a traced bound, for `hlo.analyse`.
-      gathered: models whose weights it gathers.
+      gathered: configs of the models whose weights it gathers.
       description: of its inputs, for the report's title.
     """
 
@@ -92,7 +92,7 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
       config: the run.
       model: of the LoopLM.
       mesh: of described devices, from `sharding.make_mesh`.
-      phase: a name of `PHASES`. Evaluation scores as many sequences as a run scores at a time. Prefill and decoding
+      phase: one of `PHASES`. Evaluation scores as many sequences as a run scores at a time. Prefill and decoding
         run `config.data.batch` sequences over a cache of `config.data.length` slots, in each group of devices.
 
     Raises:
@@ -136,7 +136,7 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
 
 
 def _compile(lowered):
-    """Returns (the compiled program, the total bytes of HBM in the compiler's report, or None without one)."""
+    """(the compiled program, the total bytes of HBM in the compiler's report, or None without one)."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         for report in pathlib.Path(folder).glob("*memory-usage-report.txt"):
@@ -152,7 +152,7 @@ def _memory(analysis, total: int | None) -> Memory:
 
 
 def _stored_weights(models: Iterable[ModelConfig], mesh, dtype: str) -> StoredWeights:
-    """Describes the weights of models that are split over fsdp; without models no weight is gathered."""
+    """The weights of models that are split over fsdp; without models, no weight is gathered."""
     models, tensor = tuple(models), mesh.shape["tensor"]
     copy_bytes = sum(parameter_count(abstract_model(model)) for model in models) * jnp.dtype(dtype).itemsize / tensor
     if not models or mesh.shape["fsdp"] == 1:
@@ -250,7 +250,7 @@ def _decoding_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
 
 
 def _serving_model(config: TrainConfig, student: ModelConfig, mesh):
-    """Returns the abstract (model, cache) of `melt_jax.generate`."""
+    """The abstract (model, cache) of `melt_jax.generate`."""
     stored = _placed(abstract_model(student, config.dtype), mesh)
     model = jax.eval_shape(lambda model: for_inference(model, config.dtype), stored)
     data, dtype = config.data, jnp.dtype(config.dtype)
@@ -263,33 +263,33 @@ def _serving_description(config: TrainConfig, mesh) -> str:
 
 
 def _groups(mesh) -> int:
-    """Returns the number of groups of devices that hold all weights."""
+    """The number of groups of devices that hold all weights."""
     return mesh.size // mesh.shape["tensor"]
 
 
 def _mean_blocks(starts: range, config: TrainConfig) -> float:
-    """Returns the blocks of the cache that attention visits, the mean over chunks that start at these slots."""
+    """The mean number of cache blocks that attention visits, over chunks that start at these slots."""
     return sum(math.ceil(start / config.attention_block) for start in starts) / len(starts)
 
 
 def _whole(mesh, shape, dtype=jnp.int32) -> Any:
-    """Returns an abstract array that every device holds whole."""
+    """An abstract array that every device holds whole."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
 
 
 def _placed(model, mesh):
-    """Returns the abstract model with shardings."""
+    """The abstract model with shardings."""
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, model, weight_shardings(model, mesh))
 
 
 def looplm_config(config: TrainConfig) -> ModelConfig:
-    """Returns the LoopLM's `ModelConfig`: of the teacher's folder if it exists, else `config.model`."""
+    """The LoopLM's `ModelConfig`: of the teacher's folder if it exists, else `config.model`."""
     return open_folder(config.teacher).config if pathlib.Path(config.teacher).is_dir() else config.model
 
 
 def define_flags() -> None:
-    """Defines the flags of this command."""
+    """Defines the command's flags."""
     command_line.define_config_flag()
     flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …", required=True)
     flags.DEFINE_enum("phase", "alignment", PHASES, "The program to compile.")
@@ -297,7 +297,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Compiles as the flags say and prints the report; the status is 1 if the program does not fit."""
+    """Reads the flags, compiles and prints the report; the status is 1 if the program does not fit."""
     del argv
     os.environ.update(OFFLINE)
     jax.config.update("jax_platforms", "cpu")

@@ -1,9 +1,9 @@
 """Every configuration key with its type, range, unit and meaning, and the frozen dataclasses that hold the values.
 
-A key is declared once, below, as `name: Annotated[type, limit, "meaning"]`; T, L, D, … are the letters of the method's
-description. `configs/base.py` gives each key a value and copies the meaning into a comment, which a test compares.
-`freeze` checks a ConfigDict and reports all its errors at once: one loop over the keys, then the contradictions between
-keys.
+A key is declared once, below, as `name: Annotated[type, limit, "meaning"]`; `melt_jax/README.md` explains the letters
+T, L, D, …. `configs/base.py` gives each key a value and repeats its meaning in a comment; a test compares the two.
+`freeze` checks a ConfigDict and reports all its errors at once: first those of each key, then the contradictions
+between keys.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ Decay = Annotated[float, Range(0, below=1)]
 
 
 class InputError(ValueError):
-    """Input that cannot be used: the message names it, what was expected, what was found and what to do."""
+    """Unusable input; the message names it and states what was expected, what was found and what to do."""
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be run; the message lists every error."""
+    """An unusable configuration; the message lists every error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelConfig:
     rms_eps: Annotated[Positive, "added to the mean square in every norm"] = 1e-6
     max_positions: Annotated[Count, "longest sequence, in tokens"] = 65536
     tied: Annotated[bool, "the output head is the embedding matrix"] = False
-    gate: Annotated[str, OneOf(GATES), "how a KV entry is rewritten; none: a LoopLM"] = "none"
+    gate: Annotated[str, OneOf(GATES), "gate variant; none: a LoopLM"] = "none"
     first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "the first latent, as in student.first_loop"] = "copy"
     window: Annotated[CountOrZero, "W, tokens before a query that it sees through entries of its own loop"] = 0
     sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"] = 1
@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The source of the training sequences. The defaults are those of arithmetic."""
+    """The source of the training sequences. The defaults suit the arithmetic task."""
 
     source: Annotated[str, OneOf(("tokens", "records", "arithmetic")), "a token file, prepared data, or problems"] = (
         "arithmetic"
@@ -94,7 +94,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-    """The keys that all phases have."""
+    """The keys common to all phases."""
 
     steps: Annotated[Count, "optimizer updates"]
     learning_rate: Annotated[PositiveOrZero, "peak, of the backbone weights"]
@@ -114,7 +114,7 @@ class PretrainingConfig(PhaseConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TransitionConfig(PhaseConfig):
-    """Phase 1: KV entries are blended from the per-loop to the shared cache's; loss L_KD."""
+    """Phase 1: attention reads a blend of per-loop and shared KV entries; loss L_KD."""
 
     ramp: Annotated[float, Range(above=0, most=1), "α rises linearly from 0 at step 0 to 1 at step ramp · (steps − 1)"]
 
@@ -141,8 +141,8 @@ class OptimizerConfig:
 class StudentConfig:
     """The MELT that the LoopLM becomes."""
 
-    gate: Annotated[str, OneOf(GATES[1:]), "how a KV entry is rewritten"]
-    first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "h¹ = u, or h⁰ = 0 and the gate acts at loop 1 too"]
+    gate: Annotated[str, OneOf(GATES[1:]), "gate variant"]
+    first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "copy: h¹ = u; gated: h⁰ = 0, gated at loop 1 too"]
     gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
     window: Annotated[CountOrZero, "W, tokens before a query that it sees through entries of its own loop"]
     sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"]
@@ -165,8 +165,8 @@ class EvaluationConfig:
 
     problems: Annotated[CountOrZero, "arithmetic problems to answer; 0: none"]
     sequences: Annotated[CountOrZero, "sequences on which the KL to the teacher is measured; 0: none"]
-    decoding_tokens: Annotated[CountOrZero, "first tokens of each on which the KL of decoding is measured; 0: none"]
-    path: Annotated[str, "tokens, records: sequences kept from training, in the form and length of data"]
+    decoding_tokens: Annotated[CountOrZero, "first tokens of each sequence on which decoding is measured; 0: none"]
+    path: Annotated[str, "tokens, records: held-out sequences, in the form and length of data"]
     seed: Annotated[Seed, "of the problems and the sequences"]
     sample: Annotated[bool, "print one worked answer"]
 
@@ -175,10 +175,10 @@ class EvaluationConfig:
 class RunConfig:
     """Supervision of a run, which does not affect its results."""
 
-    skipped_limit: Annotated[Count, "consecutive updates skipped as not finite that stop the run"]
-    stall_seconds: Annotated[PositiveOrZero, "without a finished step until all stacks are logged; 0: never"]
+    skipped_limit: Annotated[Count, "consecutive skipped steps, not finite, that stop the run"]
+    stall_seconds: Annotated[PositiveOrZero, "time without a finished step after which all stacks are logged; 0: never"]
     stall_first_seconds: Annotated[PositiveOrZero, "the same for the first step, which compiles; 0: never"]
-    stall_exits: Annotated[bool, "then exit with status 76, so that a launcher restarts the run"]
+    stall_exits: Annotated[bool, "exit with status 76 after a stall, so that a launcher restarts the run"]
     profile_start: Annotated[CountOrZero, "first step of each phase to profile, from 1; 0: none"]
     profile_steps: Annotated[Count, "steps to profile"]
 
@@ -190,7 +190,7 @@ class TrainConfig:
     seed: Annotated[Seed, "of new weights and data; step n's batch is a function of (seed, n)"]
     phases: Annotated[WORDS, OneOf(PHASES), "run in this order, or pretraining alone"]
     teacher: Annotated[str, "folder of the LoopLM checkpoint, in either form; the student starts from it too"]
-    tokenizer: Annotated[str, "folder of the tokenizer files to save beside the weights; empty: the teacher's"]
+    tokenizer: Annotated[str, "folder of the tokenizer files to save with the weights; empty: the teacher's"]
     model: ModelConfig
     student: StudentConfig
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]
@@ -235,14 +235,14 @@ def _teacher_is_given(values):
 
 def _pretraining_makes_a_looplm(values):
     if values["phases"] == ("pretraining",) and values["model.gate"] != "none":
-        yield f"model.gate: expected 'none', as pretraining makes a LoopLM, found {values['model.gate']!r}"
+        yield f"model.gate: expected 'none', because pretraining trains a LoopLM, found {values['model.gate']!r}"
 
 
 def _run_sets_remat_and_block(values):
     for name in ("remat", "attention_block"):
         default = KEYS[f"model.{name}"].default
         if name in values and (value := values[f"model.{name}"]) != default:
-            yield f"model.{name}: expected {default!r}, as the key {name} sets it, found {value!r}"
+            yield f"model.{name}: expected {default!r}, because the key {name} sets it, found {value!r}"
 
 
 def _first_loop_fits_the_gate(values):
@@ -251,7 +251,7 @@ def _first_loop_fits_the_gate(values):
 
 def _gathered_weights_are_recomputed(values):
     if (values["gather"], values["remat"]) == ("layer", "none"):
-        yield "remat: expected products or layer, as gather is 'layer' and none keeps gathered weights, found 'none'"
+        yield "remat: expected 'products' or 'layer' with gather 'layer', to free gathered weights, found 'none'"
 
 
 def _micro_batches_divide_the_batch(values):
@@ -275,7 +275,8 @@ def _kv_heads_divide_heads(values):
 
 def _head_width_is_even(values):
     if values["model.head_width"] % 2:
-        yield f"model.head_width: expected an even number, as RoPE pairs components, found {values['model.head_width']}"
+        found = values["model.head_width"]
+        yield f"model.head_width: expected an even number, because RoPE pairs components, found {found}"
 
 
 CHECKS = (
@@ -293,10 +294,10 @@ CHECKS = (
 
 
 def first_loop_errors(gate: str, first_loop: str, prefix: str = "") -> list[str]:
-    """Why a MELT with that gate cannot have that first loop: a list of messages."""
+    """Errors if a MELT with `gate` cannot use `first_loop`: a list of messages."""
     if first_loop == "copy" or gate == "elementwise":
         return []
-    return [f"{prefix}first_loop: expected 'copy', unless the gate is elementwise, found {first_loop!r}"]
+    return [f"{prefix}first_loop: expected 'copy' unless the gate is elementwise, found {first_loop!r}"]
 
 
 # ---- whole configurations
@@ -306,7 +307,7 @@ def freeze(config: "ConfigDict") -> TrainConfig:
     """The `TrainConfig` of a ConfigDict.
 
     Raises:
-      ConfigError: lists every unknown or missing key, wrong type, impossible value and contradiction.
+      ConfigError: lists every unknown or missing key, wrong type, invalid value and contradiction.
     """
     given, errors = _flatten(config.to_dict()), []
     groups = {name.split(".")[0] for name in KEYS if "." in name}
@@ -324,7 +325,7 @@ def freeze(config: "ConfigDict") -> TrainConfig:
 
 
 def model_errors(model: ModelConfig, prefix: str = "") -> list[str]:
-    """Every impossible value and contradiction of a `ModelConfig`: a list of messages."""
+    """Every invalid value and contradiction of a `ModelConfig`: a list of messages."""
     keys = keys_of(ModelConfig, "model.")
     values = {name: getattr(model, name.removeprefix("model.")) for name in keys}
     return [prefix + line.removeprefix("model.") for line in _errors(keys, values)]
@@ -342,7 +343,7 @@ def _errors(keys, values):
 
 
 def _suggestion(name):
-    """The end of an error about an unknown key: the keys that it may stand for."""
+    """The end of an error about an unknown key: the keys that may have been meant."""
     last = name.split(".")[-1]
     near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.85)
     near = near or [key for key in KEYS if key.split(".")[-1] == last] or difflib.get_close_matches(name, KEYS, n=1)

@@ -31,7 +31,7 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def expected(self, value: float) -> str:
-        """The expectation that a number does not meet; empty if it is allowed."""
+        """The bounds, if the value violates them; empty if it is allowed."""
         if isinstance(value, float) and not math.isfinite(value):
             return f"a finite number, {self}"
         allowed = (
@@ -55,7 +55,7 @@ class OneOf:
         return f"one of {', '.join(self.words)}"
 
     def expected(self, value: str | tuple[str, ...]) -> str:
-        """The expectation that a string, or one of a list, does not meet; empty if it is allowed."""
+        """The allowed words, if a given one is not among them; empty otherwise."""
         given = value if isinstance(value, tuple) else (value,)
         return "" if set(given) <= set(self.words) else str(self)
 
@@ -74,13 +74,13 @@ class Key:
         return self.meaning + (f"; {self.limit}" if self.type is str and self.limit else "")
 
     def convert(self, value: Any) -> Any:
-        """An int as a float, a list as a tuple, if the key's type asks for it; else the value."""
+        """Converts an int to a float or a list to a tuple if the key's type requires it; else returns the value."""
         if self.type is float and type(value) is int and abs(value) < 2**63:
             return float(value)
         return tuple(value) if self.type == WORDS and isinstance(value, list) else value
 
     def parse(self, text: str) -> Any:
-        """The value that a text on the command line stands for; the text itself if it is not of the key's type."""
+        """The value of a command-line text; the text itself if it does not have the key's type."""
         try:
             if self.type is bool:
                 return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
@@ -93,7 +93,7 @@ class Key:
             return text
 
     def error(self, value: Any) -> str:
-        """What was expected and found; empty if the value has the key's type and is within its limit."""
+        """The expected and the found value; empty if the value has the key's type and is within its limit."""
         if value is dataclasses.MISSING:
             return f"missing: {TYPE_NAMES[self.type]}, {self}"
         if not self._has_type(value):

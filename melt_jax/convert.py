@@ -39,7 +39,7 @@ FORMS = ("orbax", "published")
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """What the output's model has other than the input's; None: the same.
+    """Changes to the model; None: unchanged.
 
     Attributes:
       gate: "none" or a gate variant.
@@ -56,21 +56,21 @@ class Changes:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("input", None, "model folder to read, in either form", required=True)
-    flags.DEFINE_string("output", None, "folder to write", required=True)
-    flags.DEFINE_enum("to", None, FORMS, "form of the output", required=True)
-    flags.DEFINE_enum("gate", None, GATES, "gate of the output's model; default: as in the input")
+    flags.DEFINE_string("input", None, "Model folder to read, in either form.", required=True)
+    flags.DEFINE_string("output", None, "Folder to write.", required=True)
+    flags.DEFINE_enum("to", None, FORMS, "Form of the output.", required=True)
+    flags.DEFINE_enum("gate", None, GATES, "Gate of the output's model. Default: the input's.")
     flags.DEFINE_enum(
-        "first_loop", None, CHOICES["first_loop"], "first loop of the output's model; default: as in the input"
+        "first_loop", None, CHOICES["first_loop"], "First loop of the output's model. Default: the input's."
     )
-    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights; default: as in the input")
-    flags.DEFINE_integer("seed", 0, "seed of fresh gates")
-    flags.DEFINE_bool("overwrite", False, "replace the output if it exists")
-    flags.DEFINE_bool("keep_existing", False, "do nothing if the output exists")
+    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights. Default: the input's.")
+    flags.DEFINE_integer("seed", 0, "Seed of fresh gates.")
+    flags.DEFINE_bool("overwrite", False, "Replace the output if it exists.")
+    flags.DEFINE_bool("keep_existing", False, "Do nothing if the output exists.")
 
 
 def main(argv: list[str]) -> None:
-    """Converts as the flags say."""
+    """Reads the flags and converts."""
     values = flags.FLAGS
     if values.overwrite and values.keep_existing:
         raise InputError("--overwrite, --keep_existing: expected one of them, found both")
@@ -87,18 +87,18 @@ def convert(
     changes: Changes = Changes(),
     existing: Literal["refuse", "overwrite", "keep"] = "refuse",
 ) -> None:
-    """Converts a model folder and prints a summary. Every process of a run calls it; process 0 does the work.
+    """Converts a model folder and prints a summary. Every process of a run must call it; process 0 does the work.
 
     Args:
       source: model folder to read, in either form.
       output: folder to write.
       form: of the output, "orbax" or "published".
-      changes: of the model.
+      changes: to the model.
       existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form.
 
     Raises:
-      InputError: the input is no model folder, the changes contradict it, the output would replace the input, or the
-        kept output is no model folder of that form. In other processes: process 0 failed.
+      InputError: the input is not a model folder, the changes contradict it, the output would replace the input, or the
+        kept output is not a model folder of that form. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
     run_on_process_0(_convert, pathlib.Path(source), pathlib.Path(output), form, changes, existing)
@@ -141,7 +141,7 @@ def _convert(source, output, form, changes, existing):
 
 
 def _fresh_gates(folder, abstract, seed, dtype):
-    """{path: weight} of the gates that the input lacks; drawn before anything is read, as drawing needs most memory."""
+    """{path: weight} of the gates that the input lacks. Drawing needs the most memory, so it precedes all reading."""
     new = {path for path, _ in module_leaves(abstract) if path not in folder.shapes}
     return jax.device_get(init_weights(abstract.config, jax.random.key(seed), new, GATE_STD, jnp.dtype(dtype)))
 
@@ -149,7 +149,7 @@ def _fresh_gates(folder, abstract, seed, dtype):
 def _stream_weights(folder, gates, abstract, dtype):
     """Yields (path, weight) of every weight of the output, reading each on demand; shows progress on a terminal."""
     done, total = 0, parameter_count(abstract)
-    # Embedding and head first: reading a tensor takes twice its size beside the weights, and these are the largest.
+    # Embedding and head first: reading a tensor needs twice its size besides the weights, and these are the largest.
     for path, leaf in sorted(module_leaves(abstract), key=lambda entry: entry[0].startswith("layers.")):
         yield path, gates[path] if path in gates else folder.read(path, dtype)
         done += leaf.size

@@ -5,8 +5,8 @@
     python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=FOLDER --rows=1
 
 Perplexity and KL are measured with chunks of --chunk_size tokens over whole sequences, and in decoding (chunk 1) over
-the first --decoding_tokens of each. The gap is the difference between the two chunks on the same tokens, the
-training-inference gap. --all_loops also answers the problems with 1, 2, … T loops.
+the first --decoding_tokens of each. The difference between the two on the same tokens is the training-inference gap.
+--all_loops also answers the problems with 1, 2, … T loops.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ TASKS = ("arithmetic", "tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to evaluate. None: the checkpoint's value, or the default named here.
+    """Settings of an evaluation. None: the checkpoint's value, or the default stated here.
 
     Attributes:
       checkpoint: folder of the model.
       teacher: folder of the teacher; None: no KL is measured.
       task: "arithmetic", fresh problems; "tokens", the sequences in `data`.
-      data: a token file (.npy or .npz), or a folder that `melt_jax.prepare` wrote.
+      data: a token file (.npy or .npz), or a folder written by `melt_jax.prepare`.
       length: tokens per sequence, for a file that is one stream.
       sequences: the most sequences, or problems, for perplexity and KL.
       rows: sequences scored at a time.
@@ -91,13 +91,13 @@ class Evaluation:
 
 
 def define_flags() -> None:
-    """Defines the flags of the command: one for each field of `Settings`, with its default."""
+    """Defines the command's flags: one for each field of `Settings`, with its default."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
     integer = lambda name, text: flags.DEFINE_integer(name, defaults[name], text)
     flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.", required=True)
     flags.DEFINE_string("teacher", None, "Checkpoint folder of the teacher; without one no KL is measured.")
-    flags.DEFINE_enum("task", defaults["task"], TASKS, "What to score.")
-    flags.DEFINE_string("data", None, "For --task=tokens: a token file, or a folder that melt_jax.prepare wrote.")
+    flags.DEFINE_enum("task", defaults["task"], TASKS, "Fresh arithmetic problems, or the sequences in --data.")
+    flags.DEFINE_string("data", None, "For --task=tokens: a token file, or a folder written by melt_jax.prepare.")
     integer("length", "Tokens per sequence, for a file that is one stream.")
     integer("sequences", "The most sequences of the data, or problems, for perplexity and KL.")
     integer("rows", "Sequences scored at a time.")
@@ -178,7 +178,7 @@ def settings_errors(settings: Settings) -> list[str]:
         errors.append(f"--data: expected none for --task={settings.task}, found {settings.data}; set --task=tokens")
     elif settings.length is not None and settings.data is not None and pathlib.Path(settings.data).is_dir():
         errors.append(
-            f"--length: expected none, found {settings.length}; {settings.data} has a manifest with the length"
+            f"--length: expected none, found {settings.length}; the manifest of {settings.data} states the length"
         )
     return errors
 
@@ -187,7 +187,7 @@ def read_problems(settings: Settings, config: ModelConfig) -> list[Problem]:
     """Fresh problems for a model of the arithmetic task.
 
     Raises:
-      InputError: the checkpoint's tokenizer is another one, or its vocabulary is too small.
+      InputError: the checkpoint has another tokenizer, or its vocabulary is too small.
     """
     errors = tokenizer_errors(settings.checkpoint)
     if config.vocab < len(VOCABULARY):
@@ -201,7 +201,7 @@ def read_batch(settings: Settings, config: ModelConfig) -> Batch:
     """The first sequences of the data.
 
     Raises:
-      InputError: the data cannot be read, or has token ids or a length that the model does not have.
+      InputError: the data cannot be read, or its token ids or length exceed the model's.
     """
     assert settings.data is not None, "checked by settings_errors"
     if pathlib.Path(settings.data).is_dir():
@@ -230,7 +230,7 @@ def answer_problems(
     all_loops: bool,
     before_piece: BeforePiece = silent,
 ) -> dict[int, Answers]:
-    """{loops: answers} of a model with its own number of loops; with `all_loops`, with 1, 2, … T loops."""
+    """{loops: answers} of a model with its own number of loops, or with 1, 2, … T loops if `all_loops` is set."""
     most = model.config.loops
     return {
         loops: exact_answers(reconfigure(model, loops=loops), problems, chunk_size, before_piece=before_piece)

@@ -21,7 +21,7 @@ def atomic_folder(folder: str | pathlib.Path, overwrite: bool = False) -> Iterat
     """Yields a new, empty folder, which is renamed to `folder` at the end of the block and removed if the block fails.
 
     Until then it is a hidden sibling, `.{name}.incomplete`, so that an interrupted writer leaves nothing that looks
-    complete. For one process; see `collective_atomic_folder`.
+    complete. For a single process; several processes use `collective_atomic_folder`.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is false.
@@ -67,14 +67,14 @@ def collective_atomic_folder(folder: str | pathlib.Path, overwrite: bool = False
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file completely or not at all: a reader finds the old text or the new, even after a kill."""
+    """Writes a file completely or not at all: a reader sees the old or the new text, even if the writer is killed."""
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def copy_companions(source: str | pathlib.Path, target: str | pathlib.Path) -> list[str]:
-    """Copies tokenizer files and the like from one model folder into another; returns their names."""
+    """Copies the `COMPANIONS` of one model folder into another; returns their names."""
     files = sorted({file for pattern in COMPANIONS for file in pathlib.Path(source).glob(pattern) if file.is_file()})
     for file in files:
         shutil.copyfile(file, pathlib.Path(target) / file.name)

@@ -3,8 +3,8 @@
     python -m melt_jax.generate --checkpoint=melt_jax/assets/ouro_nano --prompt="c=b*3;a=4;b=a+2;c?"
     python -m melt_jax.generate --checkpoint=DIR --prompts_file=F --nochat --temperature=1 --top_p=0.7 --seed=3
 
-The text of a single prompt is streamed. Several prompts run as one batch, in which each gives what it gives alone. The
-last lines report tokens, tokens per second without compilation, and the size of the KV cache.
+The text of a single prompt is streamed. Several prompts run as one batch, and none affects the others. The last lines
+report tokens, tokens per second without compilation, and the size of the KV cache.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ NEW_TOKENS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to generate. None: the checkpoint's value, or the default named here.
+    """Settings of a generation. None: the checkpoint's value, or the default stated here.
 
     Attributes:
       checkpoint: folder of the model and its tokenizer.
@@ -70,7 +70,7 @@ class Texts:
 
 
 def define_flags() -> None:
-    """Defines the flags of the command."""
+    """Defines the command's flags."""
     flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.", required=True)
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A file with one prompt per line, added to those of --prompt.")
@@ -86,7 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that together reach this probability; 1: all.")
     flags.DEFINE_integer("top_k", 0, "Sample from this number of most likely tokens; 0: all.")
-    flags.DEFINE_integer("seed", 0, "Seed of sampling. A draw depends on it, the prompt's and the token's number.")
+    flags.DEFINE_integer("seed", 0, "Seed of sampling; a token depends only on it, the prompt's index and the token's.")
     flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill chunk. Default: a MELT's training chunk, or 512.")
     flags.DEFINE_integer("loops", None, "T. Default: the checkpoint's.")
     flags.DEFINE_float(

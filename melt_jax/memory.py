@@ -1,8 +1,8 @@
-"""Prints the temporary memory of the training gradient, by the compiler's analysis, beside plain differentiation.
+"""Compares the temporary memory of the training gradient with plain differentiation, by the compiler's analysis.
 
-Plain differentiation of the scan over chunks keeps a copy of the cache for every chunk, so it grows with the square of
-the sequence; `model.sequence.chunk_sums` keeps one. Both gradients are compiled, not run, and both include the
-teacher's pass.
+Plain differentiation of the scan over chunks keeps a copy of the cache for every chunk, so its memory grows with the
+square of the sequence length; `model.sequence.chunk_sums` keeps one copy. Both gradients are compiled, not run, and
+include the teacher's pass.
 
     python -m melt_jax.memory                    both phases, 4 to 32 chunks, about two minutes
     python -m melt_jax.memory --chunks=4,8 --phases=alignment --remat=layer
@@ -26,7 +26,7 @@ from melt_jax.training.objectives import distillation_loss, distillation_sums, n
 PHASES = {"transition": {"alpha": 0.5}, "alignment": {"align": True}}
 CHUNKS = (4, 8, 16, 20, 32)
 
-# Ouro's proportions at a sixteenth of its width: K·E = D and several layers, so that KV entries weigh as much.
+# Ouro's proportions at a sixteenth of its width: K·E = D and several layers, for the same share of KV entries.
 MINIATURE = ModelConfig(
     vocab=512, width=128, layers=6, loops=4, heads=4, kv_heads=4, head_width=32, feed_forward=352, gate="elementwise"
 )
@@ -35,11 +35,11 @@ MINIATURE = ModelConfig(
 def temporary_bytes(
     config: ModelConfig, phase: str, batch: int, chunk: int, chunks: int, mechanism: Callable[..., Any] = chunk_sums
 ) -> int:
-    """Returns the bytes that the compiled gradient of a phase's loss needs besides its arguments and results.
+    """The bytes that the compiled gradient of a phase's loss needs besides its arguments and results.
 
     Args:
       config: `ModelConfig` of the student, with a gate; the teacher is the LoopLM of the same shapes. Both are float32.
-      phase: a name of `PHASES`.
+      phase: a key of `PHASES`.
       batch: B, sequences.
       chunk: C, tokens.
       chunks: number of chunks in a sequence.
@@ -62,7 +62,7 @@ def print_table(config: ModelConfig, phases: Sequence[str], batch: int, chunk: i
 
     Args:
       config: `ModelConfig` of the student.
-      phases: names of `PHASES`.
+      phases: keys of `PHASES`.
       batch: B, sequences.
       chunk: C, tokens.
       counts: numbers of chunks.
@@ -91,7 +91,7 @@ def print_table(config: ModelConfig, phases: Sequence[str], batch: int, chunk: i
 
 
 def define_flags() -> None:
-    """Defines the flags of this command."""
+    """Defines the command's flags."""
     flags.DEFINE_list("chunks", list(map(str, CHUNKS)), "Numbers of chunks in a sequence.")
     flags.DEFINE_integer("chunk_size", 32, "Tokens of a chunk.")
     flags.DEFINE_integer("batch", 1, "Sequences.")
@@ -100,7 +100,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table that the flags ask for."""
+    """Reads the flags and prints the table."""
     del argv
     options = flags.FLAGS
     try:

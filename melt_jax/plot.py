@@ -3,7 +3,7 @@
     python -m melt_jax.plot --workdir=runs/nano --output=curves.png
 
 A distillation (MELT, arXiv 2605.07721) has curves of the KL to the teacher, the attention alignment, the gate openness
-with the transition's α, and the gradient norms; a pre-training (Ouro, arXiv 2510.25741) has cross-entropy and exit
+with the transition's α, and the gradient norms; pretraining (Ouro, arXiv 2510.25741) has cross-entropy and exit
 probabilities instead. An unfinished run is drawn up to its last logged step.
 """
 
@@ -35,7 +35,7 @@ class Panel:
     Attributes:
       title: quantity and unit.
       metrics: names in the log; each loop (`kd/loop1`) is a curve, layers are averaged.
-      log: the vertical axis is logarithmic.
+      log: whether the vertical axis is logarithmic.
       limits: of the vertical axis; None: automatic.
     """
 
@@ -117,7 +117,7 @@ def draw(run: Run) -> Figure:
     """The curves of a run as a matplotlib figure: one panel for each of `PANELS` whose metrics were logged.
 
     Raises:
-      InputError: there is no such panel.
+      InputError: no panel has logged metrics.
     """
     panels = [panel for panel in PANELS if any(metric in run.curves for metric in panel.metrics)]
     if not panels:
@@ -193,7 +193,7 @@ def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path) -> None:
       output: the file, whose suffix is one of `FORMATS`; its folder is created.
 
     Raises:
-      InputError: the suffix is another, the workdir holds no run, or nothing has been logged yet.
+      InputError: the suffix is unsupported, the workdir holds no run, or nothing has been logged yet.
     """
     output = pathlib.Path(output)
     if output.suffix not in FORMATS:
@@ -204,13 +204,13 @@ def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path) -> None:
 
 
 def define_flags() -> None:
-    """Defines the flags of this command."""
+    """Defines the command's flags."""
     flags.DEFINE_string("workdir", None, "Folder of a run of melt_jax.train.", required=True)
-    flags.DEFINE_string("output", None, f"The picture: a name that ends in {', '.join(FORMATS)}.", required=True)
+    flags.DEFINE_string("output", None, f"File to write: a name that ends in {', '.join(FORMATS)}.", required=True)
 
 
 def main(argv: list[str]) -> None:
-    """Draws as the flags say."""
+    """Reads the flags and draws."""
     plot_run(flags.FLAGS.workdir, flags.FLAGS.output)
     print(f"wrote {flags.FLAGS.output}")
 

@@ -7,13 +7,14 @@
     python -m melt_jax.prepare --verify=data/traces                   # compares the shards with their hashes
 
 A row is a conversation (column `messages` or `conversations`, with role and content or ShareGPT's from and value), a
-question and an answer in two columns, or plain `text`. If flags name several of these, the first in a row applies.
+question and an answer in two columns, or plain `text`. If flags name several of these, a row takes the first that it
+has.
 
 Conversations are rendered with the tokenizer's chat template, and the assistant's answers are scored. With --thinking,
 the default, a Thinking model's generation prompt ends with `<think>`, and answers are scored from there on. Generate
 with the same setting. Plain text ends with the tokenizer's end token and is scored throughout.
 
-Several documents share a sequence but do not attend to each other; none is cut, except with --long=split. The same
+Several documents share a sequence but do not attend to each other; documents are cut only with --long=split. The same
 inputs and flags give the same bytes on any number of cores. An interrupted run leaves no output folder. To train on the
 result:
 
@@ -51,7 +52,7 @@ class PrepareError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How documents become sequences: the flags of these names."""
+    """How documents become sequences: the values of the flags with these names."""
 
     length: int = 10_000
     long: str = "error"
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if errors := flag_errors(values):
         raise InputError("\n".join(errors))
-    jax.config.update("jax_platforms", "cpu")  # leaves an accelerator to others
+    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to other programs
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     if values.threads:
         os.environ["RAYON_NUM_THREADS"] = str(values.threads)
@@ -119,12 +120,14 @@ def prepare(
       overwrite: replace `output` if it exists.
 
     Raises:
-      FileExistsError: `output` exists. FileNotFoundError: no tokenizer. InputError: the inputs cannot be read.
+      FileExistsError: `output` exists.
+      FileNotFoundError: the folder has no tokenizer.
+      InputError: the inputs cannot be read.
       PrepareError: a malformed row or a long document, unless `settings` allow it, or no documents at all.
     """
     rows, opened = InputRows(paths, form.columns), Tokenizer(tokenizer)
     if opened.template is None and (form.question or form.messages):
-        raise PrepareError(f"{opened.folder}: no chat template in its tokenizer files; conversations need one")
+        raise PrepareError(f"{opened.folder}: expected a chat template for conversations, found none")
     layout, counts = Layout.of(settings.length, opened.vocab), collections.Counter()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with atomic_folder(output, overwrite) as folder, _progress(console, rows.total) as show:
@@ -178,7 +181,7 @@ def _fit(document: Document, settings: Settings, counts: collections.Counter) ->
         counts["split"] += 1
         return split(document, settings.length)
     raise PrepareError(
-        f"{document.place}: expected at most --length={settings.length} tokens, found {size}; raise --length, or take"
+        f"{document.place}: expected at most --length={settings.length} tokens, found {size}; raise --length, or use"
         " --long=drop or --long=split"
     )
 
@@ -209,9 +212,9 @@ def _manifest(counts: collections.Counter, tokenizer: Tokenizer, rows: InputRows
     return {
         "package": __version__,
         "counts": {name: counts[name] for name in COUNTS},
-        "extra_keys": dict(sorted(extra_keys.items())),  # documents by the keys of their messages
+        "extra_keys": dict(sorted(extra_keys.items())),  # {key of messages: documents with it}
         "tokenizer": {"sha256": tokenizer.sha256, "vocab": tokenizer.vocab},
-        # None if no conversation was rendered; thinking also if the template does not depend on it.
+        # Both are None if no conversation was rendered; `thinking` also if the template does not depend on it.
         "template_sha256": tokenizer.template_sha256 if rendered else None,
         "thinking": thinking if rendered and tokenizer.has_thinking else None,
         "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in rows.paths],
@@ -263,7 +266,7 @@ def input_files(patterns: Sequence[str]) -> list[str]:
     patterns = [part for pattern in patterns for part in pattern.split("|") if part]
     matches = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in patterns}
     if empty := [pattern for pattern, paths in matches.items() if not paths]:
-        raise InputError(f"--input: no file matches {', '.join(empty)}")
+        raise InputError(f"--input: expected files that match {', '.join(empty)}, found none")
     return list(dict.fromkeys(path for paths in matches.values() for path in paths))
 
 

@@ -1,4 +1,4 @@
-"""How arrays are split over devices: one mesh, one table of rules, and how a step moves weights and gradients.
+"""Sharding: the mesh, the table of rules, and the movement of weights and gradients in a step.
 
 Every weight is declared with a logical name for each of its dimensions (`model.Initializer`). `RULES` maps each logical
 name to the mesh axis that splits such dimensions. The mesh has three axes:
@@ -43,7 +43,7 @@ class ShardingError(InputError):
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, tuple[int, int]]:
-    """Returns {axis: (devices within a slice, slices)} of a mesh over so many devices.
+    """{axis: (devices within a slice, slices)} of a mesh over that number of devices.
 
     Raises:
       ShardingError: the product of the factors is not the number of devices.
@@ -85,7 +85,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
 
 
 def partition(names: Sequence[str | None]) -> jax.P:
-    """Returns the `PartitionSpec` of a weight whose dimensions have these logical names.
+    """The `PartitionSpec` of a weight whose dimensions have these logical names.
 
     Raises:
       ShardingError: a name has no rule, or two dimensions share a mesh axis.
@@ -95,12 +95,12 @@ def partition(names: Sequence[str | None]) -> jax.P:
     axes = [RULES[name] for name in names]
     used = [axis for axis in axes if axis]
     if clash := sorted({axis for axis in used if used.count(axis) > 1}):
-        raise ShardingError(f"logical axes {names} map to mesh axes {axes}: {', '.join(clash)} can split only one")
+        raise ShardingError(f"logical axes {names}: expected {', '.join(clash)} to split only one, found {axes}")
     return jax.P(*axes)
 
 
 def weight_shardings(model: Tree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Tree:
-    """Returns the `NamedSharding` of each weight of a (possibly abstract) model, as a tree like the model.
+    """The `NamedSharding` of each weight of a (possibly abstract) model, as a tree like the model.
 
     Raises:
       ShardingError: lists every dimension that its mesh axis does not divide.
@@ -112,13 +112,13 @@ def weight_shardings(model: Tree, mesh: jax.sharding.Mesh | jax.sharding.Abstrac
         name = ".".join(key.name for key in path)
         for size, logical, axis in zip(weight.get_value().shape, weight.axes, spec):
             if axis and size % mesh.shape[axis]:
-                errors.append(f"{name}: {logical}, {size}, is not divisible by {axis}, {mesh.shape[axis]}")
+                errors.append(f"{name}: expected {logical} divisible by {axis}, {mesh.shape[axis]}, found {size}")
         return weight.copy(jax.NamedSharding(mesh, spec))
 
     shardings = jax.tree_util.tree_map_with_path(weight_sharding, model, is_leaf=_is_weight)
     width = model.config.width  # pyright: ignore[reportAttributeAccessIssue]: Tree is a model here
     if width % mesh.shape["tensor"]:  # latents and attention outputs are split too
-        errors.append(f"width, {width}, is not divisible by tensor, {mesh.shape['tensor']}")
+        errors.append(f"width: expected a multiple of tensor, {mesh.shape['tensor']}, found {width}")
     if errors:
         raise ShardingError("weights cannot be split over the mesh:\n" + "\n".join(errors))
     return shardings
@@ -141,7 +141,7 @@ def place_array(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def for_inference(model: Tree, dtype: Any) -> Tree:
-    """Casts a model and gathers its weights over the batch axes; they stay split over tensor, as prefill expects."""
+    """Casts a model and gathers its weights over the batch axes; they stay split over tensor, as inference expects."""
     return jax.jit(lambda model: jax.tree.map(lambda x: _gather(x.astype(dtype)), model))(model)
 
 
@@ -154,7 +154,7 @@ def check_batch(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, batch: int,
 
 
 def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
-    """Returns every mismatch between the devices and a run's mesh, batch and weights."""
+    """Every mismatch between the devices and a run's mesh, batch and weights."""
     try:
         mesh = make_mesh(config.mesh)
     except ShardingError as error:
@@ -173,12 +173,12 @@ def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Returns the `NamedSharding` of [batch, …] arrays."""
+    """The `NamedSharding` of [batch, …] arrays."""
     return jax.NamedSharding(mesh, jax.P(BATCH))
 
 
 def local_batch_indices(sharding: jax.NamedSharding, batch: int, process: int | None = None) -> np.ndarray:
-    """Returns the indices of the sequences of a global batch that a process's devices need.
+    """The indices of the sequences of a global batch that a process's devices need.
 
     On a real slice they need not be consecutive: a process owns a block of the torus, not a range of the mesh.
 
@@ -199,9 +199,9 @@ def local_batch_indices(sharding: jax.NamedSharding, batch: int, process: int | 
 
 
 def device_slice(index: slice, indices: np.ndarray) -> slice:
-    """Returns where the sequences `index` of the global batch are among a process's `indices`.
+    """The positions of the sequences `index` of the global batch among a process's `indices`.
 
-    A device's sequences are consecutive and all of them belong to its process, so they are consecutive there too.
+    A device's sequences are consecutive and all belong to its process, so their positions are consecutive too.
 
     Raises:
       ValueError: some of them are not in `indices`.
@@ -234,11 +234,11 @@ def place_batch(batch: Tree, sharding: jax.NamedSharding, indices: np.ndarray, s
     return jax.tree.map(place, batch)
 
 
-# ---- inside a step: no-ops without a mesh
+# ---- inside a step: without a mesh, nothing is split or gathered
 
 
 def batch_groups() -> int:
-    """Returns into how many parts the current mesh splits a batch; 1 without a mesh."""
+    """The number of parts into which the current mesh splits a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.axis_names)
 
@@ -268,7 +268,7 @@ def gather_weights(model: Tree) -> Tree:
 
 
 def gather_at_use(model: Tree) -> Tree:
-    """Returns the model with weights that are gathered at each use, so that few are whole at a time.
+    """The model with weights that are gathered at each use, so that few are whole at a time.
 
     Its gradient is reduced over the batch axes at every use.
     """
@@ -285,7 +285,7 @@ def add_groups(gradients: Tree, params: Tree) -> Tree:
 
 
 def in_mesh(spec: jax.P) -> jax.P | None:
-    """Returns the `PartitionSpec`, or None without a mesh."""
+    """The `PartitionSpec`, or None without a mesh."""
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 

@@ -6,8 +6,8 @@ Rerun the command to resume a killed run from its last checkpoint; the result is
 run. The workdir gets `config.json`, `results.json` (the evaluations), and a folder for each phase: `checkpoints/`
 (weights, moments, step), `metrics.jsonl`, TensorBoard files and, when the phase has ended, `model/`, a checkpoint
 folder for `melt_jax.generate`, `.evaluate` and `.convert`. When a phase's model is written, its checkpoints are
-deleted, except the last phase's. After SIGTERM the command saves a checkpoint and exits with status 75, after a stall
-of `run.stall_seconds` with 76: rerun it then too (`melt_jax.training.preemption`).
+deleted, except the last phase's. After SIGTERM the command saves a checkpoint and exits with status 75; after a stall
+of `run.stall_seconds` it exits with status 76. Rerun it in both cases (`melt_jax.training.preemption`).
 """
 
 import dataclasses
@@ -48,22 +48,22 @@ from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 
 
 def define_flags() -> None:
-    """Defines the flags of this command."""
+    """Defines the command's flags."""
     command_line.define_config_flag()
-    flags.DEFINE_string("workdir", None, "Folder of the run; a run that it holds is resumed.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run; a run already in it is resumed.", required=True)
 
 
 def main(argv: list[str]) -> None:
-    """Trains as the flags say."""
+    """Reads the flags and trains."""
     config = command_line.read_config()
-    freeze(config)  # errors of the config are reported before processes are joined
+    freeze(config)  # reports errors of the config before the processes join
     initialize_distributed()
     exit_on_sigterm()
     run(config, pathlib.Path(flags.FLAGS.workdir))
 
 
 def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransformer:
-    """Trains by a config in a folder, from the start or from where an earlier run in the folder stopped.
+    """Trains as configured, from the start or from the last checkpoint in the folder.
 
     Args:
       config_dict: a recipe, such as `configs.nano.get_config()`.
@@ -73,9 +73,9 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
       The trained model, float32, split over the mesh.
 
     Raises:
-      InputError: config, teacher, data and devices do not fit each other, or the folder holds a run with others.
-      NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
-      SystemExit: SIGTERM came to this run's processes, and a checkpoint was saved (status 75).
+      InputError: config, teacher, data and devices do not match, or the folder holds a run with others.
+      NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
+      SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
     workdir = pathlib.Path(workdir)
     console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
@@ -122,7 +122,7 @@ def _run(
         _delete_checkpoints(name, config, workdir / name)
         results.measure(f"after {name}", lambda name=name: read_model(workdir / name, mesh), teacher, config)
 
-    # ---- the student: what the last of them made, or the teacher with new gates
+    # ---- the weights to train: the last ended phase's, new ones, or the teacher's with new gates
     key = jax.random.key(config.seed)
     if ended:
         params = read_model(workdir / ended[-1], mesh)
@@ -164,16 +164,16 @@ def run_phase(
       config: of the run.
       mesh: the current one.
       folder: the phase's.
-      params: float32 weights on the mesh from which the phase starts. They are donated.
-      teacher: frozen LoopLM; None in pre-training.
+      params: float32 weights on the mesh from which the phase starts; donated.
+      teacher: the frozen LoopLM; None in pretraining.
       console: where lines are printed.
 
     Returns:
       The trained weights, float32.
 
     Raises:
-      NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
-      SystemExit: SIGTERM came and a checkpoint was saved (status 75).
+      NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
+      SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
     exit_if_preempted()
     phase = config.phase(name)
@@ -234,7 +234,7 @@ def read_model(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> LoopedTransform
 
 
 def _delete_checkpoints(name: str, config: TrainConfig, folder: pathlib.Path) -> None:
-    """Deletes the checkpoints of a phase whose model is written: the next phase starts from the model.
+    """Deletes a phase's checkpoints, except the last phase's, once its model is written.
 
     If the process is killed meanwhile, the next start deletes the rest.
     """

@@ -1,13 +1,13 @@
 """Settings of every test: JAX on the CPU with one device, implicit rank promotion an error, array types checked.
 
-Tests that need several devices start a process of their own with XLA_FLAGS=--xla_force_host_platform_device_count=N,
-which must be set before JAX starts. MELT_TEST_DEVICES=N sets it for a whole run of pytest.
+Tests that need several devices start their own process with XLA_FLAGS=--xla_force_host_platform_device_count=N, because
+the flag must be set before JAX starts. MELT_TEST_DEVICES=N sets it for a whole run of pytest.
 """
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # processes that tests start inherit it
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # inherited by processes that tests start
 if count := os.environ.get("MELT_TEST_DEVICES"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 

@@ -1,4 +1,4 @@
-"""Fresh arithmetic problems, exact answers, and the batch of problems for perplexity and KL."""
+"""Fresh arithmetic problems, exact answers, and the batch of problems that is scored for perplexity and KL."""
 
 import types
 
@@ -10,7 +10,7 @@ from tests.helpers.tiny import make_model
 
 
 def test_fresh_problems_depend_on_the_seed_alone():
-    """No training step has them."""
+    """No training step uses them."""
     problems = answers.fresh_problems(1, 12, 2, 4)
     assert problems == answers.fresh_problems(1, 12, 2, 4)
     assert problems != answers.fresh_problems(2, 12, 2, 4)
@@ -19,14 +19,15 @@ def test_fresh_problems_depend_on_the_seed_alone():
     assert not {problem.question for problem in problems} & {problem.question for problem in trained}
 
 
-def test_answers_are_compared_with_the_truth(monkeypatch):
+def test_only_exact_answers_count(monkeypatch):
+    """A wrong answer, a missing stop token or an extra token is not exact; a completion also needs exact steps."""
     problems = answers.fresh_problems(1, 8, 2, 3)
     stop, answer = arithmetic.STOP, arithmetic.ANSWER
     made = [problem.completion for problem in problems]
-    made[0] = [answer, *made[0][-2:]]  # the answer alone
-    made[1] = [*made[1][:-2], arithmetic.VOCABULARY["x"], stop]  # another answer
-    made[2] = made[2][:-1]  # no end
-    made[3] = [*made[3][:-1], made[3][-2], stop]  # more than the answer
+    made[0] = [answer, *made[0][-2:]]  # no steps
+    made[1] = [*made[1][:-2], arithmetic.VOCABULARY["x"], stop]  # a wrong answer
+    made[2] = made[2][:-1]  # no stop token
+    made[3] = [*made[3][:-1], made[3][-2], stop]  # an extra token
     asked, pieces = [], []
 
     def generate(model, prompts, options):
@@ -45,7 +46,7 @@ def test_answers_are_compared_with_the_truth(monkeypatch):
     assert found.by_definitions() == [(2, 4, 0.75, 0.5), (3, 4, 0.5, 0.5)]
 
 
-def test_a_batch_of_problems_scores_their_completions():
+def test_batch_of_problems_scores_their_completions():
     problems = answers.fresh_problems(3, 4)
     batch = answers.problem_batch(problems)
     for row, problem in enumerate(problems):

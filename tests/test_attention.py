@@ -11,8 +11,8 @@ from melt_jax.model.cache import KV, ChunkKV, blend
 B, C, K, G, E = 2, 5, 2, 3, 4
 
 
-def plain_attend(query, earlier, own, alpha, mask):
-    """All scores at once."""
+def plain_attention(query, earlier, own, alpha, mask):
+    """Softmax attention with all scores computed at once."""
     slots = mask.cached.shape[1]
     earlier = blend(earlier, alpha)
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
@@ -23,7 +23,7 @@ def plain_attend(query, earlier, own, alpha, mask):
 
 
 def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0):
-    """Random arguments of `blockwise_attention`; entries from `start` on are large, so that reading one would show."""
+    """Random arguments of `blockwise_attention`; entries from `start` on are large, so that reading one shows."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     entries = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
@@ -39,9 +39,9 @@ def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0):
 CASES = {
     "one block": (8, 6, "shared", 512),
     "whole blocks": (12, 8, "shared", 4),
-    "blocks that overlap": (13, 13, "per_loop", 4),
-    "a block partly empty": (13, 6, "both", 4),
-    "nothing before": (12, 0, "shared", 4),
+    "overlapping blocks": (13, 13, "per_loop", 4),
+    "a partly empty block": (13, 6, "both", 4),
+    "an empty cache": (12, 0, "shared", 4),
     "a start per sequence": (13, (3, 11), "both", 4),
     "no cache": (0, 0, "shared", 4),
 }
@@ -49,7 +49,7 @@ CASES = {
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", CASES)
-def test_blocks_are_plain_attention(name):
+def test_blockwise_attention_equals_plain_attention(name):
     slots, start, which, block = CASES[name]
     query, earlier, own, alpha, mask = inputs(slots, start, which, jnp.float64)
     weight = np.random.default_rng(1).standard_normal((B, C, K, G, E))
@@ -59,30 +59,30 @@ def test_blocks_are_plain_attention(name):
         loss = lambda *args: jnp.sum(run(*args) * weight)
         return jax.jit(lambda *args: (run(*args), jax.grad(loss, (0, 1, 2))(*args)))(query, earlier, own)
 
-    got, want = outcome(blockwise_attention, block), outcome(plain_attend)
+    got, want = outcome(blockwise_attention, block), outcome(plain_attention)
     assert max(np.abs(x).max() for x in jax.tree.leaves(want) if x.size) > 0.1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, want)
 
 
-def test_bfloat16_differs_by_rounding():
-    """Scores and sums are float32; the weights and the result are rounded to bfloat16, by 2⁻⁹ each."""
+def test_bfloat16_attention_differs_by_rounding():
+    """Scores and sums are float32; the weights and the result are rounded to bfloat16, with relative errors of 2⁻⁹."""
     arguments = inputs(13, 11, dtype=jnp.bfloat16)
     got = blockwise_attention(*arguments, 4)
-    want = plain_attend(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments))
+    want = plain_attention(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-7 * np.abs(want).max())
 
 
 def test_empty_blocks_are_not_visited():
-    """A nan in an unvisited block changes nothing; a mask alone would let it through."""
+    """A nan in an empty block changes nothing; if the block were only masked, the nan would spread."""
     query, earlier, own, alpha, mask = inputs(16, 4)
-    poisoned = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
+    with_nan = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
     outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, mask, 4)
-    np.testing.assert_array_equal(outcome(poisoned), outcome(earlier))
+    np.testing.assert_array_equal(outcome(with_nan), outcome(earlier))
 
 
-def test_scores_of_one_block_exist_at_a_time():
-    """Temporary memory of the forward pass does not grow with the cache beyond one block."""
+def test_only_one_block_of_scores_is_kept():
+    """The temporary memory of the forward pass does not grow with the cache."""
 
     def temporary(slots):
         query, earlier, own, alpha, mask = inputs(slots, slots)

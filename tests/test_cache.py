@@ -1,4 +1,4 @@
-"""The cache and the attention mask: sizes, writes, causality; sequences, documents and padding stay independent."""
+"""The cache and the attention mask: sizes, writes, causality, independence of sequences, documents and padding."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def test_shared_bytes_do_not_depend_on_the_loops():
         assert cache_bytes(both) == 3 * 7 * (loops + 1) * bytes_per_token(TINY)
 
 
-def test_bytes_of_the_published_model():
+def test_bytes_per_token_match_the_paper():
     assert bytes_per_token(ModelConfig(gate="elementwise")) == 196_608
     assert bytes_per_token(ModelConfig(gate="none")) == 786_432
 
@@ -76,7 +76,7 @@ def test_write_changes_its_own_slots_only(start):
 
 
 @float64
-def test_blend():
+def test_blend_is_linear_in_alpha():
     shared, per_loop = (jax.tree.map(np.float64, random_kv(TINY, 3, seed)) for seed in (0, 1))
     for got, s, b in zip(blend(ChunkKV(shared, per_loop), 0.25), shared, per_loop):
         np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, rtol=1e-14)
@@ -91,7 +91,7 @@ def one_chunk(model, tokens, cache, start, alpha):
 
 @by_kind
 def test_entries_of_finished_chunks_never_change(gate, alpha):
-    """A chunk writes its own slots only, and reads no later slot."""
+    """A chunk writes only its own slots and reads no later slot."""
     config = change(TINY, gate=gate)
     model, tokens = make_model(config), random_tokens(B, 12)
     cache = create_cache(config, B, 12, jnp.float32, transition=alpha is not None)
@@ -121,14 +121,14 @@ def outputs(model, tokens, alpha, segments=None, chunk=CHUNK):
 
 
 def assert_equal_where(same, one, other, alpha=None):
-    """Bitwise equal at the tokens of the mask [B, S], and different at others, so that the comparison could fail."""
+    """Bitwise equal at the tokens of the mask [B, S], and different at some others, so that the comparison can fail."""
     for name in one:
         np.testing.assert_array_equal(one[name][same], other[name][same], err_msg=name)
     assert np.abs(one["hidden"] - other["hidden"])[~same].max() > 1e-3
 
 
-def test_attention_mask():
-    """Slots before the chunk and, causally, the chunk, of the same document; padding attends to itself only."""
+def test_attention_mask_is_causal_within_documents():
+    """A token sees its document's cached slots and the earlier tokens of the chunk; padding sees itself."""
     rng = np.random.default_rng(0)
     segments, cached = (jnp.asarray(rng.integers(3, size=(B, n)), jnp.int32) for n in (CHUNK, S))
     for start in (0, 5, np.array([2, 7])):
@@ -142,7 +142,7 @@ def test_attention_mask():
 
 
 @by_kind
-def test_later_token_changes_nothing_earlier(gate, alpha):
+def test_later_tokens_do_not_affect_earlier_ones(gate, alpha):
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
     before = outputs(model, tokens, alpha)
     for changed in (0, 3, 4, 6, 10):
@@ -154,13 +154,13 @@ def test_later_token_changes_nothing_earlier(gate, alpha):
 
 @by_kind
 def test_gradient_of_a_token_is_causal(gate, alpha):
-    """Each token has its own embedding, so the gradient of an embedding is that of one token's input."""
+    """All tokens differ, so the gradient of an embedding is that of one token's input."""
     model, tokens = make_model(change(TINY, gate=gate)), np.arange(S)[None]
     weight = np.random.default_rng(0).standard_normal((TINY.loops, 1, S, TINY.width), np.float32)
 
     @jax.jit
     def gradients(model):
-        """[S, S, D]: of the loss at each token with respect to each token's embedding."""
+        """[S, S, D]: gradients of the loss at each token with respect to each token's embedding."""
         hidden = lambda model: jit_run(model, tokens, chunk_size=CHUNK, alpha=alpha).hidden
         _, pull_back = jax.vjp(hidden, model)
         at = jnp.eye(S)[:, None, None, :, None] * weight[None]
@@ -187,14 +187,14 @@ def test_sequences_do_not_influence_each_other(gate, alpha):
 @float64
 @by_kind
 def test_packed_documents_do_not_influence_each_other(gate, alpha):
-    """Bitwise if a neighbour changes, and a document alone gives the same result; documents of 4 and 5 tokens."""
+    """Results are bitwise equal if another document changes, and equal to rounding if the document is alone."""
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
     segments = np.broadcast_to(np.repeat([1, 2, 0], [4, 5, 2]), (B, S)).astype(np.int32)
     packed = outputs(model, tokens, alpha, segments)
     for document in (1, 2):
         other = np.where(segments == document, (tokens + 1) % TINY.vocab, tokens)
         assert_equal_where(segments != document, packed, outputs(model, other, alpha, segments))
-    # The second document starts at a chunk boundary, so that alone it has the same chunks.
+    # The second document starts at a chunk boundary, so that it has the same chunks if it is alone.
     alone = outputs(model, tokens[:, 4:9], alpha)
     for name, x in alone.items():
         np.testing.assert_allclose(packed[name][:, 4:9], x, rtol=1e-11, atol=1e-11, err_msg=name)
@@ -202,7 +202,7 @@ def test_packed_documents_do_not_influence_each_other(gate, alpha):
 
 @by_kind
 def test_no_token_attends_to_padding(gate, alpha):
-    """Before, between and after documents, and no document's gradient reaches it."""
+    """Padding before, between and after documents affects no document and receives no gradient."""
     model = make_model(change(TINY, gate=gate))
     tokens = np.arange(S)[None]
     segments = np.array([[0, 0, 1, 1, 1, 0, 2, 2, 2, 0, 0]], np.int32)
@@ -221,7 +221,7 @@ def test_no_token_attends_to_padding(gate, alpha):
 
 
 def test_equal_segment_ids_are_one_document():
-    """Even if they are not adjacent: a packer must not use an id twice in a sequence."""
+    """This holds even if they are not adjacent, so a packer must not use an id twice in a sequence."""
     model, tokens = make_model(TINY), random_tokens(1, 6)
     twice, apart = (
         outputs(model, tokens, None, np.array([ids], np.int32)) for ids in ([1, 1, 2, 2, 1, 1], [1, 1, 2, 2, 3, 3])

@@ -1,4 +1,4 @@
-"""Recipes and overrides from the command line: what is read, and how errors in a recipe are reported."""
+"""Recipes and overrides from the command line, and the errors that they report."""
 
 import operator
 import pathlib
@@ -38,12 +38,12 @@ def test_override_of_another_type_is_kept_for_freeze(key, text):
         freeze(load_config(NANO, [(key, text)]))
 
 
-def test_override_below_a_key():
+def test_override_below_a_key_is_an_error():
     with pytest.raises(ConfigError, match=r"seed.x: unknown key.*\n  - seed: missing"):
         freeze(load_config(NANO, [("seed.x", "3")]))
 
 
-def test_recipe_with_an_argument(tmp_path):
+def test_recipes_accept_an_argument(tmp_path):
     path = recipe(tmp_path, "def get_config(text):\n    return ConfigDict({'text': text})\n")
     assert load_config(f"{path}:a:b").text == "a:b"
 
@@ -83,7 +83,7 @@ def test_recipe_must_exist_and_return_a_config(tmp_path):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """A function that parses a command line and returns the flag values, the arguments and the overrides."""
+    """A function that parses a command line and returns its positional arguments and its overrides."""
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
     flags.DEFINE_string("config", None, "", flag_values=values)
@@ -96,7 +96,7 @@ def parsed(monkeypatch):
     return parse
 
 
-def test_forms_of_an_override(parsed):
+def test_all_forms_of_overrides_are_parsed(parsed):
     rest, overrides = parsed(
         "--config=x.py", "--config.a.b=1=2", "-config.c", "3", "extra", "--config.run.stall_exits",
         "--noconfig.evaluation.sample", "--config.d=", "--", "--config.e=4",

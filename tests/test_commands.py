@@ -1,4 +1,4 @@
-"""Every command ends bad input with status 1 and one message; what one command writes, the next one reads."""
+"""Every command rejects bad input with status 1 and one message; `evaluate` reads what `prepare` writes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from melt_jax.data.arithmetic import make_problem
 from tests.helpers.run_commands import COMMANDS
 
-TOP = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent
 NANO = "melt_jax/assets/ouro_nano"
 MISSING = "tests/no_such_file"
 
@@ -51,9 +51,9 @@ MISSING_FILES = {
 
 
 def run_commands(cases: list[list[str]]) -> list[list]:
-    """[status, stdout, stderr] of each command line, run from one process that has imported all of them."""
+    """[status, stdout, stderr] of each command line, run by a process that has imported all commands."""
     process = [sys.executable, "-m", "tests.helpers.run_commands"]
-    done = subprocess.run(process, input=json.dumps(cases), cwd=TOP, env=os.environ, capture_output=True, text=True)
+    done = subprocess.run(process, input=json.dumps(cases), cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -74,15 +74,15 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[tuple[str, str], list]:
-    """How each of `CASES` ended."""
+def outcomes() -> dict[tuple[str, str], list]:
+    """The status, stdout and stderr of each of `CASES`."""
     return dict(zip(CASES, run_commands(list(CASES.values()))))
 
 
 @pytest.mark.parametrize("command, kind", CASES)
-def test_bad_input_ends_with_one_message(ended, command, kind):
+def test_bad_input_ends_with_one_message(outcomes, command, kind):
     """Status 1, nothing on standard output, and one line that names the command and the bad input."""
-    status, stdout, stderr = ended[command, kind]
+    status, stdout, stderr = outcomes[command, kind]
     named = {
         "unknown flag": "no_such_flag",
         "argument": "'extra'",

@@ -1,4 +1,4 @@
-"""Programs compiled for TPU topologies: gathers, FLOPs, memory, and one-line errors."""
+"""Programs compiled for TPU topologies: gathers, FLOPs, memory, and errors of one line."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def compile_small(phase="alignment", model=MODEL, **changes):
     ("phase", "chunk"), [("alignment", 128), pytest.param("transition", 64, marks=pytest.mark.slow)]
 )
 def test_weights_are_gathered_once_per_step(phase, chunk):
-    """With gather "step" one copy of both models moves, in bfloat16, whatever the chunk size."""
+    """With gather "step" one copy of both models moves, in bfloat16, for any chunk size."""
     report = compile_small(phase, chunk_size=chunk)
     assert report.gathered_ratio == pytest.approx(1, abs=0.05)
     assert report.record()["unknown_gathers"] == 0 and not report.program.unknown_loops
@@ -55,7 +55,7 @@ def test_gathering_at_each_use_moves_more():
 @pytest.mark.slow
 @pytest.mark.parametrize(("gather", "gathered"), [("step", False), ("layer", True)])
 def test_evaluation_scores_a_micro_batch(gather, gathered):
-    """Weights are whole with gather "step"; with "layer" they are gathered at each use."""
+    """With gather "step" weights are whole during the evaluation; with "layer" they are gathered at each use."""
     report = compile_small("evaluate", gather=gather, **{"data.batch": 8, "micro_batches": 2})
     assert report.title.splitlines()[1].startswith("4 sequences of 512 tokens")
     assert 0.9 < report.flops_ratio < 1.5 and report.fits and report.steps == 0
@@ -65,7 +65,7 @@ def test_evaluation_scores_a_micro_batch(gather, gathered):
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_serving_counts_all_groups(phase):
-    """Each of the two groups runs all sequences, so computed and necessary FLOPs are both twice those of one group."""
+    """Both groups run all sequences, so the computed and the necessary FLOPs are both twice those of one group."""
     report = compile_small(phase)
     assert report.fits and report.gathered_ratio is None and report.steps == 0
     assert 0.5 < report.flops_ratio < 1.5 and not report.program.unknown_loops
@@ -91,7 +91,7 @@ def test_lack_of_memory_is_bad_input(monkeypatch):
         compile_small("decode")
 
 
-def test_an_indivisible_batch_is_refused():
+def test_indivisible_batch_is_refused():
     with pytest.raises(ShardingError, match=r"data.batch: expected a multiple of 2 .*found 3"):
         compile_small(**{"data.batch": 3})
 
@@ -111,7 +111,7 @@ def run_command(*flags, path=ROOT):
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_record():
+def test_command_prints_a_record():
     model = {f"model.{field}": value for field, value in dataclasses.asdict(MODEL).items() if field in SMALL_FIELDS}
     done = run_command(
         "--json", "--phase=prefill", *(f"--config.{key}={value}" for key, value in (SETTINGS | model).items())
@@ -124,7 +124,7 @@ def test_the_command_prints_a_record():
 SMALL_FIELDS = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "feed_forward")
 
 
-def test_a_missing_libtpu_is_one_line(tmp_path):
+def test_missing_libtpu_is_one_line(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a)\n"
     )

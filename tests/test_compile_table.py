@@ -1,4 +1,4 @@
-"""The tables of compiled steps."""
+"""launch/compile_table.py: rows, cells, stored records and failures."""
 
 import json
 import subprocess
@@ -80,7 +80,7 @@ def test_rows_are_chosen_by_their_names():
 
 
 def test_topologies_make_two_tables(monkeypatch, capsys):
-    """Both have the same rows, also if a later step fails."""
+    """Both have the same rows, even if a later step fails."""
     records = iter((RECORD, None))
     monkeypatch.setattr(compile_table, "compile_step", lambda **_: next(records))
     monkeypatch.setattr(sys, "argv", ["compile_table.py", "--only=v5p:2x2x"])

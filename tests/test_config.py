@@ -1,4 +1,4 @@
-"""Every recipe freezes to its reviewed text, and every error of a configuration is reported at once."""
+"""Every recipe freezes to its reviewed text, and all errors of a configuration are reported at once."""
 
 import dataclasses
 import math
@@ -12,11 +12,17 @@ from melt_jax.config import GATES, KEYS, ConfigError, ModelConfig, freeze, model
 from melt_jax.model.gate import VARIANTS
 from tests.helpers.recipes import BASE, RECIPES, TEXTS, commented, recipe_text
 
-NOT_IN_BASE = ("gate", "first_loop", "exit_threshold", "remat", "attention_block")  # of model, set from other keys
+NOT_IN_BASE = (
+    "gate",
+    "first_loop",
+    "exit_threshold",
+    "remat",
+    "attention_block",
+)  # of `model`, set from other keys
 
 
 def changed(config: ConfigDict, **values: object) -> ConfigDict:
-    """The config with values of any type; `__` in a name stands for the dot."""
+    """The config with values of any type set; `__` in a name means a dot."""
     config = config.unlock()
     with config.ignore_type():
         for name, value in values.items():
@@ -35,7 +41,7 @@ def errors(config: ConfigDict) -> list[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_equals_its_reviewed_text(name):
-    """A deliberate change of a recipe is committed with the text: `python -m tests.helpers.recipes`."""
+    """After an intended change, `python -m tests.helpers.recipes` rewrites the text; commit both."""
     assert recipe_text(name) == (TEXTS / f"{name}.txt").read_text()
 
 
@@ -57,7 +63,7 @@ def test_every_number_has_a_range():
     assert unlimited == []
 
 
-def test_papers_recipe():
+def test_ouro_recipe_matches_the_paper():
     """500 + 300 steps of 320 000 tokens: 256M tokens."""
     config = freeze(ouro_1_4b.get_config())
     step_tokens = config.data.length * config.data.batch
@@ -113,7 +119,7 @@ def test_all_errors_are_reported_at_once():
 
 @pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.type is not str])
 def test_every_key_rejects_wrong_values(name):
-    """Text, NaN, infinity, a fraction or an enormous number, and a bool unless the key is one."""
+    """Text, nan, infinity, lists, a huge number, a fraction for an integer, and a bool unless the key is one."""
     key = KEYS[name]
     wrong = ["many", math.nan, math.inf, -math.inf, 10**400, [1], {}]
     wrong += [] if key.type is bool else [True, -1, -0.5]
@@ -128,7 +134,7 @@ def base_with_teacher() -> ConfigDict:
     return changed(base.get_config(), teacher="ouro")
 
 
-def test_unknown_key_suggestions():
+def test_unknown_keys_get_suggestions():
     unknown = {
         "lerning_rate": "",
         "transition__lerning_rate": "; did you mean transition.learning_rate?",
@@ -143,7 +149,7 @@ def test_unknown_key_suggestions():
         assert line.startswith(f"{name}: unknown key") and line.endswith(suggestion)
 
 
-def test_missing_keys_and_groups_of_another_type():
+def test_missing_keys_and_non_groups_are_errors():
     config = changed(base_with_teacher(), data="tokens.npz")
     del config.optimizer.clip
     assert errors(config) == [
@@ -152,7 +158,7 @@ def test_missing_keys_and_groups_of_another_type():
     ]
 
 
-def test_unknown_key_in_a_recipe():
+def test_unknown_recipe_key_is_an_error():
     config = base_with_teacher()
     config.transition.lerning_rate = 1e-5
     assert errors(config) == ["transition.lerning_rate: unknown key; did you mean transition.learning_rate?"]
@@ -170,7 +176,7 @@ CONTRADICTIONS = {
     "student.first_loop: expected 'copy'": [
         {"student__gate": gate, "student__first_loop": "gated"} for gate in GATES[2:]
     ],
-    "remat: expected products or layer": [{"gather": "layer", "remat": "none"}],
+    "remat: expected 'products' or 'layer'": [{"gather": "layer", "remat": "none"}],
     "micro_batches: expected a divisor of data.batch, 32": [{"micro_batches": 5}],
     "alignment.warmup_steps: expected at most alignment.steps, 9": [{"alignment__steps": 9}],
     "model.kv_heads: expected a divisor of heads, 16": [{"model__kv_heads": 3}],
@@ -179,7 +185,7 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("message", CONTRADICTIONS)
-def test_contradictions(message):
+def test_contradictory_values_are_errors(message):
     for values in CONTRADICTIONS[message]:
         (line,) = errors(changed(base_with_teacher(), **values))
         assert line.startswith(message)
@@ -197,11 +203,11 @@ def test_elementwise_gate_may_have_a_gated_first_loop():
     freeze(changed(base_with_teacher(), student__gate="elementwise", student__first_loop="gated"))
 
 
-def test_gates_are_those_with_a_function():
+def test_every_gate_has_a_function():
     assert GATES == ("none", *VARIANTS)
 
 
-def test_model_errors():
+def test_all_model_errors_are_listed():
     assert model_errors(ModelConfig()) == model_errors(ModelConfig(gate="ema", remat="layer", exit_threshold=2.0)) == []
     model = ModelConfig(loops=0, exit_threshold=-0.1, kv_heads=3, head_width=15, gate="soft", layers=2.0, bos=-1)  # type: ignore # a wrong type is the test's point
     assert model_errors(model, "model.") == [
@@ -211,7 +217,7 @@ def test_model_errors():
         "model.exit_threshold: expected at least 0, found -0.1",
         "model.bos: expected at least 0, found -1",
         "model.kv_heads: expected a divisor of heads, 16, found 3",
-        "model.head_width: expected an even number, as RoPE pairs components, found 15",
+        "model.head_width: expected an even number, because RoPE pairs components, found 15",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Model folders in Orbax form, and the converting command: bitwise round trips, or an error."""
+"""Model folders in Orbax form and the convert command: round trips are bitwise identical, bad input is refused."""
 
 import contextlib
 import dataclasses
@@ -39,19 +39,19 @@ from tests.helpers.synthetic import (
     write_published,
 )
 
-TOP = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent
 GATED = Changes("elementwise", "gated", seed=3)
 
 
 def run_command(*flags):
-    """Runs the command in a process of its own."""
+    """Runs the command in its own process."""
     command = [sys.executable, "-m", "melt_jax.convert", *flags]
-    return subprocess.run(command, cwd=TOP, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """Folders made one from the other: a published Ouro in three files, Orbax, published, with gates, without."""
+    """A folder of conversions: published Ouro to Orbax form and back, with gates added, and with them removed."""
     base = tmp_path_factory.mktemp("converted")
     write_published(base / "ouro", OURO, files=3, metadata=True)
     for source, target, form, changes in (
@@ -59,7 +59,7 @@ def converted(tmp_path_factory):
         ("looplm", "ouro_again", "published", Changes()),
         ("ouro", "melt", "orbax", GATED),
         ("melt", "melt_published", "published", Changes()),
-        ("melt_published", "ouro_at_last", "published", Changes("none")),
+        ("melt_published", "ouro_from_melt", "published", Changes("none")),
     ):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             convert(base / source, base / target, form, changes)
@@ -93,7 +93,7 @@ def test_adding_gates_changes_nothing_else(converted):
     raw = read_json(converted / "melt_published" / "config.json")
     assert (raw["model_type"], raw["gate"], raw["first_loop"]) == ("melt", "elementwise", "gated")
     assert "auto_map" not in raw and raw["initializer_range"] == 0.02
-    assert_same_bits(ouro, stored_tensors(converted / "ouro_at_last"))
+    assert_same_bits(ouro, stored_tensors(converted / "ouro_from_melt"))
 
 
 def test_summary_states_the_output(converted):
@@ -117,7 +117,7 @@ def test_seed_determines_the_gates(converted, tmp_path):
     [
         ("melt", "ouro_again", Changes(), "refuse", "ouro_again: expected a new folder"),
         ("nowhere", "new", Changes(), "refuse", "nowhere: expected a model checkpoint"),
-        ("melt", "new", Changes("ema"), "refuse", "first_loop: expected 'copy', unless the gate is elementwise"),
+        ("melt", "new", Changes("ema"), "refuse", "first_loop: expected 'copy' unless the gate is elementwise"),
         ("ouro", "new", Changes(first_loop="gated"), "refuse", "first_loop: expected none for a LoopLM"),
         ("ouro", "ouro", Changes(), "overwrite", "expected an output that neither is nor contains the input"),
         ("ouro", ".", Changes(), "overwrite", "expected an output that neither is nor contains the input"),
@@ -145,7 +145,7 @@ def test_existing_outputs_are_kept_or_overwritten(converted, tmp_path, capsys):
 
 
 def test_command_converts_and_reports_errors(converted, tmp_path):
-    """One line and status 1 for bad input; flags reach the conversion."""
+    """Flags reach the conversion; bad input is one line and status 1."""
     flags = [f"--input={converted / 'looplm'}", f"--output={tmp_path / 'new'}", "--to=published"]
     more = ["--gate=elementwise", "--first_loop=gated", "--seed=3"]
     assert run_command(*flags, *more).returncode == 0
@@ -182,7 +182,7 @@ def test_saved_models_open_unchanged(tmp_path, dtype):
 
 
 def test_training_chunk_is_the_default_chunk(tmp_path):
-    """Both forms keep it; a LoopLM and a folder without it have 512."""
+    """Both forms keep it; for a LoopLM and for a folder without it the default is 512."""
     model = load_model(write_published(tmp_path / "source", MELT))
     save_model(tmp_path / "melt", model, chunk_size=7)
     convert(tmp_path / "melt", tmp_path / "published", "published")
@@ -214,14 +214,14 @@ def test_weights_have_the_given_shardings(converted):
 
 
 def test_sharded_models_are_restored_in_place(tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(TOP)}
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.helpers.shard_round_trip", tmp_path]
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0 and "same weights, same shardings" in done.stdout, done.stderr
 
 
 def test_writing_copies_no_weights(tmp_path):
-    """A dimension of 1, which makes TensorStore copy, costs no memory: the peak resident set does not grow."""
+    """A dimension of 1 would make TensorStore copy the array; the peak resident set must not grow by a copy."""
     code = f"""
 import resource
 import numpy as np
@@ -234,7 +234,7 @@ before = peak()
 write_params({str(tmp_path / "large")!r}, {{"a": weight}})
 print((peak() - before) / weight.nbytes)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, env=os.environ, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.25
 
@@ -282,7 +282,7 @@ def test_interrupted_saves_leave_no_folder(tmp_path, monkeypatch):
         save_model(tmp_path / "saved", model)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
     monkeypatch.undo()
-    # A killed process leaves a hidden folder without config.json: it does not open, and the next save replaces it.
+    # A killed process leaves a hidden folder without config.json: it cannot be opened, and the next save replaces it.
     write_params(tmp_path / ".saved.incomplete" / "params", dict(module_leaves(model)))
     with pytest.raises(InputError, match=r"config.json: expected a model checkpoint"):
         open_model(tmp_path / ".saved.incomplete")
@@ -291,10 +291,10 @@ def test_interrupted_saves_leave_no_folder(tmp_path, monkeypatch):
 
 
 def test_digest_identifies_weights_in_either_form(converted, tmp_path):
-    """Form, folder, files and config do not change it; one changed bit and another dtype do."""
+    """It does not depend on form, folder, files or config; one changed bit or another dtype changes it."""
     ouro = weights_digest(converted / "ouro")
     assert len(ouro) == 64
-    assert {weights_digest(converted / name) for name in ("looplm", "ouro_again", "ouro_at_last")} == {ouro}
+    assert {weights_digest(converted / name) for name in ("looplm", "ouro_again", "ouro_from_melt")} == {ouro}
     assert weights_digest(converted / "melt") == weights_digest(converted / "melt_published") != ouro
     changed = shutil.copytree(converted / "ouro_again", tmp_path / "changed")
     edit_config(changed, eos_token_id=3)

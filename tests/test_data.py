@@ -1,4 +1,4 @@
-"""The training stream: a function of (seed, step), whole documents, only predictable tokens scored."""
+"""The training stream: a function of (seed, step), whole documents, and only predictable tokens scored."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_batches_may_span_epochs(tmp_path):
 
 
 @pytest.mark.parametrize("seed, start, stop, message", [(-1, 0, 1, "seed"), (2**32, 0, 1, "seed"), (0, 3, 2, "steps")])
-def test_seed_and_steps_out_of_range(seed, start, stop, message):
+def test_out_of_range_seed_and_steps_are_errors(seed, start, stop, message):
     with pytest.raises(ValueError, match=message):
         batches(DataConfig(), seed, start, stop)
 
@@ -158,8 +158,8 @@ def test_definitions_stay_within_their_bounds():
             assert len(where) in (arithmetic.problem_tokens(3), arithmetic.problem_tokens(4))
 
 
-def test_the_task_does_not_change():
-    """The published results depend on the problems of a seed and step."""
+def test_task_does_not_change():
+    """Published results depend on the problems of each seed and step."""
     batch = arithmetic.arithmetic_batch(0, 7, batch=1, length=64)
     assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == FIRST_PROBLEM
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
@@ -168,7 +168,7 @@ def test_the_task_does_not_change():
 FIRST_PROBLEM = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2=4;j=d*2=8;g=j*3=4</think>4<|im_end|>"
 
 
-def test_unknown_score():
+def test_unknown_score_is_an_error():
     with pytest.raises(ValueError, match='score: expected "completion" or "all", found \'completions\''):
         arithmetic.arithmetic_batch(0, 0, 1, 64, score="completions")
 
@@ -182,17 +182,17 @@ CONFIGS = {
     'expected one of arithmetic, tokens, records, found "arithmetics"; did you mean "arithmetic"?': DataConfig(
         "arithmetics"
     ),
-    'data.path: expected none for source "arithmetic", found a/x.npy; drop it': DataConfig(path="a/x.npy"),
+    'data.path: expected none for source "arithmetic", found a/x.npy; remove it': DataConfig(path="a/x.npy"),
     'data.score: expected one of completion, all, found "al"; did you mean "all"?': DataConfig(score="al"),
     "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
     "data.high: expected a problem within data.length, 69 tokens, found 70 tokens for 5": DataConfig(length=69),
     'data.path: expected a .npy or .npz file for source "tokens", found none': DataConfig("tokens"),
-    "data.path: nowhere.npy: no such file": DataConfig("tokens", "nowhere.npy"),
+    "data.path: nowhere.npy: expected a file, found none": DataConfig("tokens", "nowhere.npy"),
 }
 
 
 @pytest.mark.parametrize("message", CONFIGS)
-def test_config_errors(message):
+def test_each_config_error_is_reported(message):
     assert any(message in text for text in data_errors(CONFIGS[message], NANO))
 
 
@@ -218,7 +218,7 @@ def run_config(training, **evaluation):
     return freeze(config)
 
 
-def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
+def test_evaluation_uses_sequences_kept_from_training(tmp_path):
     train, other = (str(tmp_path / name) for name in ("train.npy", "other.npy"))
     np.save(train, np.arange(24).reshape(6, 4))
     np.save(other, np.arange(24, 36).reshape(3, 4))
@@ -230,19 +230,19 @@ def test_a_run_evaluates_on_sequences_kept_from_training(tmp_path):
 
     np.save(tmp_path / "longer.npy", np.zeros((3, 5), np.int32))
     for evaluation, message in (
-        ({"sequences": 3}, 'expected sequences kept from training for source "tokens", found none'),
-        ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "expected sequences kept from training, found data.path"),
+        ({"sequences": 3}, 'expected held-out sequences for source "tokens", found none'),
+        ({"sequences": 3, "path": f"{tmp_path}/./train.npy"}, "expected held-out sequences, found data.path"),
         ({"sequences": 4, "path": other}, "evaluation.sequences: expected at most the 3 sequences"),
-        ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: no such file"),
+        ({"sequences": 3, "path": "nowhere.npy"}, "evaluation.path: nowhere.npy: expected a file, found none"),
         ({"sequences": 3, "path": f"{tmp_path}/longer.npy"}, "expected sequences of 4 tokens, found 5"),
-        ({"path": other}, "drop it, or set evaluation.sequences above 0"),
+        ({"path": other}, "remove it, or set evaluation.sequences above 0"),
     ):
         (found,) = run_errors(run_config(train, **evaluation), NANO)
         assert message in found and found.startswith("evaluation.")
 
 
 @pytest.mark.parametrize("gate", ["elementwise", "last"])
-def test_melt_is_no_teacher(gate):
+def test_melt_is_refused_as_a_teacher(gate):
     config = nano.get_config()
     config.data.length = 20
     melt = dataclasses.replace(NANO, gate=gate)
@@ -259,12 +259,12 @@ def test_arithmetic_evaluation_needs_no_file():
     assert run_errors(freeze(config), NANO) == []
     config.evaluation.path = "x.npy"
     (found,) = run_errors(freeze(config), NANO)
-    assert found == 'evaluation.path: expected none, found "x.npy"; drop it: source "arithmetic" reads no file'
+    assert found == 'evaluation.path: expected none, found "x.npy"; remove it: source "arithmetic" reads no file'
 
 
 @pytest.mark.parametrize("score", ["completion", "all"])
-def test_evaluation_sequences_are_no_training_sequences(score):
-    """With equal seeds too: no step trains on the arithmetic stream of the evaluation."""
+def test_evaluation_and_training_sequences_are_disjoint(score):
+    """Even with equal seeds, no step trains on the arithmetic sequences of the evaluation."""
     config = dataclasses.replace(
         freeze(nano.get_config()), data=DataConfig(length=64, batch=4, low=3, high=4, score=score)
     )
@@ -279,7 +279,7 @@ def test_evaluation_sequences_are_no_training_sequences(score):
 
 
 def test_arithmetic_needs_its_own_tokenizer(tmp_path):
-    """Training and evaluation on arithmetic are refused for a checkpoint with another tokenizer."""
+    """A checkpoint with another tokenizer is refused for training and evaluation on arithmetic."""
     (tmp_path / "tokenizer.json").write_text(
         json.dumps(
             {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}

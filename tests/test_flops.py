@@ -1,4 +1,4 @@
-"""Necessary FLOPs against sums over weights and against compiled programs; the table of chips."""
+"""Necessary FLOPs, compared with sums over weights and with compiled programs; the table of chips."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ from tests.helpers.topology import topology_devices
 
 OURO = ModelConfig()
 MELT = dataclasses.replace(OURO, gate="elementwise")
-TINY = dataclasses.replace(TINY_BLOCKS, attention_block=512)  # one block: the text has all trip counts
+TINY = dataclasses.replace(TINY_BLOCKS, attention_block=512)  # one block: the program's text has all trip counts
 
 
 def weight_flops(config, loops=None):
-    """2 FLOPs for each element of a layer's matrices in each loop, and of the head's: all but attention."""
+    """2 FLOPs for each element of a layer's matrices and of the head in each loop: everything but attention."""
     leaves = module_leaves(abstract_model(config))
     layers = sum(leaf.size for path, leaf in leaves if path.startswith("layers.") and leaf.ndim > 2)
     gates = sum(leaf.size for path, leaf in leaves if path.endswith((".w_z", ".u_z")))
@@ -36,7 +36,7 @@ def weight_flops(config, loops=None):
 
 @pytest.mark.parametrize("config", [OURO, MELT, TINY, dataclasses.replace(TINY, first_loop="gated", tied=True)])
 @pytest.mark.parametrize("logits", [None, 1])
-def test_a_token_multiplies_each_matrix_once_per_loop(config, logits):
+def test_token_multiplies_each_matrix_once_per_loop(config, logits):
     flops = forward_flops(config, entries=0, logits=logits)
     assert flops.total == weight_flops(config, logits) and flops.attention == 0
     width = config.heads * config.head_width
@@ -44,8 +44,8 @@ def test_a_token_multiplies_each_matrix_once_per_loop(config, logits):
     assert more == config.loops * config.layers * 2 * 2 * width * 10
 
 
-def test_flops_of_the_transition_and_of_gate_variants():
-    """The transition projects KV entries of h and of u; gate variants without weights take no FLOPs."""
+def test_transition_and_gates_add_their_own_flops():
+    """The transition projects KV entries from h and from u; gate variants without weights need no FLOPs."""
     projections = 2 * 2 * OURO.width * OURO.kv_heads * OURO.head_width * OURO.loops * OURO.layers
     assert forward_flops(MELT, 1, transition=True).total - forward_flops(MELT, 1).total == projections
     assert forward_flops(MELT, 1).gate == 3 * OURO.layers * 4 * OURO.width**2
@@ -55,8 +55,8 @@ def test_flops_of_the_transition_and_of_gate_variants():
         forward_flops(OURO, 1, transition=True)
 
 
-def test_a_step_counts_teacher_and_student_passes():
-    """One pass of the teacher, and three of the student; four if chunks are recomputed."""
+def test_step_counts_teacher_and_student_passes():
+    """One forward pass of the teacher and three of the student, or four if chunks are recomputed."""
     tokens, entries = 32 * 10_000, causal_entries(10_000)
     assert entries == sum(range(1, 10_001)) / 10_000 and causal_entries(1, earlier=99) == 100
     teacher, student = forward_flops(OURO, entries).total, forward_flops(MELT, entries).total
@@ -73,8 +73,8 @@ def test_a_step_counts_teacher_and_student_passes():
 
 @pytest.mark.parametrize("gate", ["none", "elementwise"])
 @pytest.mark.parametrize("first_loop", ["copy", "gated"])
-def test_flops_of_a_compiled_chunk(gate, first_loop):
-    """The formula's, with every slot and the whole chunk as entries, and the gate run in loop 1 even if unused."""
+def test_formula_matches_a_compiled_chunk(gate, first_loop):
+    """The program attends to every slot and the whole chunk, and computes the gate in loop 1 even if it is unused."""
     config = dataclasses.replace(TINY, gate=gate, first_loop=first_loop)
     batch, chunk, slots = 2, 8, 24
 
@@ -107,13 +107,14 @@ def alignment_program(length, chunk):
 
 
 @pytest.mark.parametrize("chunks", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_flops_of_a_compiled_step(chunks):
-    """The formula's and three known extras.
+def test_formula_matches_a_compiled_step(chunks):
+    """The program computes the formula's FLOPs and three known extras.
 
-    Scores of unseen KV entries are computed and masked: those of the chunk and of all slots. A student whose sequence
-    is one chunk has no slots; its teacher always has. The backward pass recomputes both models' logits, so that one
-    loop's exist at a time; with several chunks this replaces the student's in the recomputation. The backward pass of
-    attention recomputes the scores, which is half of its forward pass.
+    - Scores of invisible KV entries are computed and masked: those of the chunk and of all slots. A student whose
+      sequence is one chunk has no slots; its teacher always has.
+    - The backward pass recomputes both models' logits, so that those of one loop exist at a time. With several chunks
+      this replaces the recomputation of the student's.
+    - The backward pass of attention recomputes the scores, which is half of its forward pass.
     """
     chunk = 8
     length = chunk * chunks
@@ -121,16 +122,16 @@ def test_flops_of_a_compiled_step(chunks):
     teacher = dataclasses.replace(student, gate="none")
     step = step_flops(student, "alignment", 1, length, chunk)
     attention = lambda config, entries: length * (forward_flops(config, entries).attention)
-    unseen = lambda config, entries: attention(config, entries) - attention(config, causal_entries(length))
-    masked = unseen(teacher, length + chunk)
-    masked += 3 * unseen(student, length) if chunks == 1 else 4 * unseen(student, length + chunk)
+    invisible = lambda config, entries: attention(config, entries) - attention(config, causal_entries(length))
+    masked = invisible(teacher, length + chunk)
+    masked += 3 * invisible(student, length) if chunks == 1 else 4 * invisible(student, length + chunk)
     logits = length * forward_flops(teacher, 1).head * (2 if chunks == 1 else 1)
     scores = attention(student, length if chunks == 1 else length + chunk) / 2
     assert program.flops == step.total + masked + logits + scores
     assert not program.unknown_loops
 
 
-# ---- chips ----
+# Chips
 
 
 @pytest.mark.parametrize(
@@ -144,17 +145,17 @@ def test_flops_of_a_compiled_step(chunks):
         ("NVIDIA H100 80GB HBM3", "H100", 989e12),
     ],
 )
-def test_chips_of_device_kinds(kind, name, flops):
+def test_device_kinds_identify_chips(kind, name, flops):
     chip = find_chip(kind)
     assert chip.name == name and chip.device_flops == flops
 
 
 def test_chips_have_distinct_kinds():
-    """A CPU has no chip."""
+    """A CPU is not in the table, and every figure is in the right unit."""
     kinds = [kind for chip in CHIPS for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))
     assert find_chip(jax.devices("cpu")[0].device_kind) is None
-    for chip in CHIPS:  # a figure in the wrong unit would move the ridge of the roofline
+    for chip in CHIPS:  # a figure in the wrong unit would change the ratio by orders of magnitude
         assert 100 < chip.flops / chip.memory_bandwidth < 600
         assert math.isclose(chip.device_memory * chip.devices, chip.memory)
 

@@ -1,4 +1,4 @@
-"""The cache recurrence of MELT in float64: convexity, limits, closed forms; with and without jit."""
+"""The recurrence of the latent in float64, with and without jit: convexity, limits, closed forms."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def make_inputs(shape, seed):
 
 
 def latents(step, kind, first_loop, gate, inputs):
-    """h¹ … hᵀ as [T, B, C, D], and the gate_openness [T, B, C]."""
+    """h¹ … hᵀ as [T, B, C, D], and the gate openness [T, B, C]."""
     h, out = jnp.zeros_like(inputs[0]), []
     for t, u in enumerate(inputs, start=1):
         h, gate_openness = step(kind, first_loop, gate, u, h, jnp.int32(t))
@@ -69,8 +69,8 @@ class GateTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.product(kind=("elementwise", "scalar"), first_loop=("copy", "gated"), seed=(0, 1, 2))
-    def test_one_step_is_the_equation(self, kind, first_loop, seed):
-        """z = σ(u W_z + h U_z + b_z); the scalar gate is the first output column for the whole vector."""
+    def test_one_step_follows_the_equation(self, kind, first_loop, seed):
+        """z = σ(u W_z + h U_z + b_z); the scalar gate applies the first output column to the whole vector."""
         shape = SHAPES[seed]
         gate = make_gate(shape[-1], seed, bias=0.3)
         w, v, b = (np.asarray(x[...]) for x in (gate.w_z, gate.u_z, gate.b_z))
@@ -87,7 +87,7 @@ class GateTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(0, 1, 2)
-    def test_closed_forms(self, seed):
+    def test_fixed_gates_have_closed_forms(self, seed):
         """`mean` is the mean of the inputs, `ema` 0.8ᵗ⁻¹ u¹ + Σ 0.2 · 0.8ᵗ⁻ˢ uˢ, `last` the last input."""
         inputs = make_inputs(SHAPES[seed], seed)
         steps = np.arange(1, LOOPS + 1)
@@ -103,8 +103,8 @@ class GateTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(*VARIANTS)
-    def test_first_loop(self, kind):
-        """`copy` takes u, whatever the latent was; `gated` with h⁰ = 0 is (1 − z) ⊙ u."""
+    def test_first_loop_copies_or_gates(self, kind):
+        """`copy` returns u for any latent; `gated` with h⁰ = 0 returns (1 − z) ⊙ u."""
         gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
         copied, _ = self.step()(kind, "copy", gate, u, h, jnp.int32(1))
         np.testing.assert_array_equal(copied, u)
@@ -114,7 +114,7 @@ class GateTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters("elementwise", "scalar")
     def test_tokens_do_not_mix(self, kind):
-        """The latent of a token has no gradient in another token's inputs."""
+        """The gradient of a token's latent is zero in the inputs of other tokens."""
         gate, (u, h, *_) = make_gate(16, 0), make_inputs(SHAPES[1], 0)
         one = lambda u, h: update_latent(kind, "copy", gate, u, h, jnp.int32(2))[0][0, 2].sum()
         for gradient in self.variant(jax.grad(one, argnums=(0, 1)))(u, h):

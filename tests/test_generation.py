@@ -1,4 +1,4 @@
-"""Generation: chunks, batches, stops, loops, exits, compilations and times."""
+"""Generation: chunks, batches, stop tokens, loops, exits, compilations and times."""
 
 import dataclasses
 import pathlib
@@ -34,7 +34,7 @@ OPTIONS = GenerationOptions(NEW, CHUNK)
 
 
 def sampled(**changes):
-    """`OPTIONS` with a sampling of temperature 1."""
+    """`OPTIONS` with sampling at temperature 1."""
     return dataclasses.replace(OPTIONS, sampling=Sampling(1.0, seed=1), **changes)
 
 
@@ -58,7 +58,7 @@ def test_prefill_of_a_melt_depends_on_the_chunk():
 
 
 def test_prefill_keeps_each_prompts_last_token():
-    """Its hidden states are those of the whole sequence at that token, in whichever chunk the token is."""
+    """Its hidden states are those of the whole sequence at that token, whichever chunk the token is in."""
     hidden = prefill(make_model(), PROMPTS, NEW, CHUNK)[1]
     padded = np.array([prompt + [0] * (len(PROMPTS[-1]) - len(prompt)) for prompt in PROMPTS])
     want = run(make_model(), padded, chunk_size=CHUNK).hidden
@@ -68,7 +68,7 @@ def test_prefill_keeps_each_prompts_last_token():
 
 @pytest.mark.parametrize("gate", ["elementwise", "none"])
 def test_decoding_is_a_sequence_of_single_token_chunks(gate):
-    """Each token is the most likely one of the loop at which the exit gate stops."""
+    """Each token is the most likely one at the loop that the exit gate selects."""
     model = make_model() if gate != "none" else early_looplm()
     result = generate(model, PROMPTS, GenerationOptions(NEW, 1))
     tokens, prompt = result.tokens[-1], PROMPTS[-1]
@@ -83,7 +83,7 @@ def test_decoding_is_a_sequence_of_single_token_chunks(gate):
     assert (len(set(exits)) > 1) == (gate == "none")
 
 
-def test_each_prompt_gives_what_it_gives_alone():
+def test_batching_does_not_change_a_prompts_tokens():
     model, prompt = make_model(), [PROMPTS[1]]
     hidden, alone = (prefill(model, prompts, NEW, CHUNK)[1] for prompts in (PROMPTS, prompt))
     np.testing.assert_allclose(alone[:, 0], hidden[:, 1], atol=1e-11)
@@ -91,7 +91,7 @@ def test_each_prompt_gives_what_it_gives_alone():
         assert generate(model, prompt, options, indices=[1]).tokens == [generate(model, PROMPTS, options).tokens[1]]
 
 
-def test_blocks_and_streaming_give_the_same():
+def test_blocks_and_streaming_do_not_change_tokens():
     pieces = [[] for _ in PROMPTS]
 
     def collect(new):
@@ -103,7 +103,7 @@ def test_blocks_and_streaming_give_the_same():
     assert streamed.tokens == pieces == generate(make_model(), PROMPTS, sampled(stop=(3, 5, 8))).tokens
 
 
-def test_a_stop_token_ends_only_its_sequence():
+def test_stop_token_ends_only_its_sequence():
     free = generate(make_model(), PROMPTS, sampled())
     stop = free.tokens[1][3]
     stopped = generate(make_model(), PROMPTS, sampled(stop=(stop,)))
@@ -131,7 +131,7 @@ def test_equal_prompts_draw_their_own_tokens():
 
 
 def test_everything_compiles_once():
-    """Prefill, first token and decoding, for any number of chunks and tokens; other sampling values compile nothing."""
+    """Prefill, first token and decoding compile once for any number of chunks, tokens and values of sampling."""
     prompts = [PROMPTS[2], PROMPTS[1]]
     compiled = []
 
@@ -153,9 +153,9 @@ def test_everything_compiles_once():
 
 
 class SimulatedMachine:
-    """A clock that moves only when the host compiles or waits, and a device that works beside the host.
+    """A clock that moves only when the host compiles or waits, and a device that runs in parallel with it.
 
-    A compilation takes 100 s of the host. A program takes 3 s of the device, from when it is dispatched and the
+    A compilation takes the host 100 s. A program takes the device 3 s, and starts when it has been dispatched and the
     programs before it have ended.
     """
 
@@ -189,7 +189,7 @@ def test_times_contain_the_device_and_no_compilation(monkeypatch):
     assert result.decode_speed == (NEW - 1) * len(PROMPTS) / 15
 
 
-def test_the_cache_is_donated():
+def test_cache_is_donated():
     model = make_model()
     cache, hidden, lengths = prefill(model, PROMPTS, NEW, CHUNK)
     given = jax.tree.leaves(cache.shared)
@@ -207,7 +207,7 @@ def test_only_a_per_loop_cache_grows_with_loops(gate, factor):
 
 
 @pytest.mark.parametrize("threshold", [25, 50, 75, 90])
-def test_the_exit_threshold_selects_the_references_loop(threshold):
+def test_exit_threshold_selects_the_reference_loop(threshold):
     golden = np.load(GOLDEN / "ouro_tiny" / "golden.npz")
     model = reconfigure(load_model(GOLDEN / "ouro_tiny"), exit_threshold=threshold / 100)
     hidden = jnp.asarray(golden["hidden"])

@@ -1,7 +1,7 @@
-"""FLOPs and collectives of compiled programs, against numbers computed by hand from the shapes.
+"""FLOPs and collectives of compiled programs, compared with numbers computed by hand from the shapes.
 
-Programs are compiled for the CPU and for TPU topologies, which needs libtpu but no TPU. Programs for several CPU
-devices are compiled in a process of their own: `python tests/test_hlo.py FOLDER` writes their texts.
+Programs are compiled for the CPU and for TPU topologies, which needs libtpu but no TPU. Another process compiles the
+programs for several CPU devices: `python tests/test_hlo.py FOLDER` writes their texts.
 """
 
 import functools
@@ -38,7 +38,7 @@ def compiled(function, device, *arrays):
     return jax.jit(function).lower(*structs).compile().as_text()
 
 
-# ---- one device ----
+# One device
 
 EINSUMS = (
     "bckge,bske->bkgcs",  # scores
@@ -55,8 +55,8 @@ LETTERS = dict(zip("abcdegijkstv", (2, 3, 16, 24, 32, 2, 8, 12, 4, 40, 3, 48)))
 
 @pytest.mark.parametrize("equation", EINSUMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_flops_of_an_einsum(equation, dtype, device):
-    """Two for every combination of its letters."""
+def test_einsum_flops_are_exact(equation, dtype, device):
+    """Two FLOPs for every combination of the indices."""
     left, right = equation.split("->")[0].split(",")
     shapes = [[LETTERS[letter] for letter in letters] for letters in (left, right)]
     product = functools.partial(jnp.einsum, equation, precision="highest")
@@ -68,7 +68,7 @@ def test_flops_of_an_einsum(equation, dtype, device):
 
 
 def nested(x, w, trips):
-    """Runs `inner` 5 times and then one product more; 3 times that, `trips` times over."""
+    """Runs this 3 · `trips` times: `inner` 5 times, then one more product."""
 
     def inner(x, _):
         with jax.named_scope("inner"):
@@ -82,7 +82,7 @@ def nested(x, w, trips):
 
 
 def test_nested_loops_multiply(device):
-    """The trips of a loop with a traced bound come from the caller; without them its body counts once."""
+    """The caller states the trip count of a loop with a traced bound; otherwise its body counts once."""
     text = compiled(nested, device, ("bfloat16", 64, 128), ("bfloat16", 128, 128), ("int32",))
     once = 3 * (5 + 1) * 2 * 64 * 128 * 128
     unknown = analyse(text)
@@ -98,7 +98,7 @@ def test_nested_loops_multiply(device):
         analyse(text, {"dynamic": -1})
 
 
-def test_trip_counts_of_all_kinds_of_loops(device):
+def test_trip_counts_of_all_loops_are_found(device):
     def several(x, w):
         product = lambda x: jnp.tanh(x @ w)
         down = lambda state: (state[0] - 2, product(state[1]))
@@ -113,7 +113,7 @@ def test_trip_counts_of_all_kinds_of_loops(device):
     assert program.flops == (5 + 7 + 11 + 13) * 2 * 16 * 128 * 128
 
 
-def test_the_larger_branch_counts(device):
+def test_larger_branch_counts(device):
     def branches(x, w, which):
         return lax.switch(which, [lambda x: x, lambda x: x @ w @ w, lambda x: x @ w], x)
 
@@ -121,7 +121,7 @@ def test_the_larger_branch_counts(device):
     assert analyse(text).flops == 2 * 2 * 16 * 128 * 128
 
 
-def test_a_backward_pass_doubles_its_forward_pass(device):
+def test_backward_pass_doubles_its_forward_pass(device):
     def loss(ws, x):
         def layer(x, w):
             with jax.named_scope("mlp"):
@@ -135,7 +135,7 @@ def test_a_backward_pass_doubles_its_forward_pass(device):
     assert forward == {"mlp": LAYERS * 2 * 16 * 128 * 128} and both == {"mlp": 3 * forward["mlp"]}
 
 
-def test_a_kernel_is_listed_by_name():
+def test_kernel_is_listed_by_name():
     from jax.experimental import pallas as pl
 
     def double(x_ref, out_ref):
@@ -150,18 +150,18 @@ def test_a_kernel_is_listed_by_name():
     assert "tpu_custom_call double, 7 times" in program.summary()
 
 
-def test_markers_are_no_unknown_calls():
-    """The TPU's compiler marks the packed indices of a gather with a custom call."""
+def test_compiler_markers_are_not_custom_calls():
+    """The TPU compiler marks the packed indices of a gather with a custom call."""
     pick = lambda x, index: jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
     text = compiled(pick, topology_devices("v5e:2x2")[0], ("bfloat16", 4, 128, 256), ("int32", 4))
     assert "GatherScatterIndicesBitpacked" in text and analyse(text).custom_calls == {}
 
 
-# ---- several devices ----
+# Several devices
 
 
 def every_collective(mesh):
-    """A scan of one collective of each kind over shards of 128 × 256 float32, with two all-reduces in one."""
+    """A scan of one collective of each kind over float32 shards of 128 × 256; the all-reduce has two arrays."""
     data, model = mesh.axis_sizes
 
     def shard(x):
@@ -189,7 +189,7 @@ def every_collective(mesh):
 
 
 def gathered_weights(mesh, tokens=SIZES["tokens"], width=SIZES["width"], hidden=SIZES["hidden"]):
-    """A scan over feed-forward layers whose weights are split over both axes and gathered over `data` one by one."""
+    """A scan over feed-forward layers with weights split over both axes and gathered over `data` by layer."""
     data, model = mesh.axis_sizes
 
     def function(x, ups, downs):
@@ -245,7 +245,7 @@ def check_sharded(text, flops, expected):
 
 @pytest.mark.parametrize("make", [every_collective, gathered_weights])
 @pytest.mark.parametrize("target", ["cpu", "v5e:2x2", "v5e:4x4"])
-def test_collectives_of_a_scan(make, target, cpu_texts):
+def test_scanned_collectives_count_every_iteration(make, target, cpu_texts):
     if target == "cpu":
         mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
         *_, flops, expected = make(mesh)
@@ -262,16 +262,16 @@ def test_collectives_of_a_scan(make, target, cpu_texts):
         assert permute.sent_bytes == permute.bytes
 
 
-def test_an_overlapped_collective_counts_once():
-    """A TPU starts, continues and ends large ones in three fusions, each with a copy of the collective."""
+def test_overlapped_collective_counts_once():
+    """A TPU program splits a large collective into three fusions, each of which contains a copy of it."""
     make = functools.partial(gathered_weights, tokens=4096, width=2048, hidden=8192)
     text, flops, expected = sharded_text(make, topology_devices("v5e:4x4"), (4, 4), "bfloat16")
     assert "AsyncCollectiveStart" in text and "%async_collective_fusion" in text
     check_sharded(text, flops, {key: size / 2 for key, size in expected.items()})
 
 
-def test_a_gradient_is_reduced_and_scattered():
-    """On a TPU this is a fusion of an all-reduce and a slice; the CPU's compiler does not scatter."""
+def test_gradient_is_reduced_and_scattered():
+    """On a TPU this is a fusion of an all-reduce and a slice; the CPU compiler does not scatter."""
 
     def make(mesh):
         function, arguments, flops, expected = gathered_weights(mesh)

@@ -1,4 +1,4 @@
-"""Parsing of program text written by hand: shapes, groups, convolutions, trip counts."""
+"""Parsing of handwritten program text: shapes, groups, convolutions, trip counts."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,13 @@ from melt_jax.analysis.hlo_text import (
 
 
 def brute_force_multiplications(numbers, window, outputs, stride, pad, lhs_dilate, rhs_dilate):
-    places = {i * lhs_dilate for i in range(numbers)}
-    return sum(o * stride + k * rhs_dilate - pad in places for o in range(outputs) for k in range(window))
+    """The products of an element of the input and one of the window, counted one by one."""
+    positions = {i * lhs_dilate for i in range(numbers)}
+    return sum(o * stride + k * rhs_dilate - pad in positions for o in range(outputs) for k in range(window))
 
 
-def test_a_convolution_counts_elements_only():
-    """Padding and the holes of a dilation take no FLOPs."""
+def test_convolution_counts_elements_only():
+    """Padding and the gaps of a dilation need no FLOPs."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         numbers, window, outputs, stride, lhs_dilate, rhs_dilate = (int(n) for n in rng.integers(1, 7, 6))
@@ -94,8 +95,8 @@ ENTRY %main (x: f32[4,4]) -> (s32[], s32[], /*a comment*/f32[4,4]) {
 """
 
 
-def test_a_limit_in_the_outer_loops_state():
-    """The inner loop counts 0, 3, 6, 9; its limit 10 is an element of the state that both loops leave unchanged."""
+def test_loop_limit_is_found_in_outer_state():
+    """The inner loop counts 0, 3, 6, 9; its limit, 10, is an element of the state that neither loop changes."""
     program = analyse(LIMITS_IN_THE_STATE)
     assert [loop.trips for loop in program.loops] == [2, 4]
     assert program.flops == 2 * 4 * 2 * 4**3
@@ -118,7 +119,7 @@ def test_a_limit_in_the_outer_loops_state():
         ("source_target_pairs={{2,4},{0,2},{1,3}}, metadata={op_name={{7,8}}}", 3),
     ],
 )
-def test_group_sizes(attributes, size):
+def test_group_sizes_are_parsed(attributes, size):
     assert group_size(Instruction("c", "f32[]", "all-reduce", "", f", {attributes}"), 16) == size
 
 
@@ -140,12 +141,12 @@ def test_group_sizes(attributes, size):
         ("source_target_pairs={{0,1},{1,0}}", None),
     ],
 )
-def test_devices_of_groups(attributes, groups):
+def test_group_devices_are_parsed(attributes, groups):
     expected = groups and frozenset(map(frozenset, groups))
     assert replica_groups(Instruction("c", "f32[]", "all-gather", "", f", {attributes}"), 4) == expected
 
 
-def test_shapes_as_a_tpu_prints_them():
+def test_tpu_shapes_are_parsed():
     shape = "(bf16[2,128]{1,0:T(8,128)(2,1)S(1)}, (f32[], u32[]{:S(2)}), pred[4]{0:T(512)})"
     assert arrays(shape) == [("bf16", (2, 128)), ("f32", ()), ("u32", ()), ("pred", (4,))]
     assert tuple_elements(shape) == [
@@ -162,7 +163,7 @@ def test_shapes_as_a_tpu_prints_them():
         (0, 3, "NE", 9, 3), (0, 2, "NE", 9, None), (5, 1, "LT", 5, 0), (0, 0, "LT", 5, None), (0, 1, "EQ", 5, None),
     ],
 )  # fmt: skip
-def test_trip_counts(start, step, direction, limit, trips):
+def test_trip_counts_follow_from_the_limits(start, step, direction, limit, trips):
     assert count_trips(start, step, direction, limit) == trips
 
 

@@ -1,4 +1,4 @@
-"""The launch scripts: the commands they run and the statuses on which they restart, with stand-ins for programs."""
+"""The launch scripts, run with stand-ins for other programs: their commands, and the statuses on which they restart."""
 
 import importlib
 import os
@@ -42,7 +42,7 @@ def test_slurm_requeues_on_restart_statuses(tmp_path, status, again):
 
 
 def test_preempted_queued_resource_is_requested_again(tmp_path):
-    """The machines are preempted while training, then the run stalls once, then it ends."""
+    """The machines are preempted during training, then the run stalls once, then it completes."""
     (tmp_path / "states").write_text("\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDED\nSUSPENDED\nACTIVE\nACTIVE\nACTIVE\n")
     (tmp_path / "statuses").write_text("0\n75\n0\n76\n0\n0\n")
     take = "head -1 {0}/{1}; sed -i 1d {0}/{1}"
@@ -106,8 +106,7 @@ def test_launcher_command_fits_its_config(script):
 def repository(tmp_path):
     """A folder with the launch scripts and a stand-in for Python, and a function that runs a script there.
 
-    The virtual environments that the stand-in makes have a Python that records its arguments, and fails if the file
-    `broken` exists.
+    The stand-in creates virtual environments whose Python records its arguments, and fails if the file `broken` exists.
     """
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "requirements.txt").write_text("jax\n")
@@ -174,7 +173,7 @@ def test_main_job_publishes_in_the_stated_dtype(repository, stated, dtype):
 
 
 def test_test_tools_are_added_once(repository):
-    """The checks run before pytest, which gets the arguments; a main job before or after needs no new setup."""
+    """The checks run before pytest, which receives the arguments; the main job needs no new setup before or after."""
     folder, run = repository
     (folder / "tests").mkdir()
     assert "[test]" not in run("main_job.sh")[2]
@@ -199,7 +198,7 @@ def on_two_processes(logs, *command):
 
 @pytest.mark.slow
 def test_main_job_runs_on_several_processes(tmp_path):
-    """Process 0 alone converts and publishes; both train; a second start keeps and trains nothing again."""
+    """Only process 0 converts and publishes; both train. A second start keeps the teacher and trains nothing."""
     overrides = {"data.batch": 2, "data.length": 32, "data.high": 2, "chunk_size": 16}
     overrides |= {"evaluation.problems": 0, "evaluation.sequences": 0, "evaluation.sample": False}
     overrides |= {f"{phase}.{key}": 1 for phase in ("transition", "alignment") for key in ("steps", "warmup_steps")}

@@ -23,7 +23,7 @@ CONFIGS = {
 
 
 def assert_equal(got, want):
-    """Equal but for rounding in float64."""
+    """Equal up to rounding in float64."""
     assert got.dtype == want.dtype == np.float64
     np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
@@ -35,7 +35,7 @@ def assert_same_run(got, want):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transition_at_zero_is_the_looplm(name):
-    """For any chunk length, although the shared entries differ."""
+    """This holds for any chunk length, although the shared KV entries differ."""
     model, tokens = make_model(CONFIGS[name]), random_tokens(2, 10)
     want = run(looplm(model), tokens, chunk_size=10)
     for chunk in (1, 4, 10):
@@ -74,7 +74,7 @@ def test_looplm_does_not_depend_on_the_chunk():
 
 
 def test_melt_depends_on_the_chunk():
-    """Within a chunk a loop reads entries of its own loop, across chunks final ones."""
+    """A loop reads entries of the same loop within the chunk and final entries of earlier chunks."""
     model, tokens = make_model(TINY), random_tokens(2, 10)
     short, long = run(model, tokens, chunk_size=2), run(model, tokens, chunk_size=10)
     assert_equal(short.hidden[:, :, 0], long.hidden[:, :, 0])
@@ -82,7 +82,7 @@ def test_melt_depends_on_the_chunk():
 
 
 def test_fewer_loops_are_the_first_loops():
-    """The first loops of a LoopLM are the same however many follow, so `reconfigure` can change T."""
+    """The first loops of a LoopLM do not depend on the number of later loops, so `reconfigure` can change T."""
     model, tokens = make_model(change(TINY, gate="none")), random_tokens(2, 9)
     full, part = run(model, tokens, chunk_size=4), run(reconfigure(model, loops=2), tokens, chunk_size=4)
     assert_equal(part.hidden, full.hidden[:2])
@@ -115,8 +115,8 @@ def decode(model, tokens, lengths, new, chunk):
 
 
 @pytest.mark.parametrize("gate", ["none", "elementwise", "mean"])
-def test_chunks_of_one_are_decoding(gate):
-    """For prompts of different lengths in one batch, each with its own slots."""
+def test_chunks_of_one_equal_decoding(gate):
+    """This holds for prompts of different lengths in one batch, each with its own slots."""
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(2, 9)
     lengths, new = (2, 5), 4
     got, cache = decode(model, tokens, lengths, new, chunk=1)
@@ -127,8 +127,8 @@ def test_chunks_of_one_are_decoding(gate):
         assert_equal(*entries)
 
 
-def test_prefill_in_chunks_then_decoding():
-    """Against the reference, whose last prompt chunk is as short as the prompt makes it."""
+def test_prefill_then_decoding_matches_the_reference():
+    """The last prompt chunk of the reference ends with its prompt, however short it is."""
     model, tokens = make_model(TINY), random_tokens(2, 10)
     lengths, new = (3, 7), 3
     got, _ = decode(model, tokens, lengths, new, chunk=4)
@@ -155,7 +155,7 @@ def test_forward_pass_keeps_bfloat16():
     assert out.gate_openness.dtype == jnp.float32
 
 
-def test_exit_pdf():
+def test_exit_pdf_follows_its_formula():
     """pₜ = λₜ Πₛ<ₜ(1 − λₛ), and the last loop takes the rest, so the sum is one."""
     model = make_model(TINY)
     hidden = jnp.asarray(3 * np.random.default_rng(0).standard_normal((4, 2, 50, TINY.width)))
@@ -168,7 +168,7 @@ def test_exit_pdf():
     assert (pdf >= 0).all()
 
 
-def test_exit_loop_is_the_first_to_reach_the_threshold():
+def test_exit_loop_is_first_to_reach_threshold():
     pdf = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]])
     for threshold, want in (
         (0.25, [0, 3, 0, 1]),
@@ -180,7 +180,7 @@ def test_exit_loop_is_the_first_to_reach_the_threshold():
         np.testing.assert_array_equal(exit_loop(pdf, threshold), want, err_msg=str(threshold))
 
 
-def test_rounding_is_no_early_exit():
+def test_rounding_causes_no_early_exit():
     """A threshold of 1 means the last loop, although a float32 sum may reach 1 earlier."""
     above = jnp.array([0.7, 0.2, 0.1 + 1e-6, 1e-7], jnp.float32)
     assert jnp.cumsum(above)[2] >= 1

@@ -1,4 +1,4 @@
-"""The command that prints the gradient's temporary memory; tests/test_sequence.py tests the memory itself."""
+"""The command that prints the temporary memory of the gradient; tests/test_sequence.py tests the memory itself."""
 
 import pytest
 

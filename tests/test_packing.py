@@ -1,4 +1,4 @@
-"""Packing: documents stay whole, splitting loses no token, a wider window wastes less."""
+"""Packing: documents stay whole, splitting loses no tokens, a wider window wastes less padding."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -27,7 +27,7 @@ def test_packing_keeps_every_document_whole(sizes, window):
         assert order == list(map(id, given_documents))
 
 
-def test_a_wider_window_wastes_less():
+def test_wider_window_wastes_less():
     sizes = np.random.default_rng(0).integers(1, 21, 400)
     count = lambda window: len([1 for s in sizes if packers[window].add(sized(s))]) + len(packers[window].finish())
     packers = {window: Packer(20, window) for window in (1, 64)}
@@ -37,7 +37,7 @@ def test_a_wider_window_wastes_less():
 @PROPERTY
 @given(st.integers(1, 60), st.integers(2, 20), st.integers(0, 2**31))
 def test_split_keeps_tokens_and_scored_targets(size, length, seed):
-    """The pieces, joined, are the document; only predictions across a boundary are not scored."""
+    """The joined pieces are the document; only predictions across a boundary are not scored."""
     mask = np.random.default_rng(seed).integers(2, size=size).astype(bool)
     pieces = split(Document("x:1", np.arange(size, dtype=np.int32), mask), length)
     assert np.concatenate([piece.tokens for piece in pieces]).tolist() == list(range(size))

@@ -1,4 +1,4 @@
-"""The plan of a run: epochs of its data and the disk that it needs."""
+"""The plan of a run: the epochs of its data and the disk space it needs."""
 
 import dataclasses
 import math
@@ -26,13 +26,13 @@ RUN = freeze(nano.get_config())
         (12_799, "data: 12,799 sequences, 1.00 epochs: sequences repeat from step 400 of 400 on"),
     ],
 )
-def test_epochs(sequences, line):
+def test_data_line_states_the_epochs(sequences, line):
     """400 steps of 32 sequences."""
     phases = {name: dataclasses.replace(RUN.phase(name), steps=200) for name in RUN.phases}
     assert data_line(dataclasses.replace(RUN, **phases), sequences) == line
 
 
-def test_checkpoint_bytes_are_those_of_a_state():
+def test_checkpoint_bytes_match_a_state():
     model = jax.eval_shape(lambda: init_model(TINY, jax.random.key(0)))
     optimizer = make_optimizer(RUN.transition, RUN.optimizer, model)
     leaves = jax.tree.leaves(jax.eval_shape(lambda model: init_state(model, optimizer), model))
@@ -40,7 +40,7 @@ def test_checkpoint_bytes_are_those_of_a_state():
     assert arrays == CHECKPOINT_BYTES * parameter_count(model)
 
 
-def test_disk_of_the_full_run(tmp_path):
+def test_disk_line_counts_model_and_checkpoints(tmp_path):
     """One model and three checkpoints for the 1.4B: 40 bytes per parameter."""
     config = ouro_1_4b.get_config()
     config.teacher = "somewhere"

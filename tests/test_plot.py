@@ -69,7 +69,7 @@ def test_pretraining_has_its_own_panels(tmp_path):
     assert titles == ["cross-entropy, nats per token", "exit probability", "gradient norm before clipping"]
 
 
-def test_an_unfinished_run_is_drawn_so_far(tmp_path):
+def test_unfinished_run_is_drawn_so_far(tmp_path):
     write_run(tmp_path, (2,))
     with (tmp_path / "transition/metrics.jsonl").open("a") as file:
         file.write('{"phase": "transition", "st')
@@ -78,14 +78,14 @@ def test_an_unfinished_run_is_drawn_so_far(tmp_path):
     assert run.phases["alignment"] == (40, 80)
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
+def test_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(InputError, match=r"expected the workdir of a run .*, found no config\.json"):
         plot.read_run(tmp_path)
     with pytest.raises(InputError, match=r"expected lines in transition/metrics\.jsonl, .* found none"):
         plot.read_run(write_run(tmp_path, ()))
 
 
-def test_the_picture_is_written(tmp_path):
+def test_picture_is_written(tmp_path):
     output = tmp_path / "new/curves.png"
     plot.plot_run(write_run(tmp_path / "run"), output)
     assert output.read_bytes().startswith(b"\x89PNG")
@@ -93,8 +93,8 @@ def test_the_picture_is_written(tmp_path):
         plot.plot_run(tmp_path / "run", tmp_path / "a.txt")
 
 
-def test_the_command(tmp_path):
-    """Its output, and its one line for bad input."""
+def test_command_writes_or_reports_one_line(tmp_path):
+    """One line of output, and one line for bad input."""
     workdir = write_run(tmp_path / "run")
 
     def command(workdir):

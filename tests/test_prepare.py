@@ -1,4 +1,4 @@
-"""Preparing data: the assistant's text is scored, everything dropped is reported, the bytes are reproducible."""
+"""Preparing data: the assistant's text is scored, everything dropped is reported, output bytes are reproducible."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ from melt_jax.data.records import compatibility_errors, open_records, read_manif
 from melt_jax.data.text import Tokenizer
 from melt_jax.prepare import PrepareError, Settings, input_files, prepare, summary
 
-# The published Thinking template's form: the generation prompt ends with <think> only with enable_thinking=True.
+# Like the published Thinking template: the generation prompt ends with <think> only if enable_thinking is true.
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% if enable_thinking is defined and enable_thinking is true %}{{ '<think>\\n' }}{% endif %}{% endif %}"
 )
-# As in some published templates, earlier answers lose their thoughts.
+# Like some published templates, it drops the thoughts of earlier answers.
 FORGETFUL = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}{{ '<|im_end|>\\n' }}"
@@ -38,7 +38,7 @@ END, STOP = 0, 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer as Ouro's: byte-level BPE in which a pair of newlines is one token."""
+    """A tokenizer like Ouro's: byte-level BPE in which two newlines are one token."""
     folder = tmp_path_factory.mktemp("tokenizer")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -104,7 +104,7 @@ def test_only_the_assistants_text_is_scored(tokenizer):
 
 
 def test_prompt_tokens_equal_those_of_generation(tokenizer):
-    # Encoded together, the pair of newlines across the prompt's end would be one token.
+    # If prompt and answer were encoded together, the two newlines at their boundary would be one token.
     assert len(tokenizer.encode("\n\n")) == 1
     messages = chat("1+1?", "<think>\n\nsum</think>2")
     document = only({"messages": messages}, tokenizer)
@@ -121,8 +121,8 @@ def test_unprompted_answer_is_scored_and_counted(tokenizer):
 
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("answer", ["<think>\nsum</think>2", "2"])
-def test_thinking_and_answers(tokenizer, thinking, answer):
-    """The scored text is the part of the answer that the generation prompt does not give."""
+def test_prompted_think_tag_is_not_scored(tokenizer, thinking, answer):
+    """The scored text is the answer without the part that the generation prompt already contains."""
     messages = chat("1+1?", answer)
     document = only({"messages": messages}, tokenizer, Form(thinking=thinking))
     prompted = thinking and answer.startswith("<think>")
@@ -138,7 +138,7 @@ def test_thinking_and_answers(tokenizer, thinking, answer):
 
 
 def test_think_is_never_written_twice(tmp_path, folder):
-    """A template that opens the thoughts of every assistant turn does not fit answers that open them too."""
+    """A template that writes <think> in every assistant turn does not fit answers that also begin with it."""
     opening = "{{ '<|im_start|>' + m.role + '\\n' + ('<think>\\n' if m.role == 'assistant' else '') + m.content }}"
     template = CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
                               opening + "{{ '<|im_end|>\\n' }}")  # fmt: skip
@@ -151,7 +151,7 @@ def test_think_is_never_written_twice(tmp_path, folder):
 def test_unprompted_answer_starts_at_a_token_boundary(tokenizer, answer):
     messages = chat("1+1?", answer)
     document = only({"messages": messages}, tokenizer)
-    # <think> is one token: an answer that shares only some of its characters does not share the token.
+    # <think> is one token: an answer that begins with only some of its characters does not contain it.
     rest = answer.removeprefix("<think>")
     assert scored_texts(document, tokenizer) == [rest + "<|im_end|>"] and document.traits.unprompted
     first = np.flatnonzero(document.loss_mask)[0] + 1
@@ -175,7 +175,7 @@ def test_generation_prompt_must_extend_the_messages(tmp_path, folder):
     assert "the chat template's generation prompt does not extend the messages before it" in found.reason
 
 
-# Writes thoughts from a key of their own.
+# Renders thoughts from their own key.
 THOUGHTFUL = CHATML.replace("m.content", "('<think>\\n' + m.thinking if m.thinking else '') + m.content")
 
 
@@ -199,7 +199,7 @@ def test_extra_keys_reach_the_template_and_are_counted(tmp_path, folder):
     )
 
 
-def test_score_all(tokenizer):
+def test_score_all_scores_every_prediction(tokenizer):
     document = only({"messages": chat("1+1?", "2")}, tokenizer, Form(score="all"))
     assert document.loss_mask.tolist() == [True] * (len(document.tokens) - 1) + [False]
     assert document.tokens.tolist() == tokenizer.chat(chat("1+1?", "2"))
@@ -250,12 +250,12 @@ def test_template_that_drops_thoughts_is_reported(tmp_path, folder):
 
 MALFORMED = {
     "expected JSON in UTF-8": b'{"text": "a"\n',
-    "expected JSON in UTF-8: 'utf-8'": b'{"text": "\xff"}\n',
+    "expected JSON in UTF-8, found 'utf-8'": b'{"text": "\xff"}\n',
     "expected an object of columns, found [1, 2]": b"[1, 2]\n",
     "expected one of the columns messages, conversations, text, found body": {"body": "a"},
     "messages: expected a list of messages, found": {"messages": "a"},
     "text: expected text, found 3": {"text": 3},
-    "text: empty": {"text": ""},
+    "text: expected text, found none": {"text": ""},
     "messages: expected at least one message, found none": {"messages": []},
     "messages[0]: expected an object, found": {"messages": ["a"]},
     "messages[0]: expected role and content, or from and value, found speaker": {"messages": [{"speaker": "a"}]},
@@ -265,17 +265,17 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("message", MALFORMED)
-def test_malformed_rows_say_why(message, tokenizer):
+def test_malformed_rows_give_a_reason(message, tokenizer):
     found = only(MALFORMED[message], tokenizer)
     assert isinstance(found, Malformed) and found.place == "x:1" and message in found.reason
 
 
-def test_missing_column(tokenizer):
+def test_missing_column_is_named(tokenizer):
     found = only({"input": "a"}, tokenizer, Form(question="input", answer="output"))
-    assert found.reason == 'no column "output"; found input'
+    assert found.reason == 'expected a column "output", found input'
 
 
-def test_template_rejects_a_conversation(tmp_path, folder):
+def test_conversation_rejected_by_template_is_malformed(tmp_path, folder):
     tokenizer = with_template(tmp_path, folder, "{{ raise_exception('no such role') }}")
     assert (
         "the chat template rejects the conversation: no such role"
@@ -310,7 +310,7 @@ def test_rows_are_read_lazily(tokenizer, monkeypatch):
 # Files
 
 
-def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
+def test_parquet_and_jsonl_give_the_same_documents(tmp_path, tokenizer):
     table = [{"messages": chat(f"{i}?", "<think>\n2"), "source": "x"} for i in range(150)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(line, table)))  # blank lines are counted, not read
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "b.parquet", row_group_size=40)
@@ -324,14 +324,14 @@ def test_parquet_and_jsonl_are_the_same_documents(tmp_path, tokenizer):
     assert [f[1].place.rsplit(":")[-1] for f in found] == ["3", "2"] and found[1][149].place.endswith("b.parquet:150")
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_errors(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as error:
         InputRows([tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "folder"], ["text"])
     messages = (
         "a.txt: expected .jsonl or .parquet",
-        "b.jsonl: no such file",
+        "b.jsonl: expected a file, found none",
         "folder: expected a file, found a folder",
     )
     lines = str(error.value).splitlines()
@@ -339,19 +339,19 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="expected at least one file, found none"):
         InputRows([], ["text"])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not")
-    with pytest.raises(ValueError, match=r"c.parquet: cannot be read as parquet, after row 0"):
+    with pytest.raises(ValueError, match=r"c.parquet: expected a parquet file, found an error after row 0"):
         list(InputRows([tmp_path / "c.parquet"], ["text"]))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "d.parquet")
     with pytest.raises(ValueError, match=r"d.parquet: expected one of the columns text, found body"):
         list(InputRows([tmp_path / "d.parquet"], ["text"]))
 
 
-def test_patterns(tmp_path):
+def test_patterns_match_each_file_once(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.parquet"):
         (tmp_path / name).touch()
     found = input_files([f"{tmp_path}/*.jsonl|{tmp_path}/*.parquet", f"{tmp_path}/a*"])
     assert [pathlib.Path(path).name for path in found] == ["a.jsonl", "b.jsonl", "c.parquet"]
-    with pytest.raises(ValueError, match=r"no file matches .*\*\.x"):
+    with pytest.raises(ValueError, match=r"expected files that match .*\*\.x, found none"):
         input_files([f"{tmp_path}/*.x"])
 
 
@@ -369,7 +369,7 @@ def write_input(path, count=60, seed=0):
     return count
 
 
-def test_prepare_end_to_end(tmp_path, folder, tokenizer):
+def test_records_and_manifest_match_the_input(tmp_path, folder, tokenizer):
     count = write_input(tmp_path / "a.jsonl")
     manifest = prepare(folder, [tmp_path / "a.jsonl"], tmp_path / "out", Form(), Settings(256, shard_sequences=8))
     counts = manifest["counts"]
@@ -395,7 +395,7 @@ def test_prepare_end_to_end(tmp_path, folder, tokenizer):
     assert "60 documents read" in summary("out", manifest) and "enable_thinking=True" in summary("out", manifest)
 
 
-def test_long_documents(tmp_path, folder):
+def test_long_documents_stop_drop_or_split(tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(line({"text": "the sum"}) + line({"text": "x" * 40}))
     run = lambda long: prepare(folder, [tmp_path / "a.jsonl"], tmp_path / long, Form(), Settings(16, long=long))
     with pytest.raises(PrepareError, match=r"a.jsonl:2: expected at most --length=16 tokens, found 41"):
@@ -427,7 +427,7 @@ def test_data_of_another_chat_template_is_refused(tmp_path, folder):
         (tmp_path / f"{name}.jsonl").write_bytes(line(row))
         prepare(folder, [tmp_path / f"{name}.jsonl"], tmp_path / name, Form(), Settings(32))
         assert record_errors(tmp_path / name, 32, 300, folder) == []
-    assert record_errors(tmp_path / "text", 32, 300, other) == []  # it was not rendered with a template
+    assert record_errors(tmp_path / "text", 32, 300, other) == []  # plain text uses no template
     (message,) = record_errors(tmp_path / "turns", 32, 300, str(other))
     assert "expected data written with the chat template of" in message and f"--tokenizer={other}" in message
     save_config(other, None)
@@ -435,11 +435,11 @@ def test_data_of_another_chat_template_is_refused(tmp_path, folder):
     assert "sha256 none, found" in message
     (other / "tokenizer_config.json").unlink()
     (message,) = record_errors(tmp_path / "turns", 32, 300, other)
-    assert "cannot be read" in message and "no tokenizer_config.json" in message
+    assert "expected the chat template" in message and "expected tokenizer_config.json" in message
 
 
 def test_thinking_is_part_of_prepared_data(tmp_path, folder):
-    """Data of another `thinking`, or of an unknown one, is refused; without a template that has it, it is None."""
+    """Data with another or an unknown value of `thinking` is refused; the value is None if the template ignores it."""
     (tmp_path / "a.jsonl").write_bytes(line({"messages": chat("1+1?", "<think>\nsum</think>2")}))
     inputs = [tmp_path / "a.jsonl"]
     manifests = {
@@ -449,7 +449,7 @@ def test_thinking_is_part_of_prepared_data(tmp_path, folder):
     assert [manifests[thinking]["thinking"] for thinking in manifests] == [True, False]
     assert record_errors(tmp_path / "False", 64, 300, folder) == []
     (message,) = compatibility_errors(manifests[False], manifests[True], "train")
-    assert message.startswith("expected data rendered with --thinking as train is")
+    assert message.startswith("expected data rendered with --thinking, as train is")
     assert compatibility_errors(manifests[True], manifests[True], "train") == []
     old = {key: value for key, value in read_manifest(tmp_path / "True").items() if key != "thinking"}
     (tmp_path / "True/manifest.json").write_text(json.dumps(old))
@@ -478,7 +478,7 @@ def test_nothing_to_write_is_an_error(tmp_path, folder):
 
 
 def start(tmp_path, folder, output, *more):
-    """Starts the command with one core for the tokenizer and small blocks."""
+    """Starts the command with one tokenizer thread and small blocks."""
     flags = {"tokenizer": folder, "input": tmp_path / "*.jsonl", "output": output, "length": 256, "threads": 1}
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     code = (
@@ -515,5 +515,5 @@ def test_killed_run_leaves_no_output(tmp_path, folder):
     out, _ = process.communicate()
     assert list(unfinished.glob("*.arrayrecord")), out
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("manifest.json"))
-    with pytest.raises(ValueError, match="unfinished"):
+    with pytest.raises(ValueError, match=r"expected manifest.json, found none"):
         open_records(unfinished)

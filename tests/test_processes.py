@@ -1,12 +1,8 @@
-"""Two processes train bitwise like one, and their checkpoints are restored bitwise on every mesh."""
+"""Two processes train bitwise like one, and every mesh restores their checkpoints bitwise."""
 
 import dataclasses
 import json
-import os
-import pathlib
-import socket
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,33 +16,18 @@ from tests.helpers.tiny import TINY, make_model
 from tests.long import processes
 from tests.long.kill_and_resume import differing, leaves
 
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 def start(folder, name, count, devices, *other):
-    """Starts processes that train together. Even one uses `jax.distributed`: its sums are then ordered alike."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MELT_COORDINATOR": coordinator, "MELT_PROCESSES": str(count)}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    command = lambda i: [folder / "teacher", folder / name, folder / f"{name}{i}.json", *other]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.process_run", *map(str, command(i))],
-            cwd=ROOT,
-            env=environment | {"MELT_PROCESS": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for i in range(count)
-    ]
+    """Starts processes that train together and write their results to FOLDER/NAMEi.json."""
+    arguments = ["-m", "tests.helpers.process_run", folder / "teacher", folder / name, folder / name, *other]
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return start_processes(count, *arguments, stderr=subprocess.STDOUT, **flags)
 
 
 def wait(processes):
-    """Waits for processes and returns their outputs, which are shown if one fails."""
+    """Waits for processes and returns their outputs; shows them if a process fails."""
     try:
-        outputs = [process.communicate(timeout=1800)[0].decode() for process in processes]
+        outputs = [process.communicate(timeout=1800)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -56,7 +37,7 @@ def wait(processes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The findings of two processes with four devices each and of one with eight, by name, and their outputs."""
+    """The results of two processes with four devices each and of one with eight, by name, and their outputs."""
     folder = tmp_path_factory.mktemp("processes")
     save_model(folder / "teacher", make_model(dataclasses.replace(TINY, vocab=64, gate="none")))
     outputs = wait(start(folder, "two", 2, 4))
@@ -67,7 +48,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(runs):
-    """Losses, weights and moments are bitwise equal: the same gates are drawn, and each sequence is used once."""
+    """Losses, weights and moments are bitwise equal: both draw the same gates, and each sequence is used once."""
     found, outputs = runs
     lines = [(found["folder"] / name / "transition/metrics.jsonl").read_text().splitlines() for name in ("two", "one")]
     two, one = ([json.loads(line)["loss"] for line in log] for log in lines)
@@ -86,7 +67,7 @@ def test_each_process_makes_its_own_sequences(runs):
 
 @pytest.mark.slow
 def test_checkpoints_are_restored_on_every_mesh(runs):
-    """Weights, moments and step, saved on replica 2 × fsdp 2 × tensor 2, on one mesh after the other, to one device."""
+    """Weights, moments and step, saved on replica 2 × fsdp 2 × tensor 2, then restored on one mesh after another."""
     found = runs[0]["one"]
     assert found["restored"] == {str(shape): [] for shape in OTHERS}
     assert found["resumed"] == {str(shape): [] for shape in OTHERS[:-1]}
@@ -94,29 +75,51 @@ def test_checkpoints_are_restored_on_every_mesh(runs):
     assert model.config.gate == "elementwise"
 
 
-def test_nan_is_not_within_bounds(monkeypatch, tmp_path):
-    """`tests.long.processes` and `mesh_steps` report nan as a difference."""
+def test_nan_is_never_bitwise_equal(monkeypatch, tmp_path):
+    """`tests.long.processes` and `tests.helpers.mesh_steps` report nan as a difference, even if both sides have it."""
     found = {"a": {"x.model.w": np.ones(3)}, "b": {"x.model.w": np.ones(3)}}
     logged = {"a": np.array([1.0, 2.0]), "b": np.array([1.0, 2.0])}
     monkeypatch.setattr(processes, "leaves", lambda workdir, phases: found[workdir.name])
     monkeypatch.setattr(processes, "losses", lambda workdir: logged[workdir.name])
-    compare = lambda exact: processes.compare(tmp_path / "a", tmp_path / "b", exact)[1]
-    assert compare(exact=False) and compare(exact=True)
+    equal = lambda: processes.compare(tmp_path / "a", tmp_path / "b").bitwise_equal
+    assert equal()
     logged["a"] = np.array([1.0, np.nan])
-    assert not compare(exact=False) and not compare(exact=True)
-    logged["a"], found["a"] = logged["b"], {"x.model.w": np.array([np.nan, 1, 1])}
-    assert not compare(exact=False) and not compare(exact=True)
+    assert not equal()
+    logged["b"] = logged["a"]
+    assert not equal()
+    logged["a"] = logged["b"] = np.array([1.0, 2.0])
+    found["a"] = {"x.model.w": np.array([np.nan, 1, 1])}
+    assert not equal()
+    found["b"] = found["a"]
+    assert not equal()
     assert np.isnan(gap({"m": np.zeros(1), "w": np.array([1, np.inf])}, {"m": np.zeros(1), "w": np.ones(2)}))
 
 
-def test_a_single_process_broadcasts_to_itself():
+def test_comparison_of_runs_is_bitwise(monkeypatch, tmp_path):
+    """The sign of a zero in an optimizer moment and one answer in results.json count as differences."""
+    found = {"a": {"x.model.w": np.ones(3), "m": np.zeros(1)}, "b": {"x.model.w": np.ones(3), "m": np.zeros(1)}}
+    monkeypatch.setattr(processes, "leaves", lambda workdir, phases: found[workdir.name])
+    monkeypatch.setattr(processes, "losses", lambda workdir: np.ones(2))
+    for name in found:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text("{}")
+    compare = lambda: processes.compare(tmp_path / "a", tmp_path / "b")
+    assert compare().bitwise_equal
+    found["a"]["m"] = -np.zeros(1)
+    assert not compare().bitwise_equal and compare().leaves == 1
+    found["a"]["m"] = np.zeros(1)
+    (tmp_path / "a/results.json").write_text('{"answers": 1}')
+    assert not compare().bitwise_equal
+
+
+def test_single_process_broadcasts_to_itself():
     assert broadcast_from_process_0(True) is True and broadcast_from_process_0(False) is False
     assert [broadcast_text_from_process_0(text) for text in ("", "T × L")] == ["", "T × L"]
 
 
 @pytest.mark.slow
-def test_a_text_of_process_0_reaches_all():
-    """Texts of several lengths, one of them empty."""
+def test_text_of_process_0_reaches_every_process():
+    """Texts may have any length, even 0."""
     program = """
 import jax
 from melt_jax.training.processes import broadcast_text_from_process_0, initialize_distributed
@@ -124,6 +127,6 @@ initialize_distributed()
 for text in ("", "T × L", "a" * 1000):
     print(broadcast_text_from_process_0(text if jax.process_index() == 0 else "ignored"))
 """
-    for process in start_processes(2, program):
-        output = process.communicate(timeout=900)[0]  # begins with a line by Gloo
+    for process in start_processes(2, "-c", program):
+        output = process.communicate(timeout=900)[0]  # Gloo prints a line first
         assert output.endswith("\n\nT × L\n" + "a" * 1000 + "\n")

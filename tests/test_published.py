@@ -1,4 +1,4 @@
-"""Published checkpoints: every tensor and config value is accounted for and written back unchanged."""
+"""Published checkpoints: every tensor and config value is checked, and written back unchanged."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_reading_gives_every_published_tensor(tmp_path, config, files, metadata)
 
 
 def test_matrices_are_out_by_in_grouped_by_head(tmp_path):
-    """y = W x of a published matrix equals the module's einsum in float64; head h uses rows h·E to (h + 1)·E."""
+    """y = W x with a published matrix equals the module's einsum; head h uses rows h·E to (h + 1)·E − 1 of W."""
     folder = write_published(tmp_path / "a", OURO, dtype="float32")
     model, tensors = load_model(folder), stored_tensors(folder)
     weight = lambda array, layer: np.asarray(array[...], np.float64)[layer]
@@ -214,7 +214,7 @@ def test_equivalent_configs_give_the_same_model(tmp_path):
 
 
 def test_gate_can_be_replaced_when_opening(tmp_path):
-    """A MELT opens with any gate, a LoopLM with those that have no weights."""
+    """A MELT opens with any gate, a LoopLM only with gates that have no weights."""
     melt, ouro = write_published(tmp_path / "melt", MELT), write_published(tmp_path / "ouro", OURO)
     for gate in ("none", "last", "mean", "ema", "scalar"):
         model = load_model(melt, dtype=None, gate=gate, first_loop="gated")
@@ -228,7 +228,7 @@ def test_gate_can_be_replaced_when_opening(tmp_path):
 
 
 @pytest.mark.parametrize("config", [OURO, MELT, dataclasses.replace(MELT, tied=True, first_loop="gated")])
-def test_saved_folders_have_identical_bits(tmp_path, config):
+def test_saved_folders_are_bitwise_identical(tmp_path, config):
     folder = write_published(tmp_path / "a", config, files=3)
     save_published(tmp_path / "b", load_model(folder, dtype=None), tokenizer_from=folder)
     assert_same_bits(stored_tensors(folder), stored_tensors(tmp_path / "b"))
@@ -240,7 +240,7 @@ def test_saved_folders_have_identical_bits(tmp_path, config):
         assert len(tensors.keys()) == len(stored_tensors(folder))
 
 
-def test_saving_after_a_change_of_config(tmp_path):
+def test_changed_config_is_saved(tmp_path):
     folder = write_published(tmp_path / "a", MELT)
     looplm = load_model(folder, gate="none")
     save_published(tmp_path / "b", looplm, dtype="float32")

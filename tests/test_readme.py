@@ -1,4 +1,4 @@
-"""The READMEs: every fenced block runs, and every command, flag, config key, path and module they mention exists."""
+"""Every fenced block of the READMEs runs, and every command, flag, config key, path and module in them exists."""
 
 import ast
 import functools
@@ -14,21 +14,21 @@ import pytest
 
 from configs import base
 
-TOP = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ("configs", "launch", "melt_jax", "tests")
 READMES = (
     "README.md",
     *sorted(
-        str(path.relative_to(TOP))
+        str(path.relative_to(ROOT))
         for folder in FOLDERS
-        for path in (TOP / folder).rglob("README.md")
+        for path in (ROOT / folder).rglob("README.md")
         if "golden" not in path.parts
     ),
 )
 SLOW = ("README.md", "melt_jax/data/README.md")  # their blocks generate, differentiate or train
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INTERPRETERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable, "-"]}
-# Imports go from a higher layer to a lower or the same one; every other top-level module is a command.
+# A module imports only from its own or a lower layer. Top-level modules that are not listed are commands.
 LAYERS = {
     "config": 0, "config_keys": 0, "files": 0, "model": 1, "data": 2, "checkpoints": 2, "sharding": 2,
     "training": 3, "inference": 3, "analysis": 3, "command_line": 3,
@@ -38,13 +38,13 @@ COMMAND_LAYER = 4
 
 def fenced_blocks(readme):
     """[(language, source)] of a README."""
-    return FENCE.findall((TOP / readme).read_text())
+    return FENCE.findall((ROOT / readme).read_text())
 
 
 @functools.cache
 def outside_blocks(readme):
     """A README's text without its fenced blocks."""
-    return FENCE.sub("", (TOP / readme).read_text())
+    return FENCE.sub("", (ROOT / readme).read_text())
 
 
 def indented_lines(readme):
@@ -86,7 +86,7 @@ def declared_flags(source):
 
 
 def callee(call):
-    """The last name of the function that a call names."""
+    """The last part of the name of a called function."""
     return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
 
 
@@ -94,14 +94,14 @@ def command_source(line):
     """The source file of the Python command on a line, or None."""
     if module := re.search(r"python3? -m ([\w.]+)", line):
         name = module[1].replace(".", "/")
-        return TOP / f"{name}.py"
+        return ROOT / f"{name}.py"
     if script := re.search(r"python3? ((?:launch|tests)/\S+\.py)", line):
-        return TOP / script[1]
+        return ROOT / script[1]
     return None
 
 
 def config_has(key):
-    """Whether the base configuration has a key, or a group of keys of that name."""
+    """Whether the base configuration has a key or a group of that name."""
     value = base.get_config()
     for name in key.split("."):
         if not hasattr(value, "keys") or name not in value:
@@ -111,7 +111,7 @@ def config_has(key):
 
 
 def run_block(language, source, folder):
-    """Runs one block in a folder that looks like the repository; `python` is the test's interpreter."""
+    """Runs one block in a folder like the repository, with the test's interpreter as `python`."""
     tools = folder / ".tools"
     tools.mkdir(exist_ok=True)
     if not (tools / "python").exists():
@@ -128,9 +128,9 @@ def run_block(language, source, folder):
 
 
 def repository_copy(folder):
-    """Fills a folder with links to the parts of the repository."""
+    """Fills a folder with links to the folders of the repository; returns it."""
     for name in FOLDERS:
-        (folder / name).symlink_to(TOP / name)
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
@@ -138,7 +138,7 @@ def repository_copy(folder):
     "readme", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in READMES]
 )
 def test_fenced_blocks_run(readme, tmp_path):
-    """A README's blocks run in their order in one folder; a block in a language without an interpreter fails."""
+    """A README's blocks run in order in one folder; a block in any language but sh and python fails."""
     folder = repository_copy(tmp_path)
     for language, source in fenced_blocks(readme):
         assert language in INTERPRETERS, f"{readme}: expected a block of {sorted(INTERPRETERS)}, found {language!r}"
@@ -149,7 +149,7 @@ def test_fenced_blocks_run(readme, tmp_path):
 
 
 def check_prepared_and_trained(folder):
-    """The data README's example leaves prepared data of all 200 documents and a run of 6 + 4 steps."""
+    """The example of the data README writes 200 documents and trains 6 + 4 steps."""
     manifest = json.loads((folder / "data/few/manifest.json").read_text())
     assert manifest["counts"]["documents"] == 200 and manifest["counts"]["malformed"] == 0
     logs = [(folder / "runs/few" / phase / "metrics.jsonl").read_text() for phase in ("transition", "alignment")]
@@ -159,8 +159,8 @@ def check_prepared_and_trained(folder):
 
 @pytest.mark.parametrize("readme", READMES)
 def test_fences_are_closed(readme):
-    """No block escapes the test above because its fence is not closed or is indented."""
-    text = (TOP / readme).read_text()
+    """Otherwise test_fenced_blocks_run would miss a block whose fence is unclosed or indented."""
+    text = (ROOT / readme).read_text()
     assert text.count("```") == 2 * len(fenced_blocks(readme))
     assert "~~~" not in text
 
@@ -171,14 +171,14 @@ def test_commands_and_flags_exist(readme):
     for line in commands(readme):
         source = command_source(line)
         if source is not None:
-            assert source.is_file(), f"{readme}: {line}: no {source.relative_to(TOP)}"
+            assert source.is_file(), f"{readme}: {line}: no {source.relative_to(ROOT)}"
         for flag in re.findall(r"\s--([\w.]+)", line):
             if flag.startswith("config."):
-                continue  # the test of config keys below
+                continue  # checked by test_config_keys_exist
             if source is not None:
                 known = declared_flags(source)
             elif "launch/local_processes.sh" in line or "launch/tpu" in line or "launch/slurm" in line:
-                known = declared_flags(TOP / "melt_jax/train.py")
+                known = declared_flags(ROOT / "melt_jax/train.py")
             else:
                 continue
             assert flag in known, f"{readme}: {line}: no flag --{flag}"
@@ -186,7 +186,7 @@ def test_commands_and_flags_exist(readme):
 
 def test_flags_mentioned_alone_exist():
     """A flag in inline code without its command belongs to some command."""
-    sources = [*TOP.glob("melt_jax/*.py"), *TOP.glob("launch/*.py"), *TOP.glob("tests/long/*.py")]
+    sources = [*ROOT.glob("melt_jax/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob("tests/long/*.py")]
     known = set().union(*(declared_flags(source) for source in sources))
     for readme in READMES:
         mentioned = {match[1] for span in code_spans(readme) if (match := re.fullmatch(r"--(\w+)(=\S*)?", span))}
@@ -195,8 +195,8 @@ def test_flags_mentioned_alone_exist():
 
 @pytest.mark.parametrize("readme", READMES)
 def test_config_keys_exist(readme):
-    """Every `--config.key`, every `key=value` and `group.key` in inline code, is a key of `configs/base.py`."""
-    text = (TOP / readme).read_text()
+    """Every `--config.key`, and every `group.key` in inline code, is a key of `configs/base.py`."""
+    text = (ROOT / readme).read_text()
     keys = set(re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)*)", text))
     groups = {name for name, value in base.get_config().items() if hasattr(value, "keys")}
     for span in code_spans(readme):
@@ -211,24 +211,24 @@ def test_config_keys_exist(readme):
 @pytest.mark.parametrize("readme", READMES)
 def test_paths_and_links_exist(readme):
     """Every path into the repository and every relative link leads to a file or folder."""
-    text = (TOP / readme).read_text()
+    text = (ROOT / readme).read_text()
     paths = re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./-]*\w", outside_blocks(readme))
-    missing = [path for path in paths if not (TOP / path).exists()]
+    missing = [path for path in paths if not (ROOT / path).exists()]
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if "://" not in target and not ((TOP / readme).parent / target).exists():
+        if "://" not in target and not ((ROOT / readme).parent / target).exists():
             missing.append(target)
     modules = [span for span in code_spans(readme) if re.fullmatch(r"(melt_jax|tests)(\.\w+)+", span)]
-    missing += [name for name in modules if not list(TOP.glob(name.replace(".", "/") + "*"))]
+    missing += [name for name in modules if not list(ROOT.glob(name.replace(".", "/") + "*"))]
     assert not missing, f"{readme}: {missing}"
 
 
 def test_root_readme_is_short():
-    """A newcomer's page: at most 9 kB."""
-    assert len((TOP / "README.md").read_bytes()) <= 9 * 1024
+    """It is the page for newcomers: at most 9 kB."""
+    assert len((ROOT / "README.md").read_bytes()) <= 9 * 1024
 
 
 def test_every_file_is_described():
-    """Each recipe, script and module of a folder with a README is named there."""
+    """A folder's README names each of its recipes, scripts and modules."""
     for readme, pattern in (
         ("configs/README.md", "configs/*.py"),
         ("launch/README.md", "launch/*"),
@@ -236,16 +236,16 @@ def test_every_file_is_described():
         ("melt_jax/README.md", "melt_jax/[!d_]*/*.py"),
         ("melt_jax/data/README.md", "melt_jax/data/*.py"),
     ):
-        text = (TOP / readme).read_text()
-        names = [path.name for path in TOP.glob(pattern) if path.is_file() and path.name[0] not in "_."]
+        text = (ROOT / readme).read_text()
+        names = [path.name for path in ROOT.glob(pattern) if path.is_file() and path.name[0] not in "_."]
         mentioned = {name for name in names if re.search(rf"(?<!\w){re.escape(name)}", text)}
         assert names and not (missing := {*names} - mentioned - {"README.md"}), f"{readme}: {missing}"
 
 
 def test_imports_go_one_way():
-    """No module imports a command or a module of a higher layer, as melt_jax/README.md says."""
-    for path in (TOP / "melt_jax").rglob("*.py"):
-        parts = path.relative_to(TOP / "melt_jax").with_suffix("").parts
+    """No module imports a command or a module of a higher layer; melt_jax/README.md describes the layers."""
+    for path in (ROOT / "melt_jax").rglob("*.py"):
+        parts = path.relative_to(ROOT / "melt_jax").with_suffix("").parts
         if parts == ("__init__",):
             continue
         layer = LAYERS.get(parts[0], COMMAND_LAYER)

@@ -1,4 +1,4 @@
-"""Prepared data: sequences round-trip, mismatches are refused, the global batch does not depend on the processes."""
+"""Prepared data: sequences round-trip, mismatches are refused, processes share one global batch."""
 
 import json
 
@@ -64,7 +64,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-# A folder
+# Folders
 
 
 def test_sequences_round_trip(tmp_path):
@@ -96,7 +96,7 @@ def test_layout_holds_the_largest_ids(length, vocab):
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.integers(2, 40), st.data())
 def test_record_keeps_segments_and_scores(length, data):
-    """Decoding gives back the documents: their tokens, targets within them, and scores; the rest is zero."""
+    """Decoding returns the documents' tokens, targets within a document, and scores; the rest is zero."""
     sizes = data.draw(st.lists(st.integers(1, length), min_size=1).filter(lambda sizes: sum(sizes) <= length))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     documents = [make_document(rng, size) for size in sizes]
@@ -111,7 +111,7 @@ def test_record_keeps_segments_and_scores(length, data):
     assert not any(field[end[-1] :].any() for field in row)
 
 
-def test_a_record_of_another_size_is_refused():
+def test_record_of_another_size_is_refused():
     with pytest.raises(InputError, match="record: expected 50 bytes as the manifest states, found 3"):
         Layout.of(12, 50).decode(b"abc")
 
@@ -130,16 +130,16 @@ def test_damaged_shards_are_reported(folder):
         open_records(folder)
     size = len(content)
     assert f"00001.arrayrecord: expected {size} bytes, found {size - 1}" in str(error.value)
-    assert "00002.arrayrecord: missing" in str(error.value)
+    assert "00002.arrayrecord: expected the file" in str(error.value)
 
 
-def test_missing_manifest(folder):
+def test_missing_manifest_means_unfinished_data(folder):
     (folder / "manifest.json").rename(folder / "manifest.incomplete")
-    with pytest.raises(ValueError, match="unfinished"):
+    with pytest.raises(ValueError, match=r"expected manifest.json, found none"):
         open_records(folder)
 
 
-def test_malformed_manifest(folder):
+def test_malformed_manifests_are_errors(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for change, message in (
@@ -150,7 +150,7 @@ def test_malformed_manifest(folder):
         with pytest.raises(ValueError, match=message):
             read_manifest(folder)
     path.write_text("{")
-    assert "cannot be read" in record_errors(folder, LENGTH, VOCAB)[0]
+    assert "expected a manifest, found" in record_errors(folder, LENGTH, VOCAB)[0]
 
 
 # The stream
@@ -179,7 +179,7 @@ def test_every_epoch_shows_every_sequence_once(folder):
 
 
 def share(batch, process, processes):
-    """The rows of a process, not consecutive."""
+    """The batch indices of a process, which are not consecutive."""
     return np.arange(process, batch, processes)
 
 

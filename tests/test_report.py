@@ -1,4 +1,4 @@
-"""The report of a compiled program: fit, chip figures, and which all-gathers are of weights."""
+"""The report of a compiled program: fit, figures of the chip, and which all-gathers move weights."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_exceeding_the_chip_does_not_fit():
     assert not large.fits and "DOES NOT FIT" in large.text()
 
 
-def test_an_unknown_chip_has_no_figures():
+def test_unknown_chip_has_no_figures():
     known, unknown = (small_report(kind) for kind in ("TPU v5 lite", "TPU v3"))
     assert "peak rates" in known.text() and "peak rates" not in unknown.text()
     missing = {"chip", "chips", "memory", "compute_seconds", "collective_seconds", "chip_hours"}
@@ -52,7 +52,7 @@ def test_scopes_are_not_primitives_of_similar_names():
         (gather(kind="all-reduce"), 0, 0),
     ],
 )
-def test_gathers_without_a_scope(collective, weights, unknown):
+def test_gathers_without_a_scope_are_attributed(collective, weights, unknown):
     """Groups and sizes identify gathers of weights if the compiler drops the scope; the rest is unknown."""
     assert WEIGHTS.gathered_bytes([collective]) == (weights, unknown)
     whole = StoredWeights(frozenset(), frozenset(), 800.0)
@@ -60,7 +60,7 @@ def test_gathers_without_a_scope(collective, weights, unknown):
 
 
 def test_unattributed_gathers_are_reported():
-    """A step gathers each weight at least once, so that less than a copy means that the ratio is unknown."""
+    """A step gathers each weight at least once, so less than one copy means that the ratio is unknown."""
     complete = small_report(collectives=[gather()] * 4)
     assert complete.gathered_ratio == 1 and "weights gathered: 1.00 of" in complete.text()
     assert complete.record()["gathered_ratio"] == 1 and complete.record()["unknown_gathers"] == 0

@@ -1,4 +1,4 @@
-"""The results of a run: measured once, kept in a file, printed as a table."""
+"""The results of a run: measured once, stored in a file, printed as a table."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ def run_config(**evaluation):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Replaces `scoring.score` by a record of the teachers that it was called with."""
+    """Replaces `scoring.score`; returns the list of the teachers it is called with."""
     calls = []
 
     def score(model, teacher, config, before_piece):
@@ -36,8 +36,8 @@ def measured(monkeypatch):
     return calls
 
 
-def test_a_model_is_measured_once(measured, tmp_path):
-    """A resumed run reads its rows from the file; another evaluation is measured again, another sample is not."""
+def test_model_is_measured_once(measured, tmp_path):
+    """A resumed run reads its results from the file; a changed evaluation is measured again, except for `sample`."""
     teacher, student = make_model(seed=1), make_model
     path = tmp_path / "results.json"
     Results(path).measure("student", student, teacher, run_config())
@@ -51,15 +51,15 @@ def test_a_model_is_measured_once(measured, tmp_path):
     assert len(measured) == 2
 
 
-def test_a_teacher_is_not_compared_with_itself(measured, tmp_path):
+def test_teacher_is_not_compared_with_itself(measured, tmp_path):
     teacher = make_model()
     Results(tmp_path / "results.json").measure("teacher", lambda: teacher, teacher, run_config())
     assert measured == [None]
 
 
 @pytest.mark.slow
-def test_a_run_is_scored_on_both_tasks(tmp_path):
-    """Exact answers, and the KL of sequences to the teacher; the row is plain JSON with a line in the table."""
+def test_run_is_scored_on_both_tasks(tmp_path):
+    """Exact answers, and the KL of sequences to the teacher; the result is plain JSON with a line in the table."""
     model = make_model(dataclasses.replace(TINY, vocab=64, layers=1, loops=2))
     rows = Results(tmp_path / "results.json")
     rows.measure("student", lambda: model, looplm(model), run_config())
@@ -76,8 +76,8 @@ def loop_scores(chunk, final_kl, tokens=100):
     return LoopScores(chunk, tokens, [2.0, 1.5], [0.5, final_kl], final_kl)
 
 
-def test_the_table_shows_what_was_compared():
-    """Unmeasured values are dashes, rounding below zero is not shown, first tokens have columns if they are fewer."""
+def test_table_shows_what_was_compared():
+    """Unmeasured values are dashes, −0 prints as 0, and first tokens have columns only if there are fewer."""
     asdict = dataclasses.asdict
     same = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.25), loop_scores(1, -1e-9))
     rows = {"teacher": asdict(Scores(None, None, 0, None, 128, 4)), "melt": asdict(Scores(0.5, 0.5, 8, same, 32, 4))}

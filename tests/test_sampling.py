@@ -1,4 +1,4 @@
-"""Selection of tokens: top k, the nucleus, draws and their keys."""
+"""Sampling of tokens: temperature, top-k, top-p, and what a draw depends on."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from melt_jax.inference.sampling import Sampling, filter_logits, sample_tokens
 
 
 def reference_filter(logits, temperature, top_k, top_p):
-    """Probabilities of one row of float64 logits by numpy."""
+    """The probabilities of one token's float64 logits [V], by NumPy."""
     row = logits / temperature
     order = np.argsort(-row, kind="stable")[: top_k or None]
     p = np.exp(row[order] - row[order].max())
@@ -31,7 +31,7 @@ def test_top_k_and_top_p_match_numpy(float64):
 
 
 def test_draws_follow_the_distribution_and_seed():
-    """Frequencies lie within six standard deviations of the probabilities; a draw is a function of the seed."""
+    """Frequencies are within six standard deviations of the probabilities; a draw is a function of the seed."""
     probabilities = np.array([0.5, 0.25, 0.15, 0.1])
     count = 4000
     repeated = jnp.tile(jnp.log(jnp.asarray(probabilities, jnp.float32))[None], (count, 1))
@@ -46,7 +46,7 @@ def test_draws_follow_the_distribution_and_seed():
     assert set(np.unique(draw(Sampling(0.0, seed=3)))) == {0}
 
 
-def test_a_draw_depends_on_prompt_and_step():
+def test_draw_depends_on_prompt_and_step():
     logits = jnp.zeros((64, 29))
     numbers, zeros = jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
     by_prompt = sample_tokens(logits, Sampling(1.0), numbers, zeros)

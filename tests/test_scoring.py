@@ -1,4 +1,4 @@
-"""Perplexity and KL per loop: their values, and that nothing but the model and the tokens changes them."""
+"""Perplexity and KL per loop: their values, which depend only on the models and the tokens."""
 
 import dataclasses
 import json
@@ -52,8 +52,8 @@ def test_perplexity_and_kl_match_the_distributions(float64):
     assert scores.tokens == BATCH.loss_mask.sum()
 
 
-def test_rows_at_a_time_do_not_matter(float64):
-    """Two leave a last piece of one sequence and one of padding; sixteen are more than there are."""
+def test_scores_do_not_depend_on_rows(float64):
+    """With 2 rows the last piece is one sequence and one of padding; 16 rows are more than the batch has."""
     two, all_at_once = (scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=n) for n in (2, 16))
     np.testing.assert_allclose(two.kl, all_at_once.kl, rtol=1e-10)
     np.testing.assert_allclose(two.perplexity, all_at_once.perplexity, rtol=1e-10)
@@ -64,8 +64,8 @@ def test_pieces_hold_whole_chunks(length, chunk, size):
     assert scoring._piece_size(length, chunk) == size
 
 
-def test_both_chunks_match_the_distributions_on_the_first_tokens(float64, monkeypatch):
-    """In pieces of one chunk of four tokens and of three chunks of one. A MELT has a gap between the two."""
+def test_first_tokens_match_at_both_chunk_sizes(float64, monkeypatch):
+    """Chunked scores and decoding match, each in several pieces; for a MELT the two differ."""
     monkeypatch.setattr(scoring, "PIECE_TOKENS", 4)
     melt = scoring.compare(make_model(), teacher(), BATCH, CHUNK, 6, rows=2)
     first = Batch(*(field[:, :6] for field in BATCH))
@@ -78,8 +78,8 @@ def test_both_chunks_match_the_distributions_on_the_first_tokens(float64, monkey
     assert abs(melt.chunked_start.final_kl - melt.decoding.final_kl) > 1e-3
 
 
-def test_decoding_is_measured_as_asked(monkeypatch):
-    """Not at all for 0 tokens; and no tokens are scored twice if a sequence has no more than those."""
+def test_decoding_scores_the_requested_tokens(monkeypatch):
+    """With 0 tokens decoding is not measured; with the whole sequence no tokens are scored twice."""
     asked = []
 
     def perplexity_and_kl(model, teacher, batch, chunk, *_):
@@ -95,28 +95,28 @@ def test_decoding_is_measured_as_asked(monkeypatch):
     assert found.chunked_start is found.chunked
 
 
-def test_what_is_raised_before_a_piece_leaves(float64):
+def test_exceptions_before_a_piece_propagate(float64):
     pieces = []
 
-    def leave(piece):
+    def exit_at_second(piece):
         pieces.append(piece)
         if len(pieces) == 2:
             raise SystemExit(75)
 
     with pytest.raises(SystemExit):
-        scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=2, before_piece=leave)
+        scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=2, before_piece=exit_at_second)
     assert pieces == [f"chunk 4, 11 tokens of sequences {which} of 3" for which in ("1 to 2", "3 to 3")]
 
 
-def test_models_with_different_loop_counts(float64):
-    """Common loops are compared one by one, and the last loop of each with the other's."""
+def test_different_loop_counts_can_be_compared(float64):
+    """Loops of both models are compared one by one, and the last loop of one with the last loop of the other."""
     scores = scoring.perplexity_and_kl(reconfigure(teacher(), loops=1), teacher(), BATCH, LENGTH, rows=2)
     np.testing.assert_allclose(scores.kl, [0], atol=1e-12)
     log_p = log_probabilities(teacher(), BATCH, LENGTH)
     assert scores.final_kl == pytest.approx(kl(log_p[-1], log_p[0], BATCH), rel=1e-10)
 
 
-def test_what_cannot_be_compared_is_an_error():
+def test_incomparable_models_are_errors():
     other = jax.eval_shape(make_model)
     other.config = dataclasses.replace(TINY, gate="none", vocab=31)
     with pytest.raises(InputError, match=r"expected a vocabulary of 29 tokens.*found 31"):
@@ -136,7 +136,7 @@ def test_memory_is_linear_in_the_sequence(monkeypatch):
         compiled = scoring.comparison_sums.lower(model, teacher(), batch, 32).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # Keys and values of one position of two sequences: one shared entry and a per-loop entry for each loop.
+    # Bytes per position of two sequences: keys and values of one shared entry and of a per-loop entry for each loop.
     entries = 2 * 2 * TINY.layers * TINY.kv_heads * TINY.head_width * 4 * (1 + TINY.loops)
     tokens = 2 * 4 * len(BATCH)
     assert (temporaries(64 + 512) - temporaries(64)) / 512 < 2 * entries + 2 * tokens

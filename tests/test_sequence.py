@@ -1,4 +1,4 @@
-"""Chunks over a sequence against a reference, the memory-linear gradient, program size and memory."""
+"""Sequences in chunks: a token-by-token reference, the memory-linear gradient, program size and memory."""
 
 import dataclasses
 
@@ -50,15 +50,15 @@ def assert_reference(config, tokens, segments, chunk, alpha):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", REFERENCE_CASES)
-def test_token_by_token_reference(name):
+def test_sequences_match_the_token_by_token_reference(name):
     config, length, chunk, alpha = REFERENCE_CASES[name]
     tokens, segments = random_tokens(2, length, seed=length), packed_segments(2, length, seed=length)
     assert_reference(config, tokens, segments, chunk, alpha)
 
 
 @pytest.mark.usefixtures("float64")
-def test_hundreds_of_tokens():
-    """At this length RoPE's slowest frequency turns too, so an error of positions shows."""
+def test_long_sequences_match_the_reference():
+    """At this length even RoPE's slowest frequency rotates visibly, so an error of positions shows."""
     config = change(TINY, layers=1, loops=2, head_width=8, rope_theta=500.0)
     tokens = random_tokens(1, 300)
     assert_reference(config, tokens, np.ones_like(tokens), 48, None)
@@ -104,13 +104,13 @@ GRADIENT_CASES = {
     "alignment, scalar gated, packed, short last chunk, remat of layers": (
         change(SHORT, gate="scalar", first_loop="gated", remat="layer"), "alignment", 10, 3,
     ),
-    "pre-training over a loop cache, packed": (change(SHORT, gate="none"), "pretraining", 10, 4),
+    "pretraining over a per-loop cache, packed": (change(SHORT, gate="none"), "pretraining", 10, 4),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", GRADIENT_CASES)
-def test_gradient_is_that_of_plain_differentiation(name):
+def test_gradient_equals_plain_differentiation(name):
     config, phase, length, chunk = GRADIENT_CASES[name]
     (value, gradient), (plain_value, plain_gradient) = gradients(
         config, phase, random_batch(2, length, seed=length, packed="packed" in name), chunk
@@ -124,7 +124,7 @@ def test_gradient_is_that_of_plain_differentiation(name):
 
 @pytest.mark.parametrize("chunk", [3, 10])
 def test_perturbation_gets_float32_gradients_of_bfloat16_weights(chunk):
-    """They are summed in float32 and have the direction of plain differentiation's and of float32 gradients."""
+    """They have the direction of plain differentiation's gradients and of float32 gradients."""
     batch = random_batch(2, 10, packed=True)
     low = lambda model: jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
     student, teacher = make_model(SHORT, 1), make_model(change(SHORT, gate="none"), 2)
@@ -153,7 +153,7 @@ def program_lines(phase, layers, loops):
 
 @pytest.mark.parametrize("phase", ["transition", "alignment"])
 def test_program_does_not_grow_with_layers_or_loops(phase):
-    # Lengths that no other dimension has, because helper functions of equal shapes are printed once.
+    # 5, 7, 11 and 13 are no other dimension: helper functions of equal shapes would be printed once.
     small = program_lines(phase, 5, 7)
     assert small[1] > 20
     assert program_lines(phase, 11, 7) == program_lines(phase, 5, 13) == small
@@ -165,7 +165,7 @@ MEMORY = change(TINY, vocab=64, width=64, layers=4, loops=3, heads=4, kv_heads=4
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["transition", "alignment"])
 def test_memory_is_linear_in_the_sequence(phase):
-    """At most 2.2 times for twice the sequence, and at most 40 % of plain differentiation's."""
+    """At most 2.2 times as much for twice the sequence, and at most 40 % of plain differentiation."""
     config = change(MEMORY, remat="layer" if phase == "alignment" else "none")
     temporary = lambda chunks, mechanism=chunk_sums: temporary_bytes(config, phase, 1, 16, chunks, mechanism)
     long = temporary(32)

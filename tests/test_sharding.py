@@ -32,7 +32,7 @@ from tests.helpers.topology import topology_devices
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_a_mesh_uses_all_devices():
+def test_mesh_uses_all_devices():
     shape = lambda devices, *factors: mesh_shape(MeshConfig(*factors), devices)
     assert shape(16, 2, 0, 4) == {"replica": (2, 1), "fsdp": (2, 1), "tensor": (4, 1)}
     assert shape(16, 1, 0, 2, 2, 2) == {"replica": (1, 2), "fsdp": (2, 2), "tensor": (2, 1)}
@@ -44,7 +44,7 @@ def test_a_mesh_uses_all_devices():
 
 def test_colliding_and_unknown_rules_are_refused():
     assert partition(("layers", "embed", "heads", None)) == jax.P(None, "fsdp", "tensor", None)
-    with pytest.raises(ShardingError, match=r"tensor can split only one"):
+    with pytest.raises(ShardingError, match=r"expected tensor to split only one"):
         partition(("heads", "mlp"))
     with pytest.raises(ShardingError, match=r"found.*'head'"):
         partition(("head", "embed"))
@@ -58,10 +58,14 @@ def test_indivisible_dimensions_are_listed():
     model = abstract_model(TINY)
     with pytest.raises(ShardingError) as error:
         weight_shardings(model, abstract_mesh(tensor=4, fsdp=3))
-    for line in ("embed_tokens: vocab, 29,.*tensor, 4", "k_proj: heads, 2,.*tensor, 4", "w_z: embed, 16,.*fsdp, 3"):
+    for line in (
+        "embed_tokens: .*vocab .*tensor, 4, found 29",
+        "k_proj: .*heads .*tensor, 4, found 2",
+        "w_z: .*embed .*fsdp, 3, found 16",
+    ):
         assert error.match(line)
     odd = dataclasses.replace(TINY, width=18, vocab=28, kv_heads=4, gate="last")
-    with pytest.raises(ShardingError, match=r"width, 18,.*tensor, 4"):
+    with pytest.raises(ShardingError, match=r"width: .*tensor, 4, found 18"):
         weight_shardings(abstract_model(odd), abstract_mesh(tensor=4))
     with pytest.raises(ShardingError, match=r"multiple of 12 .*found 18"):
         check_batch(abstract_mesh(fsdp=2, replica=3), 18, 2)
@@ -74,7 +78,7 @@ def test_one_device_forms_a_mesh():
     assert {axis_type.name for axis_type in mesh.axis_types} == {"Explicit"}
 
 
-# (topology, tensor): in the first six, the sequences of a process are not consecutive.
+# (topology, tensor). In the first six, the sequences of a process are not consecutive.
 SLICES = [
     ("v5p:2x2x2", 1), ("v5p:2x2x2", 2), ("v5p:2x4x4", 4), ("v4:2x2x2", 1), ("v4:2x2x4", 2), ("v6e:4x4", 1),
     ("v6e:4x4", 4), ("v5e:4x4", 8), ("tpu7x:2x2x2", 2),
@@ -84,7 +88,7 @@ SLICES = [
 @pytest.mark.parametrize(("topology", "tensor"), SLICES)
 @pytest.mark.parametrize("replica", [1, 2])
 def test_processes_have_their_devices_sequences(topology, tensor, replica):
-    """Together the processes read the whole batch, and devices of one group find the same sequences."""
+    """Together the processes read the whole batch, and the devices of a group have the same sequences."""
     devices = topology_devices(topology)
     mesh = make_mesh(MeshConfig(replica, 0, tensor), devices)
     groups, size = mesh.size // tensor, 2 * mesh.size // tensor
@@ -99,7 +103,7 @@ def test_processes_have_their_devices_sequences(topology, tensor, replica):
 
 
 def test_some_processes_have_scattered_sequences():
-    """Else the test above would not cover them."""
+    """Otherwise the test above would not cover them."""
     for topology, tensor in SLICES[:6]:
         sharding = batch_sharding(make_mesh(MeshConfig(tensor=tensor), topology_devices(topology)))
         assert np.any(np.diff(local_batch_indices(sharding, 64, process=0)) > 1)
@@ -113,7 +117,7 @@ def test_sequences_of_other_processes_are_refused():
             device_slice(index, indices)
 
 
-def test_a_placed_batch_is_the_global_batch():
+def test_placed_batch_is_the_global_batch():
     sharding = batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1]))
     batch, indices = {"tokens": np.arange(12).reshape(4, 3)}, local_batch_indices(sharding, 4)
     assert indices.tolist() == [0, 1, 2, 3]
@@ -122,8 +126,8 @@ def test_a_placed_batch_is_the_global_batch():
     assert placed.sharding == sharding
 
 
-def test_steps_on_eight_devices_are_the_one_device_step():
-    """In float64, for both phases, several meshes, and weights gathered once per step or at each use."""
+def test_steps_do_not_depend_on_the_mesh():
+    """In float64: both phases, several meshes of eight devices, weights gathered once per step or at each use."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.helpers.mesh_steps", "--quick", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Monitoring of the steps: SIGTERM, stalls, skipped steps, performance and profiles; how processes join."""
+"""The step monitor: SIGTERM, stalls, skipped steps, performance and profiles; and how processes join."""
 
 import os
 import signal
@@ -53,11 +53,11 @@ with PreemptionNotice() as notice:
             print("stopped", step)
             break
 """
-        outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, program)]
+        outputs = [process.communicate(timeout=900)[0] for process in start_processes(2, "-c", program)]
         assert outputs[0] == outputs[1] and outputs[0].startswith("stopped")
 
     @pytest.mark.slow
-    def test_processes_leave_before_the_same_measurement(self):
+    def test_processes_exit_before_the_same_measurement(self):
         program = """
 import os, signal, time, jax
 from melt_jax.training.preemption import PreemptionNotice, exit_if_preempted
@@ -72,7 +72,7 @@ for measured in range(100):
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2 * (1 + jax.process_index()))
 """
-        processes = start_processes(2, program)
+        processes = start_processes(2, "-c", program)
         outputs = [process.communicate(timeout=900)[0] for process in processes]
         assert [process.returncode for process in processes] == [PREEMPTED] * 2
         assert outputs[0] == outputs[1] and "measures 2\n" in outputs[0]
@@ -80,7 +80,7 @@ for measured in range(100):
 
 @pytest.fixture
 def monitor(tmp_path):
-    """Builds the `StepMonitor` of a transition of 100 steps of nano."""
+    """A function that builds the `StepMonitor` of a transition of 100 steps."""
 
     def build(start=0, wait=lambda: None, **run):
         config = nano.get_config()
@@ -126,7 +126,7 @@ class FakeArray:
 
 class TestStepMonitor:
     def run(self, monitor, event=lambda step: None, event_after=lambda step: None):
-        """{step: unfinished steps when it is dispatched} of a loop like the trainer's, and the last step."""
+        """Runs a loop like the trainer's; returns {step: unfinished steps at its dispatch} and the last step."""
         device, unfinished = FakeDevice(), {}
         with monitor:
             for step, _ in monitor.enumerate(range(100)):
@@ -141,7 +141,7 @@ class TestStepMonitor:
             monitor.finish()
         return unfinished, step
 
-    def test_the_host_is_one_step_ahead(self, monitor):
+    def test_host_is_one_step_ahead(self, monitor):
         """Before step n + 1 is dispatched, step n − 1 has finished, but step n has not."""
         unfinished, last = self.run(monitor())
         assert unfinished == {1: []} | {step: [step - 1] for step in range(2, 101)} and last == 100
@@ -174,7 +174,7 @@ class TestStepMonitor:
             os.kill(os.getpid(), signal.SIGTERM)
         assert steps.preempted
 
-    def test_an_unfinished_save_is_a_stall(self, monitor, tmp_path):
+    def test_unfinished_save_is_a_stall(self, monitor, tmp_path):
         report = tmp_path / "stall-process0.txt"
         with monitor(
             100, lambda: wait_for(report.exists), stall_seconds=0.05, stall_first_seconds=0.05, stall_exits=False
@@ -192,7 +192,7 @@ def wait_for(condition):
 
 
 class TestWatchdog:
-    """By a clock that the tests set; only the last test starts the thread."""
+    """The tests set the clock; only the last test starts the thread."""
 
     @pytest.fixture
     def now(self, monkeypatch):
@@ -208,7 +208,7 @@ class TestWatchdog:
         return statuses
 
     def stall(self, folder, now, seconds, **changes):
-        """Step 7 finishes at 1 s; step 8 is dispatched and runs on for so many seconds."""
+        """Step 7 finishes at 1 s; step 8 is dispatched and takes that many seconds more."""
         dog, device = Watchdog("transition", folder, run_config(stall_seconds=10.0, **changes)), FakeDevice()
         dog.after_dispatch(7, FakeArray(device, 7))
         now[0] = 1.0
@@ -222,25 +222,25 @@ class TestWatchdog:
         dog.check()
         return folder / "stall-process0.txt"
 
-    def test_a_dispatched_step_that_does_not_finish(self, tmp_path, now, statuses):
+    def test_dispatched_step_that_never_finishes_is_reported(self, tmp_path, now, statuses):
         text = self.stall(tmp_path, now, 11, stall_exits=True).read_text()
         assert "transition: no step has finished for 10 s (the last was step 7; step 8 is running), process 0" in text
         assert statuses == [STALLED]
 
-    def test_a_stall_is_reported_once(self, tmp_path, now, statuses):
+    def test_stall_is_reported_once(self, tmp_path, now, statuses):
         assert self.stall(tmp_path, now, 50).read_text().count("no step has finished") == 1 and not statuses
 
-    def test_no_stall_no_report(self, tmp_path, now, statuses):
+    def test_no_stall_is_not_reported(self, tmp_path, now, statuses):
         assert not self.stall(tmp_path, now, 10, stall_exits=True).exists() and not statuses
 
-    def test_the_first_step_may_take_longer(self, tmp_path, now):
+    def test_first_step_may_take_longer(self, tmp_path, now):
         dog = Watchdog("transition", tmp_path, run_config(stall_seconds=1.0, stall_first_seconds=15.0))
         for now[0], reported in ((15.0, False), (16.0, True)):
             dog.check()
             assert (tmp_path / "stall-process0.txt").exists() == reported
         assert "(none so far; no later step was dispatched)" in (tmp_path / "stall-process0.txt").read_text()
 
-    def test_the_thread_writes_all_stacks(self, tmp_path):
+    def test_thread_writes_all_stacks(self, tmp_path):
         report = tmp_path / "stall-process0.txt"
         with Watchdog("transition", tmp_path, run_config(stall_seconds=0.05)):
             wait_for(lambda: report.exists() and "in _poll" in report.read_text())
@@ -254,7 +254,7 @@ class TestSkippedSteps:
             step += len(interval)
             counter.read(step, [{"skipped": (np.float32(value), 1)} for value in interval], latest=lambda: 4)
 
-    def test_a_few_are_tolerated(self):
+    def test_few_skipped_steps_are_tolerated(self):
         self.read(3, [1, 1, 0], [1, 1], [0, 1, 1])
 
     def test_skipped_steps_count_across_intervals(self):
@@ -273,7 +273,7 @@ class TestSkippedSteps:
 
 
 class TestPerformance:
-    def test_seconds_tokens_and_mfu(self, monkeypatch):
+    def test_speed_and_mfu_follow_the_clock(self, monkeypatch):
         now = [0.0]
         monkeypatch.setattr(performance.time, "perf_counter", lambda: now[0])
 
@@ -325,7 +325,7 @@ class TestProcesses:
             monkeypatch.delenv(name, raising=False)
         return calls
 
-    def test_a_single_process(self, joined, monkeypatch):
+    def test_single_process_does_not_join(self, joined, monkeypatch):
         initialize_distributed()
         monkeypatch.setenv("MELT_PROCESSES", "1")
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
@@ -351,7 +351,7 @@ class TestProcesses:
             ),
         ],
     )
-    def test_invalid_variables(self, monkeypatch, values, message):
+    def test_invalid_variables_are_errors(self, monkeypatch, values, message):
         for name, value in values.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(InputError, match=message):

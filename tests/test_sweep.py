@@ -1,4 +1,4 @@
-"""launch/sweep.py: the runs it makes of its arguments, and the arguments it refuses before the first run."""
+"""launch/sweep.py: the runs that its arguments describe, and the arguments it refuses before the first run."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ NANO = "configs/nano.py"
 
 
 def test_prints_a_command_for_every_combination():
-    """In a process of its own, without PYTHONPATH, as in the documentation; `--config.KEY` holds for all runs."""
+    """The script runs without PYTHONPATH, as documented; `--config.KEY` applies to all runs."""
     command = [sys.executable, "launch/sweep.py", f"--config={NANO}", "--workdir=runs/w", "--print"]
     command += ["--config.log_every=5", "alignment.beta=0,1", "seed=3"]
     done = subprocess.run(command, cwd=ROOT, env={"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
@@ -44,8 +44,8 @@ def test_combinations_reject_other_forms(swept, message):
     assert str(error.value) == message
 
 
-def test_sweeping_the_seed():
-    """Including the seed of the evaluation, which need not differ."""
+def test_seed_can_be_swept():
+    """The seed may equal that of the evaluation."""
     choices = sweep.combinations(["seed=0,1,2"])
     sweep.check_choices(NANO, choices, [])
     assert [freeze(load_config(NANO, choice)).seed for choice in choices] == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_every_run_is_checked_first():
 
 
 def test_failed_runs_are_counted(tmp_path, capfd):
-    """Results of the runs that have some are printed."""
+    """The results of the other runs are still printed."""
     commands = {tmp_path / name: [sys.executable, "-c", f"raise SystemExit({status})"] for name, status in
                 (("a", 0), ("b", 75), ("c", 1))}  # fmt: skip
     (tmp_path / "a").mkdir()

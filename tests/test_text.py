@@ -1,4 +1,4 @@
-"""Tokenizers: the arithmetic one has exactly the task's vocabulary; streaming gives whole characters."""
+"""Tokenizers: the arithmetic one has exactly the task's vocabulary; streaming returns whole characters."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """A byte-level BPE tokenizer as Ouro's, with few merges: most non-ASCII characters take several tokens."""
+    """A byte-level BPE tokenizer like Ouro's, with few merges: most non-ASCII characters take several tokens."""
     folder = tmp_path_factory.mktemp("byte_level")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,16 +75,16 @@ def test_arithmetic_text_round_trips(nano, pieces):
     assert nano.encode("".join(pieces)) == ids and nano.decode(ids) == "".join(pieces)
 
 
-def test_other_tokenizers_are_no_arithmetic(nano, byte_level, tmp_path):
+def test_other_tokenizers_are_refused_for_arithmetic(nano, byte_level, tmp_path):
     assert tokenizer_errors(NANO) == tokenizer_errors(tmp_path) == []
     (message,) = tokenizer_errors(byte_level.folder)
     assert message.startswith(f"{byte_level.folder}: expected the tokenizer of the arithmetic task")
     (tmp_path / "tokenizer.json").write_text("{")
     (message,) = tokenizer_errors(tmp_path)
-    assert message.startswith(f"{tmp_path}/tokenizer.json: cannot be read")
+    assert message.startswith(f"{tmp_path}/tokenizer.json: expected a tokenizer, found")
 
 
-def test_skipping_special_tokens(nano):
+def test_special_tokens_can_be_skipped(nano):
     problem = make_problem(0)
     assert nano.decode(problem.prompt, skip_special=True) == problem.question
 
@@ -107,15 +107,15 @@ def test_chat_renders_the_prompt_of_the_task(nano, definitions):
     assert nano.chat([user, assistant, user]) == problem.prompt + problem.completion + problem.prompt
 
 
-def test_chat_of_the_docstring(nano):
+def test_docstring_example_of_chat_holds(nano):
     ids = nano.chat([{"role": "user", "content": "c=b*3;a=4;b=a+2;c?"}])
     assert nano.decode(ids) == "<|im_start|>c=b*3;a=4;b=a+2;c?<think>"
 
 
-def test_chat_errors(nano, byte_level):
+def test_invalid_chats_are_errors(nano, byte_level):
     with pytest.raises(ValueError, match="at least one message"):
         nano.chat([])
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="expected a chat template"):
         byte_level.chat([{"role": "user", "content": "a"}])
     with pytest.raises(Exception, match="expected the role user or assistant, found system"):
         nano.chat([{"role": "system", "content": "a"}])
@@ -133,7 +133,7 @@ def test_stop_ids_come_from_all_files(nano, byte_level, tmp_path):
 
 
 class ReadOnly:
-    """A tokenizer, or its backend, that fails on calls which would change it."""
+    """A tokenizer, or its backend, that fails on calls that would change it."""
 
     def __init__(self, part):
         self._part = part
@@ -161,18 +161,16 @@ def test_truncation_and_padding_are_disabled(tmp_path):
     assert tokenizer.encode_many(texts) == [arithmetic.encode(text) for text in texts]
 
 
-def test_hash_of_the_file(nano):
+def test_sha256_is_that_of_the_file(nano):
     assert nano.sha256 == hashlib.sha256((NANO / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def test_missing_files_are_all_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no tokenizer.json and no tokenizer_config.json; copy the tokenizer files"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json and tokenizer_config.json, found none; copy"):
         Tokenizer(tmp_path)
 
 
-def test_no_network_access(monkeypatch):
+def test_opening_needs_no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("network access")
 
@@ -204,7 +202,7 @@ def test_boundaries_separate_whole_characters(byte_level, text):
         assert byte_level.last_boundary(text, limit) == max(n for n in boundaries if n <= limit)
 
 
-def test_boundaries_of_characters_without_a_token(nano):
+def test_boundary_needs_tokens_for_all_characters(nano):
     with pytest.raises(ValueError, match="no token for 'é'"):
         nano.last_boundary("aé", 1)
 
@@ -212,7 +210,7 @@ def test_boundaries_of_characters_without_a_token(nano):
 @PROPERTY
 @given(st.data())
 def test_streaming_equals_decoding(byte_level, data):
-    """Any ids, including those of incomplete characters."""
+    """This holds for any ids, even those of incomplete characters."""
     ids = data.draw(st.lists(st.integers(0, byte_level.vocab - 1), max_size=12))
     streamer = byte_level.stream()
     assert "".join(map(streamer.push, ids)) + streamer.finish() == byte_level.decode(ids)

@@ -1,4 +1,4 @@
-"""Token files: streams are cut, segments bound the targets, malformed files are reported."""
+"""Token files: streams are cut into sequences, targets stay within segments, malformed files are reported."""
 
 import pathlib
 
@@ -46,10 +46,10 @@ def test_segments_bound_targets_and_mask(tmp_path):
 
 GOOD = np.arange(12).reshape(3, 4)
 FORM = {
-    "no such file": ("a.npy", None),
+    "expected a file, found none": ("a.npy", None),
     'expected a .npy or .npz file, found ".txt"': ("a.txt", b"1 2 3"),
-    "cannot be read as .npy": ("a.npy", b"not an array"),
-    "cannot be read as .npz": ("a.npz", b"PK not an archive"),
+    "expected a .npy file": ("a.npy", b"not an array"),
+    "expected a .npz file": ("a.npz", b"PK not an archive"),
     'expected an array "tokens", found ids': ("a.npz", {"ids": GOOD}),
     "arrays: expected tokens, segments, loss_mask, found mask": ("a.npz", {"tokens": GOOD, "mask": GOOD}),
     "tokens: expected integers, found float64": ("a.npy", {"tokens": GOOD * 1.0}),
@@ -63,7 +63,7 @@ FORM = {
 
 
 @pytest.mark.parametrize("message", FORM)
-def test_files_of_another_form(tmp_path, message):
+def test_malformed_files_are_reported(tmp_path, message):
     name, content = FORM[message]
     path = tmp_path / name
     if isinstance(content, bytes):
@@ -77,7 +77,7 @@ def test_files_of_another_form(tmp_path, message):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_archive(tmp_path, save):
+def test_damaged_archives_are_reported(tmp_path, save):
     path = tmp_path / "x.npz"
     save(path, tokens=np.arange(4000).reshape(40, 100) % 97, segments=np.ones((40, 100), np.int32))
     whole = path.read_bytes()
@@ -85,10 +85,10 @@ def test_damaged_archive(tmp_path, save):
     for content in (whole[: len(whole) // 2], whole[:-1], whole[:3], b"", overwritten):
         path.write_bytes(content)
         (message,) = token_errors(path, 100, 97)
-        assert message.startswith(f"{path}: cannot be read as .npz: ")
+        assert message.startswith(f"{path}: expected a .npz file, found ")
 
 
-def test_stream_without_a_length(tmp_path):
+def test_stream_needs_a_length(tmp_path):
     with pytest.raises(ValueError, match="set the length"):
         open_tokens(write(tmp_path / "x.npy", tokens=np.arange(8)))
 
@@ -119,7 +119,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("message", VALUES)
-def test_impossible_values(tmp_path, message):
+def test_impossible_values_are_reported(tmp_path, message):
     path = write(tmp_path / "x.npz", **{"tokens": GOOD, **VALUES[message]})
     found = token_errors(path, 4, 11)
     matching = [text for text in found if message in text]
@@ -128,7 +128,7 @@ def test_impossible_values(tmp_path, message):
         assert matching[0].endswith("first in sequence 1")
 
 
-def test_possible_values(tmp_path):
+def test_valid_values_have_no_errors(tmp_path):
     segments = [[1, 1, 2, 2], [0, 7, 7, 0], [5, 5, 3, 0]]
     path = write(
         tmp_path / "x.npz", tokens=GOOD, segments=segments, loss_mask=[[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]]

@@ -1,4 +1,4 @@
-"""Whole runs of the trainer: interrupted, failed and resumed, and what a resumed run may change."""
+"""Whole runs of the trainer: interruption, failure, resumption, and the keys that a resumed run may change."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def sigterm():
 
 
 def fail_after(checkpoint):
-    """Fails when the background save of that checkpoint has ended."""
+    """A function that fails once the background save of that checkpoint has finished."""
 
     def fail():
         deadline = time.monotonic() + 600
@@ -69,8 +69,8 @@ def fail_after(checkpoint):
     return fail
 
 
-def happens_at(step, event, patch):
-    """The event happens while the run waits for the batch after so many steps."""
+def call_at_step(step, event, patch):
+    """Calls `event` while the run waits for its next batch after that many steps."""
     make_batches = stream.batches
 
     def broken(data, seed, start, stop, indices=None):
@@ -89,9 +89,9 @@ def raises(error):
     return function
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(teacher, tmp_path, monkeypatch, capsys):
+def test_interrupted_runs_are_bitwise_identical(teacher, tmp_path, monkeypatch, capsys):
     """SIGTERM, a kill before the checkpoints are deleted, a failed evaluation, and a kill between two checkpoints."""
-    undisturbed, folder = train.run(tiny_run(teacher), tmp_path / "undisturbed"), tmp_path / "disturbed"
+    uninterrupted, folder = train.run(tiny_run(teacher), tmp_path / "uninterrupted"), tmp_path / "interrupted"
     killed, broken = KeyboardInterrupt("killed"), RuntimeError("evaluation")
     score = scoring.score
 
@@ -101,10 +101,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, tmp_path, monkeypat
         return score(model, *args)
 
     interruptions = (
-        (lambda patch: happens_at(2, sigterm, patch), SystemExit),
+        (lambda patch: call_at_step(2, sigterm, patch), SystemExit),
         (lambda patch: patch.setattr(shutil, "rmtree", raises(killed)), KeyboardInterrupt),
         (lambda patch: patch.setattr(scoring, "score", score_teachers_only), RuntimeError),
-        (lambda patch: happens_at(8, fail_after(folder / "alignment/checkpoints/2"), patch), KeyboardInterrupt),
+        (lambda patch: call_at_step(8, fail_after(folder / "alignment/checkpoints/2"), patch), KeyboardInterrupt),
     )
     left = []
     for interrupt, error in interruptions:
@@ -115,15 +115,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, tmp_path, monkeypat
         assert error is not SystemExit or caught.value.code == PREEMPTED
     resumed = train.run(tiny_run(teacher), folder)
     output = capsys.readouterr().out
-    # SIGTERM saves the running step, which the interval would not; a kill goes back to the last interval.
+    # SIGTERM saves the running step, even between checkpoints; after a kill the last checkpoint counts.
     assert "transition: SIGTERM; step 3 is saved" in output and output.count("transition: resumes from step 3") == 1
     assert output.count("transition: complete") == 2 and "alignment: resumes from step 2" in output
     assert left == [True, True, False, False]
-    chex.assert_trees_all_equal(resumed, undisturbed)
+    chex.assert_trees_all_equal(resumed, uninterrupted)
     chex.assert_trees_all_equal(open_model(folder / "alignment/model"), resumed)
-    chex.assert_trees_all_equal(train.run(tiny_run(teacher), folder), resumed)  # a complete run is read
+    chex.assert_trees_all_equal(train.run(tiny_run(teacher), folder), resumed)  # a complete run is read, not trained
 
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("undisturbed", "disturbed")]
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("uninterrupted", "interrupted")]
     assert results[0] == results[1]
     assert list(results[0]) == ["teacher", "single shared KV entry, untrained", "after transition", "after alignment"]
     assert results[0]["teacher"]["cache_bytes_per_token"] == 3 * results[0]["after alignment"]["cache_bytes_per_token"]
@@ -133,8 +133,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, tmp_path, monkeypat
         assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
-def test_a_kill_before_the_model_is_written(teacher, tmp_path, monkeypatch, capsys):
-    """The phase resumes from its last checkpoint, and half-deleted checkpoints of a written model are not read."""
+def test_killed_save_of_the_model_is_resumed(teacher, tmp_path, monkeypatch, capsys):
+    """The phase resumes from its last checkpoint; once the model is saved, damaged checkpoints are not read."""
     config = alignment_run(teacher, 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_model", raises(KeyboardInterrupt()))
@@ -147,8 +147,8 @@ def test_a_kill_before_the_model_is_written(teacher, tmp_path, monkeypatch, caps
     chex.assert_trees_all_equal(train.run(config, tmp_path), weights)
 
 
-def test_what_a_resumed_run_may_change(teacher, tmp_path):
-    """Monitoring, evaluation, where steps run, and the teacher's folder; not the teacher's weights."""
+def test_only_resumable_keys_may_change(teacher, tmp_path):
+    """Monitoring, evaluation, devices and the teacher's folder may change; objective, seed and teacher may not."""
     config, folder = alignment_run(teacher, 1), str(tmp_path / "run")
     train.run(config, folder)
     moved = str(tmp_path / "moved")
@@ -177,7 +177,7 @@ def test_errors_are_reported_together(teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
+def test_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
     def prepare(seed):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         write_records(tmp_path / "data", count=6, seed=seed)

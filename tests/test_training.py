@@ -1,4 +1,4 @@
-"""The optimizer, the training step, the log of metrics, checkpoints of a phase, `reconfigure`."""
+"""The optimizer, the training step, the log of metrics, the checkpoints of a phase, and `reconfigure`."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ LOOPLM = dataclasses.replace(TINY, gate="none")
 
 
 def fresh_state(params, optimizer):
-    """`init_state` of a copy of the weights, since it donates them."""
+    """`init_state` with a copy of the weights, because it donates them."""
     return init_state(jax.tree.map(jnp.copy, params), optimizer)
 
 
@@ -35,7 +35,7 @@ def by_path(tree):
     }
 
 
-def test_groups_and_decay():
+def test_weights_have_their_group_and_decay():
     labels, decayed = by_path(group_labels(make_model())), by_path(matrices(make_model()))
     gates = {name for name, label in labels.items() if label == "gate"}
     assert gates == {f"layers.kv_gate.{name}.value" for name in ("w_z", "u_z", "b_z")}
@@ -65,7 +65,7 @@ def test_every_group_of_the_optimizer_has_weights():
         )
 
 
-def test_schedule():
+def test_schedule_warms_up_then_decays():
     """The warm-up reaches the peak at its last step; its first step already has a rate."""
     rate = schedule(1.0, steps=99, warmup=10, final_fraction=0.1)
     np.testing.assert_allclose([rate(k) for k in range(10)], np.arange(1, 11) / 10, rtol=1e-6)
@@ -76,7 +76,7 @@ def test_schedule():
 
 
 def test_first_update_has_a_learning_rate():
-    """Adam's first update is ± the learning rate, so it shows the rate that the optimizer applies at step 0."""
+    """Adam's first update is ± the learning rate, so it shows the rate at step 0."""
     params = {"norm": jnp.ones(3)}  # a vector: no weight decay
     phase = dataclasses.replace(TRANSITION, steps=100, learning_rate=1e-3, warmup_steps=10)
     optimizer = make_optimizer(phase, dataclasses.replace(OPTIMIZER, clip=1e9), params)
@@ -87,7 +87,7 @@ def test_first_update_has_a_learning_rate():
     np.testing.assert_allclose(updates, 1e-3 * np.arange(1, 11) / 10, rtol=1e-5)
 
 
-def test_alpha_runs_from_zero_to_one():
+def test_alpha_rises_from_zero_to_one():
     """α is 0 at the first step and 1 from step ramp · (steps − 1) on."""
     alphas = [float(transition_alpha(step, 11, 1.0)) for step in range(11)]
     np.testing.assert_allclose(alphas, np.linspace(0, 1, 11), rtol=1e-6)
@@ -97,8 +97,8 @@ def test_alpha_runs_from_zero_to_one():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name, phase", [("transition", TRANSITION), ("alignment", ALIGNMENT)])
-def test_micro_batches_are_the_whole_batch(name, phase):
-    """Even if some parts have far fewer scored tokens than others."""
+def test_micro_batches_equal_the_whole_batch(name, phase):
+    """This holds even if some parts have far fewer scored tokens than others."""
     student, teacher = make_model(), make_model(LOOPLM, seed=1)
     batch = random_batch(4, 12)
     batch = batch._replace(
@@ -107,7 +107,7 @@ def test_micro_batches_are_the_whole_batch(name, phase):
     optimizer = make_optimizer(phase, OPTIMIZER, student)
     steps = (make_train_step(phase_objective(name, phase, 5), optimizer, parts, "float64") for parts in (1, 4))
     (whole, metrics), (parts, part_metrics) = (step(fresh_state(student, optimizer), teacher, batch) for step in steps)
-    # Not the weights: Adam's first update is ± the rate, of whatever sign rounding gives to a gradient of zero.
+    # Weights are left out: if a gradient is zero, rounding decides the sign of Adam's first update.
     chex.assert_trees_all_close(parts.opt_state, whole.opt_state, rtol=1e-10, atol=1e-14)
     chex.assert_trees_all_close(part_metrics, metrics, rtol=1e-10, atol=1e-14)
 
@@ -142,10 +142,10 @@ def test_bfloat16_computes_on_float32_masters():
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_step_that_is_not_finite_only_counts(where):
-    """The other steps, and the metrics of their interval, are as they would be without it."""
+    """It changes neither the other steps nor the metrics of their interval."""
 
     def sums(weights, teacher, batch, step, perturbation):
-        # At 0 the root is finite, its gradient infinite.
+        # At 0 the root is finite but its gradient is infinite.
         root = jnp.sum(jnp.sqrt(jnp.abs(weights["w"] + perturbation["w"]) * batch.tokens[0, 0]))
         return {"kd": root if where == "gradient" else root + jnp.log(batch.tokens[0, 1] * 1.0)}
 
@@ -171,7 +171,7 @@ def test_step_that_is_not_finite_only_counts(where):
     assert np.isnan(alone["loss"]) and set(scalars(alone)) == {"skipped"}
 
 
-def test_group_norms():
+def test_group_norms_cover_their_weights():
     norms = group_norms(make_model())
     leaves = by_path(make_model())
     gate = optax.tree.norm([jnp.asarray(x) for name, x in leaves.items() if "kv_gate" in name])
@@ -199,13 +199,13 @@ def test_log_drops_lines_of_repeated_steps(tmp_path):
 
 
 class TestCheckpoints:
-    """Restored bitwise, or refused with a list of what differs."""
+    """A checkpoint is restored bitwise, or refused with a list of the differences."""
 
     def state(self, **changes):
         model = init_model(dataclasses.replace(TINY, **changes), jax.random.key(1))
         return init_state(model, make_optimizer(TRANSITION, OPTIMIZER, model))
 
-    def test_round_trip(self, tmp_path):
+    def test_checkpoints_round_trip(self, tmp_path):
         checkpoints = Checkpoints(tmp_path, every=2, keep=2)
         states = {step: self.state()._replace(step=jnp.int32(step)) for step in range(1, 6)}
         saved = [checkpoints.save(step, state, force=step == 5) for step, state in states.items()]

@@ -62,5 +62,5 @@ CHIPS = (
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """Returns the `Chip` of a JAX `device.device_kind`; None if the table does not have it, as for a CPU."""
+    """The `Chip` of a JAX `device.device_kind`; None if it is not in the table, such as a CPU."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)

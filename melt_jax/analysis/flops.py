@@ -11,7 +11,7 @@ V vocabulary, L layers, T loops, and `entries` the mean number of KV entries tha
     head          2·D·V for each loop whose logits are computed
 
 A backward pass takes twice the FLOPs of its forward pass. A program that masks entries instead of skipping them, or
-that recomputes, does more than is necessary; `melt_jax.analysis.hlo` counts the FLOPs of a compiled program.
+that recomputes, executes more than the necessary FLOPs; `melt_jax.analysis.hlo` counts those of a compiled program.
 """
 
 import dataclasses
@@ -66,14 +66,14 @@ class StepFlops:
 
 
 def causal_entries(length: int, earlier: int = 0) -> float:
-    """Returns the mean number of KV entries seen by `length` consecutive tokens of a document after `earlier` ones."""
+    """The mean number of KV entries seen by `length` consecutive tokens of a document after `earlier` ones."""
     return earlier + (length + 1) / 2
 
 
 def forward_flops(
     config: ModelConfig, entries: float, logits: int | None = None, transition: bool = False
 ) -> ForwardFlops:
-    """Returns the FLOPs of one token's forward pass.
+    """The FLOPs of one token's forward pass.
 
     Args:
       config: `ModelConfig`; gate "none" is the LoopLM.
@@ -81,7 +81,7 @@ def forward_flops(
         number of tokens so far for decoding.
       logits: number of loops whose logits are computed; all by default, as in training. Decoding computes 1; a prefill
         computes 1 for its last token only.
-      transition: whether per-loop entries are kept beside the shared ones.
+      transition: whether per-loop entries are kept in addition to the shared ones.
 
     Raises:
       ValueError: `transition` for a model without a gate.
@@ -103,15 +103,15 @@ def forward_flops(
 
 
 def step_flops(config: ModelConfig, phase: str, batch: int, length: int, chunk_size: int | None = None) -> StepFlops:
-    """Returns the FLOPs of a training step on sequences of one document each; packed documents see fewer entries.
+    """The FLOPs of a training step on sequences of one document each; packed documents see fewer entries.
 
     Args:
-      config: `ModelConfig` of the trained model: the LoopLM in pre-training, else the student. A teacher has the same
+      config: `ModelConfig` of the trained model: the LoopLM in pretraining, else the student. A teacher has the same
         shapes and no gate.
       phase: "pretraining", "transition" or "alignment".
       batch: number of sequences.
       length: tokens of a sequence.
-      chunk_size: C; if a sequence has several chunks, each is recomputed once. By default it is one chunk.
+      chunk_size: C; if a sequence has several chunks, each is recomputed once. By default, a sequence is one chunk.
 
     Raises:
       ValueError: the phase is unknown.

@@ -73,7 +73,7 @@ class Collective:
     """A collective operation.
 
     Attributes:
-      kind: a name of `COLLECTIVES`. The TPU's fusion of all-reduce and slice is called reduce-scatter.
+      kind: one of `COLLECTIVES`. The TPU's fusion of all-reduce and slice is called reduce-scatter.
       op_name: JAX's name of the operation.
       group: number of devices in one of its groups.
       dtype: of the arrays it moves; several are joined by " × ".
@@ -148,29 +148,29 @@ class Program:
         return tuple(loop for loop in self.loops if loop.source == "unknown")
 
     def flops_by_precision(self) -> dict[str, float]:
-        """Returns {precision: FLOPs}, largest first."""
+        """{precision: FLOPs}, largest first."""
         return _totals((product.precision, product.flops) for product in self.products)
 
     def flops_by_scope(self, scopes: Iterable[str]) -> dict[str, float]:
-        """Returns {innermost of `scopes`: FLOPs}, largest first; "other" for products in none of them."""
+        """{innermost of `scopes`: FLOPs}, largest first; "other" for products in none of them."""
         return _totals((innermost(product.op_name, scopes) or "other", product.flops) for product in self.products)
 
     def collectives_by_kind(self) -> dict[tuple[str, int, str], tuple[float, float]]:
-        """Returns {(kind, group, dtype): (executions, bytes)}, largest first."""
+        """{(kind, group, dtype): (executions, bytes)}, largest first."""
         key = lambda collective: (collective.kind, collective.group, collective.dtype)
         times = _totals((key(collective), collective.count) for collective in self.collectives)
         size = _totals((key(collective), collective.bytes) for collective in self.collectives)
         return {key: (times[key], total) for key, total in size.items()}
 
     def summary(self, scopes: Iterable[str] = ()) -> str:
-        """Returns a table to print, in GFLOP and MB (1e9, 1e6), with FLOPs by scope if `scopes` are given."""
-        lines = [f"matrix products      {self.flops / 1e9:>14,.3f} GFLOP a device"]
+        """A table to print, in GFLOP and MB (1e9, 1e6), with FLOPs by scope if `scopes` are given."""
+        lines = [f"matrix products      {self.flops / 1e9:>14,.3f} GFLOP per device"]
         row = lambda name, flops: f"  {name:<19}{flops / 1e9:>14,.3f} {flops / max(self.flops, 1):>7.1%}"
         lines += [row(name, flops) for name, flops in self.flops_by_precision().items()]
         if scopes:
             lines.append("by scope")
             lines += [row(name, flops) for name, flops in self.flops_by_scope(scopes).items()]
-        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB a device")
+        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB per device")
         for (kind, group, dtype), (times, size) in self.collectives_by_kind().items():
             lines.append(f"  {kind:<19}{size / 1e6:>14,.3f} {times:>9,g} times, {dtype}, {group} devices")
         lines += [f"custom call, FLOPs unknown: {name}, {n:,g} times" for name, n in self.custom_calls.items()]
@@ -200,7 +200,7 @@ def analyse(text: str, trips: Trips | Mapping[str, float] | None = None) -> Prog
 
 
 def innermost(op_name: str, names: Iterable[str]) -> str | None:
-    """Returns the innermost named scope of an op_name that is in `names`, or None.
+    """The innermost named scope of an op_name that is in `names`, or None.
 
     Transformations wrap scopes: `transpose(jvp(mlp))` is the scope `mlp`.
     """
@@ -221,7 +221,7 @@ def _totals(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
 
 
 class _Walk:
-    """A walk through a program; it adds up what it meets, times the trips of the loops around it."""
+    """Walks through a program and adds up its work, multiplied by the trip counts of the enclosing loops."""
 
     def __init__(self, computations: dict[str, Computation], devices: int, trips: Trips):
         self.computations, self.devices, self.trips = computations, devices, trips
@@ -321,7 +321,7 @@ def _elements(instruction: Instruction) -> int:
 
 
 def _continues_collective(name, computation):
-    """Returns whether the collectives of a fused computation were started in another.
+    """Whether the collectives of a fused computation were started in another.
 
     A TPU overlaps a collective with products by fusing a copy of it into the fusion that starts it, those that run
     meanwhile, and the one that ends it.

@@ -1,8 +1,8 @@
 """Reads the trip counts of while loops from the text of a compiled program.
 
 The CPU's compiler prints trip counts; the TPU's does not. There the count is derived: every scan has a counter with a
-known start and step, and its condition compares the counter with a known limit. Start and limit are constants, or
-elements of the loop's state, possibly passed on unchanged by an outer loop.
+known start and step, and its condition compares the counter with a known limit. Start and limit are constants or
+elements of the loop's state, which an outer loop may pass on unchanged.
 """
 
 import re
@@ -47,7 +47,7 @@ def count_trips(start: int, step: int, direction: str, limit: int) -> int | None
 
 
 def _initial_state(computations, computation, instruction, state):
-    """Returns {index: integer}, the elements of a loop's state that are known before its first trip."""
+    """{index: integer}, the elements of a loop's state that are known before its first trip."""
     initial = operand_names(instruction)[0]
     start = {}
     for index, shape in enumerate(tuple_elements(instruction.shape)):
@@ -87,7 +87,7 @@ def _count(computations, instruction, body, start, fixed):
 
 
 def _element(computations, computation, source, index) -> Linear | None:
-    """Returns `_linear` of an element of a tuple-valued instruction."""
+    """`_linear` of an element of a tuple-valued instruction."""
     operands = operand_names(source)
     if source.opcode == "parameter":
         return index, 0
@@ -108,7 +108,7 @@ def _element(computations, computation, source, index) -> Linear | None:
 
 
 def _linear(computations, computation, name, arguments=None) -> Linear | None:
-    """Returns an integer as (i, c): element i of the loop's state plus c; or (None, c): c. None: anything else.
+    """An integer as (i, c): element i of the loop's state plus c; or (None, c): c. None: anything else.
 
     `arguments` are the values of a fusion's parameters; without them a parameter is the loop's state.
     """

@@ -32,7 +32,7 @@ _PARENTHESIS = re.compile(r"[()]")
 
 
 def parse_program(text: str) -> tuple[dict[str, Computation], str, int]:
-    """Returns ({name: `Computation`}, the name of the entry, the number of devices).
+    """({name: `Computation`}, the name of the entry, the number of devices).
 
     Raises:
       ValueError: the text has no entry.
@@ -66,7 +66,7 @@ def _add_instruction(computation, line):
     closing = _closing(rest, opening)
     opcode = rest[end:opening].strip()
     attributes = rest[closing:]
-    if opcode != "while":  # the TPU's are long, and none but a while's is read
+    if opcode != "while":  # backend_config is long on TPUs, and only a while's is read
         attributes = attributes.partition(", backend_config=")[0]
     name = name.removeprefix("%")
     computation[name] = Instruction(name, rest[:end], opcode, rest[opening + 1 : closing - 1], attributes)
@@ -75,7 +75,7 @@ def _add_instruction(computation, line):
 
 
 def _closing(text, opening):
-    """Returns the position after the parenthesis that closes the one at `opening`."""
+    """The position after the parenthesis that closes the one at `opening`."""
     depth = 0
     for found in _PARENTHESIS.finditer(text, opening):
         depth += 1 if found[0] == "(" else -1
@@ -85,18 +85,18 @@ def _closing(text, opening):
 
 
 def operand_names(instruction: Instruction) -> list[str]:
-    """Returns the names of an instruction's operands."""
+    """The names of an instruction's operands."""
     return re.findall(r"%([\w.-]+)", instruction.operands)
 
 
 def attribute(instruction: Instruction, name: str) -> str:
-    """Returns a quoted attribute, such as op_name or custom_call_target; "" if it is missing."""
+    """A quoted attribute, such as op_name or custom_call_target; "" if it is missing."""
     found = re.search(rf'\b{name}="((?:[^"\\]|\\.)*)"', instruction.attributes)
     return found[1] if found else ""
 
 
 def plain_attribute(instruction: Instruction, name: str) -> str:
-    """Returns an unquoted attribute, such as direction, or the computation of calls, to_apply, body or condition.
+    """An unquoted attribute, such as direction, or the computation of calls, to_apply, body or condition.
 
     Raises:
       ValueError: the instruction has no such attribute.
@@ -108,7 +108,7 @@ def plain_attribute(instruction: Instruction, name: str) -> str:
 
 
 def arrays(shape: str) -> list[Array]:
-    """Returns the arrays of a shape, tuples flattened: [(dtype, dimensions)]."""
+    """The arrays of a shape, tuples flattened: [(dtype, dimensions)]."""
     return [
         (dtype, tuple(int(size.removeprefix("<=")) for size in sizes.split(",") if size))
         for dtype, sizes in _ARRAY.findall(shape)
@@ -116,7 +116,7 @@ def arrays(shape: str) -> list[Array]:
 
 
 def tuple_elements(shape: str) -> list[str]:
-    """Returns the shapes of a tuple's elements as text; [shape] if it is not a tuple."""
+    """The shapes of a tuple's elements as text; [shape] if it is not a tuple."""
     if not shape.startswith("("):
         return [shape]
     elements, depth = [""], 0
@@ -130,18 +130,18 @@ def tuple_elements(shape: str) -> list[str]:
 
 
 def array_elements(array: Array) -> int:
-    """Returns the number of elements of an array."""
+    """The number of elements of an array."""
     return math.prod(array[1])
 
 
 def array_bytes(array: Array) -> float:
-    """Returns the bytes of an array without padding; 0 for tokens and other types without a size."""
+    """The bytes of an array without padding; 0 for tokens and other types without a size."""
     bits = 8 if array[0] == "pred" else int((re.search(r"\d+", array[0]) or "0")[0])
     return array_elements(array) * bits / 8
 
 
 def replica_groups(instruction: Instruction, devices: int) -> Groups | None:
-    """Returns the groups of devices of a collective; None for a permutation or an unknown format.
+    """The groups of devices of a collective; None for a permutation or an unknown format.
 
     HLO prints groups as lists, {{0,1},{2,3}}; as a reshaped and transposed range, [groups, size]<=[…]T(…); or as axes
     of a mesh, mesh['a'=2,'b'=4] {'b'}. Without any, all devices are one group.
@@ -161,7 +161,7 @@ def replica_groups(instruction: Instruction, devices: int) -> Groups | None:
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-    """Returns the number of devices in a group of a collective, or in the first chain of a permutation."""
+    """The number of devices in a group of a collective, or in the first chain of a permutation."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes):
         return _chain_length(re.findall(r"(\d+),(\d+)", pairs[1]))
     groups = replica_groups(instruction, devices)
@@ -209,14 +209,14 @@ def _chain_length(pairs):
 
 
 def dot_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
-    """Returns the FLOPs of a `dot`: 2 × elements of the result × contracted size."""
+    """The FLOPs of a `dot`: 2 × elements of the result × contracted size."""
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     size = math.prod(lhs[1][int(axis)] for axis in contracted[1].split(",") if axis) if contracted else 1
     return 2 * size * array_elements(arrays(instruction.shape)[0])
 
 
 def convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
-    """Returns the FLOPs of a `convolution`: 2 × its multiplications, without those by padding and dilation holes.
+    """The FLOPs of a `convolution`: 2 × its multiplications, except those with padding and dilation holes.
 
     The TPU's compiler writes the batch dimensions of a matrix product as spatial dimensions: a window over all of them,
     dilated and padded so that each output sees one element. Counting elements alone gives 2·M·N·K.

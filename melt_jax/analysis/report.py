@@ -10,7 +10,7 @@ from melt_jax.analysis.hlo_text import Groups
 
 SCOPES = ("gate", "attention", "within_chunk", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
           "reduce", "optimizer")  # fmt: skip
-WHOLE_COPY = 0.9  # a step gathers each weight at least once: less than this share of a copy was not all attributed
+WHOLE_COPY = 0.9  # a step gathers each weight at least once; a lower share means that some were not attributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StoredWeights:
         return max(map(len, self.groups), default=1)
 
     def gathered_bytes(self, collectives: Iterable[Collective]) -> tuple[float, float]:
-        """Returns the bytes of all-gathers (of weights, of unknown arrays).
+        """The bytes of all-gathers (of weights, of unknown arrays).
 
         libtpu 0.0.47 and later drop the named scope of most all-gathers. Without it, an all-gather over `groups`
         gathers weights if its arrays have their sizes. Others over `groups`, parts of them, or groups that could not be
@@ -85,7 +85,7 @@ class Report:
       chip: of the topology, or None if `chips` has no figures for it.
       devices: in the mesh.
       compile_seconds: for compiling on this machine.
-      memory: of a device.
+      memory: of one device.
       program: FLOPs and collectives.
       necessary_flops: FLOPs of all devices by `melt_jax.analysis.flops`.
       weights: those that the program may gather.
@@ -121,7 +121,7 @@ class Report:
         return ratio if ratio >= WHOLE_COPY else None
 
     def seconds(self, chip: Chip) -> tuple[float, float]:
-        """Returns seconds of (products, collectives) at a chip's peak, collectives along one ring of its links.
+        """Seconds of (products, collectives) at a chip's peak, collectives along one ring of its links.
 
         HBM traffic is not counted.
         """
@@ -129,11 +129,11 @@ class Report:
         return self.program.bf16_flops / chip.device_flops, sent / chip.ring_bandwidth
 
     def chip_hours(self, chip: Chip) -> float:
-        """Returns the chip-hours of the whole phase, if products and collectives do not overlap."""
+        """The chip-hours of the whole phase, if products and collectives do not overlap."""
         return self.steps * sum(self.seconds(chip)) * self.devices / chip.devices / 3600
 
     def text(self) -> str:
-        """Returns the report as lines to print."""
+        """The report as lines to print."""
         memory = self.memory
         limit = ""
         if self.chip:
@@ -141,7 +141,7 @@ class Report:
         lines = [
             self.title,
             f"compiled in {self.compile_seconds:.0f} s",
-            f"memory of a device, GB (1e9 bytes): arguments {_giga(memory.arguments)},"
+            f"memory per device, GB (1e9 bytes): arguments {_giga(memory.arguments)},"
             f" temporaries {_giga(memory.temporaries)}, outputs {_giga(memory.outputs)},"
             f" total {_giga(memory.total)}{limit}",
             f"(temporaries by memory_analysis: {_giga(memory.analysed_temporaries)})",
@@ -154,7 +154,7 @@ class Report:
         return "\n".join([*lines, *self._gather_lines(), *self._peak_lines()])
 
     def record(self) -> dict[str, Any]:
-        """Returns the numbers of the tables as plain JSON; chip figures only if the chip is known."""
+        """The numbers of the tables as plain JSON; chip figures only if the chip is known."""
         kinds = self.program.collectives_by_kind().items()
         record = {
             "title": self.title, "devices": self.devices, "compile_seconds": self.compile_seconds,
@@ -180,8 +180,8 @@ class Report:
         gathered, unknown = self.weights.gathered_bytes(self.program.collectives)
         copy = f"one copy of all models, {_giga(self.weights.copy_bytes)} GB"
         if self.gathered_ratio is None:
-            return [f"weights gathered: unknown; {_giga(gathered)} GB are attributed to weights, less than {copy}, and"
-                    f" {_giga(unknown)} GB to nothing"]  # fmt: skip
+            return [f"weights gathered: unknown; {_giga(gathered)} GB are attributed to weights, less than {copy};"
+                    f" {_giga(unknown)} GB of all-gathers are not attributed"]  # fmt: skip
         rest = f"; {_giga(unknown)} GB of all-gathers are not attributed" if unknown else ""
         return [f"weights gathered: {self.gathered_ratio:.2f} of {copy}{rest}"]
 

@@ -1,4 +1,4 @@
-"""Describes the devices of TPU topologies, which needs libtpu but no TPU."""
+"""Descriptions of the devices of TPU topologies; they need libtpu but no TPU."""
 
 import importlib.util
 from typing import Any
@@ -12,10 +12,10 @@ OFFLINE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def describe_devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology such as "v5e:4x4".
+    """The devices of a topology such as "v5e:4x4".
 
     Raises:
-      InputError: libtpu is not installed or does not know the topology.
+      InputError: libtpu is not installed or does not support the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("libtpu: expected the TPU compiler, found none; pip install 'jax[tpu]'")

@@ -1,4 +1,4 @@
-"""A model folder of either form, and how a model is assembled from one."""
+"""Model folders of either form, and the assembly of a model from one."""
 
 import abc
 import dataclasses
@@ -35,7 +35,7 @@ class ModelFolder(abc.ABC):
 
         Raises:
           InputError: lists everything in config.json that this model does not support; if there is nothing, every
-            missing, unknown or misshapen weight.
+            missing, unknown or wrongly shaped weight.
         """
         self.folder = pathlib.Path(folder).absolute()
         self.raw = read_raw_config(folder)
@@ -80,7 +80,7 @@ def assemble(
     dtype = chosen_dtype(source, dtype)
     abstract = abstract_model(config, dtype)
     paths = [path for path, _ in module_leaves(abstract)]
-    lacking = [f"{path}: expected by gate {config.gate!r}, found none" for path in paths if path not in source.shapes]
+    lacking = [f"{path}: expected for gate {config.gate!r}, found none" for path in paths if path not in source.shapes]
     hint = f"melt_jax.convert --gate={config.gate} writes a checkpoint with fresh gates"
     raise_errors(source.folder, [*lacking, hint] if lacking else [])
     weights = source.load(paths, dtype, dict(module_leaves(shardings)) if shardings is not None else {})

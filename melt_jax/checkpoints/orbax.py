@@ -31,7 +31,7 @@ from melt_jax.model.model import LoopedTransformer, module_leaves
 
 PARAMS = "params"
 CHUNK = 512  # tokens; for models whose config.json has no chunk_size
-READ_BYTES = 2**30  # read concurrently at most; Orbax needs at least the largest weight
+READ_BYTES = 2**30  # limit of concurrent reads; Orbax needs at least the size of the largest weight
 
 
 class OrbaxFolder(ModelFolder):
@@ -79,7 +79,7 @@ class OrbaxFolder(ModelFolder):
 
 
 def open_folder(folder: str | pathlib.Path) -> ModelFolder:
-    """A model folder of either form, checked.
+    """Opens and checks a model folder of either form.
 
     Raises:
       InputError: there is no such folder, or as `ModelFolder`.
@@ -108,7 +108,7 @@ def open_model(
 
 
 def default_chunk(folder: str | pathlib.Path, config: ModelConfig) -> int:
-    """The chunk, in tokens, in which to run a folder's model: a MELT's chunk of training if config.json states it.
+    """The chunk, in tokens, with which to run a folder's model: a MELT's training chunk if known, else `CHUNK`.
 
     Args:
       folder: the model folder.
@@ -144,7 +144,7 @@ def save_model(
     overwrite: bool = False,
     chunk_size: int | None = None,
 ) -> None:
-    """Writes a model in Orbax form, completely or not at all. Every process of a run calls it.
+    """Writes a model in Orbax form, completely or not at all. Every process of a run must call it.
 
     Args:
       folder: the output; must not exist unless `overwrite`.
@@ -221,7 +221,7 @@ def _weight_errors(expected, stored):
     for path, leaf in stored.items():
         shape, dtype = tuple(getattr(leaf, "shape", ()) or ()), getattr(leaf, "dtype", None)
         if path not in expected:
-            errors.append(f"{path}: expected no such weight by config.json, found shape {shape}")
+            errors.append(f"{path}: expected no such weight according to config.json, found shape {shape}")
         elif shape != without_ones(expected[path]):
             errors.append(f"{path}: expected shape {without_ones(expected[path])}, found {shape}")
         if dtype is None or np.dtype(dtype).name not in DTYPES:

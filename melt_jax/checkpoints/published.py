@@ -2,7 +2,7 @@
 
 A published folder holds config.json, one or several safetensors files and tokenizer files, as Ouro's do
 (arXiv 2510.25741). MELT's (arXiv 2605.07721) has the LoopLM's tensors and, in each layer, those of the gate. Weights
-are read and written one stacked weight at a time, so neither direction needs more memory than one beside the model.
+are read and written one stacked weight at a time, so each direction needs memory for the model and one more weight.
 """
 
 import collections
@@ -42,7 +42,7 @@ StoredTensor = tuple[pathlib.Path, Shape, str]  # file, shape, safetensors dtype
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How one weight is published.
+    """The published form of one weight.
 
     Attributes:
       name: of the published tensor; for a layer's weight, the part after `model.layers.{i}.`.
@@ -150,7 +150,7 @@ class PublishedFolder(ModelFolder):
         weight = np.empty(self.shapes[path], jnp.dtype(dtype))
         targets = weight if path.startswith("layers.") else [weight]
         for target, name in zip(targets, self._names[path], strict=True):
-            # Opening the file for each tensor and closing it again unmaps what was read of it.
+            # Reopening the file for each tensor unmaps the pages read before.
             with safe_open(self._files[name], framework="numpy") as tensors:
                 copy_weight(target, from_published(path, tensors.get_tensor(name), target.shape))
         return weight
@@ -192,7 +192,7 @@ def _index_errors(folder, found):
     for name in sorted({*index, *found}):
         holders = [file.name for file, *_ in found.get(name, [])]
         if name not in index:
-            errors.append(f"{name}: expected in {INDEX}, found in {' and '.join(holders)} alone")
+            errors.append(f"{name}: expected in {INDEX}, found only in {' and '.join(holders)}")
         elif index[name] not in holders:
             holder = " and ".join(holders) or "no file"
             errors.append(f"{name}: expected in {index[name]} according to {INDEX}, found in {holder}")
@@ -200,7 +200,7 @@ def _index_errors(folder, found):
 
 
 def _tensor_errors(expected, found):
-    """Every tensor that is missing, unknown, stored twice, misshapen or of an unsupported dtype."""
+    """Every tensor that is missing, unknown, stored twice, wrongly shaped or of an unsupported dtype."""
     errors = [
         f"{name}: expected shape {expected[name][2]}, found no such tensor" for name in expected if name not in found
     ]
@@ -209,7 +209,7 @@ def _tensor_errors(expected, found):
             errors.append(f"{name}: expected once, found in " + " and in ".join(file.name for file, *_ in places))
         for file, shape, dtype in places:
             if name not in expected:
-                errors.append(f"{name}: expected no such tensor by config.json, found {shape} in {file.name}")
+                errors.append(f"{name}: expected no such tensor according to config.json, found {shape} in {file.name}")
             elif shape != expected[name][2]:
                 errors.append(f"{name}: expected shape {expected[name][2]}, found {shape} in {file.name}")
             if dtype not in STORED_DTYPES:
@@ -241,7 +241,7 @@ def load_model(
 
 
 def device_put_weight(weight: np.ndarray, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
-    """A host array on the default device, or sharded; each process copies only the pieces of its devices."""
+    """Copies a host array to the default device, or shards it; each process copies only its devices' pieces."""
     if sharding is None:
         return jnp.asarray(weight)
     return jax.make_array_from_callback(weight.shape, sharding, lambda index: weight[index])
@@ -262,7 +262,7 @@ def save_published(
     tokenizer_from: str | pathlib.Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model as a published folder, completely or not at all. For one process.
+    """Writes a model as a published folder, completely or not at all. Only one process may call it.
 
     Args:
       folder: the output; must not exist unless `overwrite`.
@@ -281,9 +281,9 @@ def save_published(
 
 
 def companions(source: str | pathlib.Path | None, target: pathlib.Path) -> dict[str, Any] | None:
-    """Copies the tokenizer files of a model folder; returns its config.json, or None if it describes no such model.
+    """Copies the tokenizer files of a model folder; returns its config.json, or None if that is not supported.
 
-    None or "" names no folder: nothing is copied.
+    If `source` is None or "", nothing is copied.
     """
     if not source:
         return None
@@ -301,7 +301,7 @@ def write_weights(
 ) -> None:
     """Writes one safetensors file incrementally: the header, then each weight's tensors as the weight arrives.
 
-    The layout is that of published files: tensors sorted by name, no `__metadata__`; sizes agree to the byte.
+    The layout is that of published files: tensors sorted by name, no `__metadata__`; file sizes are the same.
 
     Args:
       file: path of the new file.

@@ -37,7 +37,7 @@ CONFIG_KEYS = {
 }
 OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "early_exit_threshold")
 OPTIONAL += ("bos_token_id", "eos_token_id", "pad_token_id")
-MELT_KEYS = ("gate", "first_loop", "chunk_size")  # of MELT alone; chunk_size: tokens of a chunk in training
+MELT_KEYS = ("gate", "first_loop", "chunk_size")  # only in a MELT's config; chunk_size: tokens of a training chunk
 
 # Keys and the values that this model supports; an absent key means the first.
 ONLY_VALUES = {
@@ -100,7 +100,7 @@ def parse_config(raw: dict[str, Any], subject: object = "config.json") -> ModelC
       subject: its name in errors.
 
     Raises:
-      InputError: lists all missing keys, unknown keys, impossible values and values that this model does not support.
+      InputError: lists all missing keys, unknown keys, invalid values and values that this model does not support.
     """
     raw = _with_rope_theta(raw)
     fields = {ours: raw[theirs] for theirs, ours in CONFIG_KEYS.items() if raw.get(theirs) is not None}
@@ -152,7 +152,7 @@ def _describe(raw, config):
     """The dict, changed so that it describes `config`."""
     kind = "ouro" if config.gate == "none" else "melt"
     if raw.get("model_type") != kind:
-        raw.pop("auto_map", None)  # it names the code of the other kind
+        raw.pop("auto_map", None)  # it refers to the code of the other kind
         raw |= {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
     raw |= {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
     stale = ("rope_parameters", *(MELT_KEYS if kind == "ouro" else ()))
@@ -166,7 +166,7 @@ def _describe(raw, config):
 
 
 def _with_rope_theta(raw):
-    """The dict with `rope_theta` copied from `rope_parameters`, where newer libraries write it, if it has none."""
+    """The dict with `rope_theta` copied from `rope_parameters` (where newer libraries write it) if it is missing."""
     rope = raw.get("rope_parameters")
     if not isinstance(rope, dict) or rope.get("rope_theta") is None:
         return raw
@@ -251,7 +251,7 @@ def _melt_key_errors(raw):
 def _unknown_key_errors(raw):
     known = {*CONFIG_KEYS, *ONLY_VALUES, *HARMLESS, *MELT_KEYS, "rope_parameters"}
     return [
-        f"{key}: expected only keys that melt_jax knows, found {value!r}"
+        f"{key}: expected only keys that melt_jax supports, found {value!r}"
         for key, value in raw.items()
         if key not in known
     ]
@@ -263,7 +263,7 @@ def _size_errors(fields):
     if heads % kv_heads:
         errors.append(f"num_key_value_heads: expected a divisor of num_attention_heads, {heads}, found {kv_heads}")
     if fields["head_width"] % 2 or fields["head_width"] == 0:
-        errors.append(f"head_dim: expected an even number, as rotary embedding needs, found {fields['head_width']}")
+        errors.append(f"head_dim: expected an even number, because RoPE pairs components, found {fields['head_width']}")
     for name in ("bos", "eos", "pad"):
         if fields.get(name, 0) >= fields["vocab"]:
             errors.append(f"{name}_token_id: expected an id below vocab_size, {fields['vocab']}, found {fields[name]}")

@@ -79,7 +79,7 @@ def pack_problems(
       ("completion").
 
     Raises:
-      InputError: another `score`.
+      InputError: `score` has another value.
     """
     if score not in ("completion", "all"):
         raise InputError(f'score: expected "completion" or "all", found {score!r}')

@@ -31,7 +31,7 @@ CHAT_TEMPLATE = f"""\
 
 def tokenizer_files() -> dict[str, str]:
     """{file name: text} of tokenizer.json, tokenizer_config.json and generation_config.json."""
-    # Without an unknown token, a character outside the vocabulary is an error and is not dropped silently.
+    # Without an unknown token, a character outside the vocabulary is an error instead of being dropped silently.
     tokenizer = Tokenizer(models.WordLevel(arithmetic.VOCABULARY))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -56,7 +56,7 @@ def tokenizer_files() -> dict[str, str]:
 
 
 def tokenizer_errors(folder: str | pathlib.Path) -> list[str]:
-    """Why a checkpoint folder's tokenizer cannot read the arithmetic task: at most one message.
+    """The error of a checkpoint folder's tokenizer for the arithmetic task: at most one message.
 
     Empty if it gives every token of `arithmetic.VOCABULARY` its id, or if the folder has no tokenizer.json.
     """
@@ -66,7 +66,7 @@ def tokenizer_errors(folder: str | pathlib.Path) -> list[str]:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower class
-        return [f"{file}: cannot be read: {error}"]
+        return [f"{file}: expected a tokenizer, found {error}"]
     for token, expected in arithmetic.VOCABULARY.items():
         found = _encode(tokenizer, token)
         if found != [expected]:
@@ -82,12 +82,12 @@ def tokenizer_errors(folder: str | pathlib.Path) -> list[str]:
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     try:
         return tokenizer.encode(text, add_special_tokens=False).ids
-    except Exception:  # as above: a text without tokens
+    except Exception:  # as above; the text has no tokens
         return []
 
 
 def write_tokenizer(folder: str | pathlib.Path) -> None:
-    """Writes `tokenizer_files` into a folder, and creates it if necessary."""
+    """Writes `tokenizer_files` into a folder, which is created if it is missing."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in tokenizer_files().items():
@@ -95,7 +95,7 @@ def write_tokenizer(folder: str | pathlib.Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Reads the flags and writes the files."""
     parser = argparse.ArgumentParser(description="Write the arithmetic task's tokenizer files.")
     parser.add_argument("--output", required=True, help="folder to write them to")
     output = parser.parse_args().output

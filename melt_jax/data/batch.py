@@ -13,7 +13,7 @@ class Batch(NamedTuple):
       tokens: token ids.
       segments: an id per packed document; 0 is padding.
       loss_mask: 1 if the prediction made at this token is scored.
-      targets: the next token of the same document; for pre-training and perplexities.
+      targets: the next token of the same document; for pretraining and perplexity.
     """
 
     tokens: jax.Array | np.ndarray

@@ -23,20 +23,20 @@ MESSAGES, TEXT = ("messages", "conversations"), "text"
 SCORES = ("assistant", "all")
 # ShareGPT's role names, mapped to those of chat templates.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-CONTEXT, ANSWER, ALL = "context", "answer", "all"  # a piece is scored: not at all, up to its stop token, throughout
+CONTEXT, ANSWER, ALL = "context", "answer", "all"  # kinds of pieces: not scored, scored up to the stop token, scored
 THINK = "<think>"
 BLOCK_BYTES = 2**21  # text per call of the tokenizer, which needs about thirty times that in memory
 BLOCK_ROWS = 4096
 BLOCKS_AHEAD = 2  # one is read and rendered while the other is tokenized
-Row = bytes | dict[str, Any]  # a jsonl line, or columns
+Row = bytes | dict[str, Any]  # a jsonl line, or {column: value}
 
 
 class Traits(NamedTuple):
     """Properties of a document that the manifest counts.
 
     Attributes:
-      conversation: it was rendered with the chat template.
-      unprompted: an answer does not begin as the template's generation prompt does.
+      conversation: whether it was rendered with the chat template.
+      unprompted: whether an assistant's turn does not begin with the template's generation prompt.
       extra_keys: keys of its messages other than role and content, sorted.
     """
 
@@ -51,7 +51,7 @@ class Document(NamedTuple):
     Attributes:
       place: "file:line", from 1.
       tokens: [n] int32.
-      loss_mask: [n] bool, true if the prediction made at this token, that of the next one, is scored.
+      loss_mask: [n] bool, true if the prediction made at this token, of the next one, is scored.
       traits: `Traits`.
     """
 
@@ -70,7 +70,7 @@ class Draft(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """A row that is not a document: where, and why."""
+    """A row that is not a document: its place and the reason."""
 
     place: str
     reason: str
@@ -81,8 +81,10 @@ class Form:
     """The form of the rows and how they are rendered.
 
     Attributes:
-      messages: column of conversations; question and answer: columns of one exchange; text: column of plain text. If
-        several are given, the first of the three that a row has applies. By default `MESSAGES` and `TEXT` are given.
+      messages: column of conversations.
+      text: column of plain text.
+      question, answer: columns of one exchange. If several forms are given, a row takes the first that it has of
+        messages, question and text. The default is `MESSAGES` and `TEXT`.
       score: "assistant": the assistant's turns of conversations are scored, or "all". Plain text is scored throughout.
       thinking: passed to the chat template as `enable_thinking`.
     """
@@ -116,7 +118,11 @@ class InputRows:
     """
 
     def __init__(self, paths: Iterable[str | pathlib.Path], columns: list[str]):
-        """Checks the files; InputError lists those that are missing, are folders, or have another suffix."""
+        """Checks the files.
+
+        Raises:
+          InputError: lists the files that are missing, are folders, or have another suffix.
+        """
         self.paths, self._columns, self.position = [pathlib.Path(path) for path in paths], columns, 0
         errors = [f"{path}: {error}" for path in self.paths if (error := _path_error(path))]
         if errors or not self.paths:
@@ -148,7 +154,7 @@ class InputRows:
                         self.position = start + path.stat().st_size * number // total
                         yield f"{path}:{number}", row
         except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}: cannot be read as parquet, after row {number}: {error}") from error
+            raise InputError(f"{path}: expected a parquet file, found an error after row {number}: {error}") from error
         self.position = start + path.stat().st_size
         if not columns:
             expected, found = ", ".join(self._columns), ", ".join(names)
@@ -159,7 +165,7 @@ def _path_error(path: pathlib.Path) -> str | None:
     if path.is_dir():
         return "expected a file, found a folder; name its files, for example folder/*.jsonl"
     if not path.is_file():
-        return "no such file"
+        return "expected a file, found none"
     return None if path.suffix in SUFFIXES else f"expected {' or '.join(SUFFIXES)}, found {path.suffix!r}"
 
 
@@ -208,7 +214,7 @@ def tokenize(block: list[tuple[str, Row]], tokenizer: Tokenizer, form: Form) -> 
 
 
 class _Reason(ValueError):
-    """Why a row is not a document."""
+    """The reason why a row is not a document."""
 
 
 def _draft_or_reason(place, row, tokenizer, form):
@@ -224,7 +230,7 @@ def _draft(row, tokenizer, form):
         try:
             row = json.loads(row.decode())
         except (ValueError, RecursionError) as error:
-            raise _Reason(f"expected JSON in UTF-8: {error}") from None
+            raise _Reason(f"expected JSON in UTF-8, found {error}") from None
         if not isinstance(row, dict):
             raise _Reason(f"expected an object of columns, found {_brief(row)}")
     name = next((name for name in form.kinds if row.get(name) is not None), None)
@@ -238,14 +244,14 @@ def _draft(row, tokenizer, form):
     if name == (form.text or TEXT) and name != form.messages:
         text = _column(row, name)
         if not text:
-            raise _Reason(f"{name}: empty")
+            raise _Reason(f"{name}: expected text, found none")
         return Draft([(text, ALL)], ends=True)
     return _conversation(_messages(_column(row, name, list), name), tokenizer, form)
 
 
 def _column(row, name, kind: type = str):
     if name not in row:
-        raise _Reason(f'no column "{name}"; found {", ".join(row) or "none"}')
+        raise _Reason(f'expected a column "{name}", found {", ".join(row) or "none"}')
     if not isinstance(row[name], kind):
         wanted = "text" if kind is str else "a list of messages"
         raise _Reason(f"{name}: expected {wanted}, found {_brief(row[name])}")
@@ -336,7 +342,7 @@ def _answer_start(before, prompt, through, tokenizer):
     """Start of the answer in the conversation `through`: after the tokens that its turn shares with the prompt."""
     if through.startswith(prompt):
         if THINK in prompt[len(before) :] and through[len(prompt) :].lstrip().startswith(THINK):
-            raise _Reason(f"{THINK} would be written twice, by the template and by the answer; take --nothinking")
+            raise _Reason(f"{THINK} would be written twice, by the template and by the answer; use --nothinking")
         return max(len(prompt), len(before))
     if not prompt.startswith(before):
         raise _Reason(
@@ -369,7 +375,7 @@ def _assemble(place, draft, encoded, tokenizer):
 
 
 def _scored(ids, kind, stop_ids):
-    """[n] bool: the tokens to predict. Those that a template adds after an answer's stop token are not among them."""
+    """[n] bool: the tokens to predict, without those that a template adds after an answer's stop token."""
     out = np.full(len(ids), kind != CONTEXT)
     stops = np.flatnonzero(np.isin(ids, stop_ids))
     if kind == ANSWER and len(stops):

@@ -5,20 +5,20 @@ from melt_jax.data.documents import Document
 
 
 class Packer:
-    """Packs whole documents: each goes into the first of a few open sequences that has room for it.
+    """Packs whole documents: each goes into the first open sequence that has room for it.
 
-    Deterministic; its memory is bounded by the window. A window of 1 fills sequences one after the other.
+    Deterministic; the window bounds the memory. A window of 1 fills sequences one after the other.
     """
 
     def __init__(self, length: int, window: int):
-        """length: tokens of a sequence; window: sequences open at a time, at least 1."""
+        """`length` is in tokens; `window` is the number of sequences open at a time, at least 1."""
         self._length, self._window = length, window
         self._open: list[tuple[int, list[Document]]] = []
 
     def add(self, document: Document) -> list[Document] | None:
         """Adds a document of at most `length` tokens; returns the sequence that this closes, or None.
 
-        If the window is full, the fullest sequence is closed, and the oldest of several.
+        If the window is full, the fullest sequence is closed; of several, the oldest.
 
         Raises:
           InputError: the document is longer than a sequence.
@@ -33,7 +33,7 @@ class Packer:
         self._open.append((size, [document]))
         if len(self._open) <= self._window:
             return None
-        # Never the new one: later documents may fit into it, and a window of 1 keeps the order.
+        # The new sequence is never closed: later documents may fit into it, and a window of 1 keeps the order.
         fullest = max(range(self._window), key=lambda i: self._open[i][0])
         return self._open.pop(fullest)[1]
 

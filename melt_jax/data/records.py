@@ -3,8 +3,8 @@
     manifest.json             counts, hashes, tokenizer, chat template, inputs; written last
     00000.arrayrecord, …      one record per sequence: token ids, segment ids, loss mask as bits, concatenated
 
-`melt_jax.prepare` writes such folders. A sequence is read by its index alone, so that each host of a run reads its own
-rows of any step.
+`melt_jax.prepare` writes such folders. A sequence is read by its index alone, so that each process of a run reads its
+own part of any step.
 """
 
 import dataclasses
@@ -137,11 +137,12 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
     """The manifest of prepared data, checked against the sizes of the folder's files.
 
     Raises:
-      InputError: the manifest is missing or malformed; else lists every shard that is missing or has another size.
+      InputError: the manifest is missing or malformed; otherwise, lists every shard that is missing or has another
+        size.
     """
     path = pathlib.Path(folder) / MANIFEST
     if not path.is_file():
-        raise InputError(f"{folder}: no {MANIFEST}, so the data is unfinished; write it with melt_jax.prepare")
+        raise InputError(f"{folder}: expected {MANIFEST}, found none; prepare the data with melt_jax.prepare")
     try:
         manifest = json.loads(path.read_text())
         errors = [
@@ -150,7 +151,7 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
             if not isinstance(manifest.get(key), kind)
         ]
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise InputError(f"{path}: expected a manifest, found {error}; prepare the data again") from error
     if not errors and manifest["format"] != FORMAT:
         errors = [f'format: expected "{FORMAT}", found "{manifest["format"]}"']
     if errors:
@@ -215,12 +216,12 @@ def record_errors(
 
 
 def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path) -> list[str]:
-    """At most one message: conversations were rendered with another `thinking` than those of `other`, in `folder`."""
+    """At most one message: conversations were rendered with another `thinking` than those of `other`, from `folder`."""
     found, expected = manifest.get("thinking"), other.get("thinking")
     if None in (found, expected) or found == expected:
         return []
     flag = "--thinking" if expected else "--nothinking"
-    return [f"expected data rendered with {flag} as {folder} is, found the opposite; prepare it again with {flag}"]
+    return [f"expected data rendered with {flag}, as {folder} is, found the opposite; prepare it again with {flag}"]
 
 
 def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[str]:
@@ -229,11 +230,11 @@ def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[s
         return []
     part, expected, found = "tokenizer", sha256(tokenizer / "tokenizer.json"), manifest["tokenizer"]["sha256"]
     if found == expected and (template := manifest.get("template_sha256")):
-        # Opening a tokenizer takes a second, but only the library knows which of several template files counts.
+        # Opening a tokenizer takes a second, but only the library determines which of several template files is used.
         try:
             opened = Tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            return [f"{folder}: written with a chat template, and that of {tokenizer} cannot be read: {error}"]
+            return [f"{folder}: expected the chat template with which it was written, found for {tokenizer}: {error}"]
         part, expected, found = "chat template", opened.template_sha256 or "none", template
         if found == expected and opened.has_thinking and manifest.get("thinking") is None:
             return [
@@ -272,7 +273,7 @@ def _shard_errors(folder: pathlib.Path, shards: list[dict]) -> list[str]:
     for shard in shards:
         path = folder / shard["file"]
         if not path.is_file():
-            errors.append(f"{path}: missing, but listed in the manifest; copy it again")
+            errors.append(f"{path}: expected the file, as the manifest lists it, found none; copy it again")
         elif path.stat().st_size != shard["bytes"]:
             errors.append(f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; copy it again")
-    return errors if shards else [f"{folder}: the manifest lists no shards; prepare the data again"]
+    return errors if shards else [f"{folder}: expected a manifest with shards, found none; prepare the data again"]

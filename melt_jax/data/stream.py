@@ -1,8 +1,8 @@
 """The training stream: the batch of step n is a function of (seed, n) alone.
 
 A checkpoint therefore stores no data state: a run that resumes at step n gets the same batches as an uninterrupted one.
-Background threads make batches while the device computes. With several processes, each makes its own rows of the same
-global batch.
+Background threads make batches while the device computes. With several processes, each makes its own sequences of the
+same global batch.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def run_errors(config: TrainConfig, model: ModelConfig, tokenizer: str | pathlib
 
     Args:
       config: the run. Its evaluation sequences must not be its training sequences.
-      model: the configuration of the teacher; in pre-training, of the new model.
+      model: the configuration of the teacher; in pretraining, of the new model.
       tokenizer: as in `data_errors`.
     """
     errors = _teacher_errors(config, model) + data_errors(config.data, model, tokenizer)
@@ -101,7 +101,7 @@ def _teacher_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
 
 
 def _problem_errors(config: TrainConfig, model: ModelConfig, tokenizer) -> list[str]:
-    """Why arithmetic problems, if any are asked for, cannot be evaluated on a model that is trained on other data."""
+    """Errors of the arithmetic problems, if any are evaluated, for a model that is trained on other data."""
     evaluation = config.evaluation
     if not (evaluation.problems or evaluation.sample):
         return []
@@ -113,13 +113,13 @@ def _evaluation_errors(config: TrainConfig, model: ModelConfig, tokenizer) -> li
     evaluation, source = config.evaluation, config.data.source
     found = f'evaluation.path: expected none, found "{evaluation.path}"'
     if not evaluation.sequences:
-        return [f"{found}; drop it, or set evaluation.sequences above 0"] if evaluation.path else []
+        return [f"{found}; remove it, or set evaluation.sequences above 0"] if evaluation.path else []
     if source == "arithmetic":
-        return [f'{found}; drop it: source "arithmetic" reads no file'] if evaluation.path else []
+        return [f'{found}; remove it: source "arithmetic" reads no file'] if evaluation.path else []
     if not evaluation.path:
-        return [f'evaluation.path: expected sequences kept from training for source "{source}", found none']
+        return [f'evaluation.path: expected held-out sequences for source "{source}", found none']
     if pathlib.Path(evaluation.path).resolve() == pathlib.Path(config.data.path).resolve():
-        return ["evaluation.path: expected sequences kept from training, found data.path"]
+        return ["evaluation.path: expected held-out sequences, found data.path"]
     data = evaluation_data(config)
     errors = [line.replace("data.path: ", "evaluation.path: ", 1) for line in data_errors(data, model, tokenizer)]
     if errors:
@@ -167,7 +167,7 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
 
 
 def dataset_size(data: DataConfig) -> int | None:
-    """The number of sequences in the data; None for arithmetic, which never ends.
+    """The number of sequences in the data; None for arithmetic, which is unlimited.
 
     Raises:
       InputError: the data cannot be read.
@@ -176,13 +176,13 @@ def dataset_size(data: DataConfig) -> int | None:
 
 
 def batches(data: DataConfig, seed: int, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-    """The batches of steps start to stop − 1, in order, made ahead of their use.
+    """The batches of steps start to stop − 1, in order, prefetched.
 
     Args:
-      data: free of `data_errors`. Files are shuffled, and shuffled anew for each epoch.
+      data: without `data_errors`. The sequences of files are shuffled anew for each epoch.
       seed: in [0, 2³²); it determines the arithmetic problems or the order of the sequences.
       start, stop: step numbers.
-      rows: sorted indices of the rows of the global batch to make, such as `sharding.local_batch_indices`; None: all.
+      rows: sorted indices of the sequences of the global batch to make, from `sharding.local_batch_indices`; None: all.
 
     Returns:
       An iterator of `Batch`, int32 NumPy arrays [rows, length].
@@ -230,7 +230,7 @@ def _arithmetic_errors(data: DataConfig, model: ModelConfig) -> list[str]:
     errors = []
     if data.path:
         errors.append(
-            f'data.path: expected none for source "arithmetic", found {data.path}; drop it, or set data.source'
+            f'data.path: expected none for source "arithmetic", found {data.path}; remove it, or set data.source'
         )
     if data.score not in SCORES:
         errors.append(f"data.score: {_unknown(data.score, SCORES)}")
@@ -244,7 +244,7 @@ def _arithmetic_errors(data: DataConfig, model: ModelConfig) -> list[str]:
 
 
 def _definition_errors(data: DataConfig, model: ModelConfig) -> list[str]:
-    """Why problems cannot be made, or cannot be read by the model."""
+    """Errors that prevent problems from being generated, or from being read by the model."""
     errors, names = [], len(arithmetic.NAMES)
     if not 1 <= data.low <= data.high <= names:
         errors.append(

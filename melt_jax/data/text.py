@@ -1,4 +1,4 @@
-"""Text and token ids: a checkpoint folder's own tokenizer and chat template, read from its files alone."""
+"""Text and token ids: a checkpoint folder's own tokenizer and chat template, read only from its files."""
 
 import hashlib
 import json
@@ -36,7 +36,8 @@ class Tokenizer:
         missing = [name for name in TOKENIZER_FILES if not (self.folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{self.folder}: no {' and no '.join(missing)}; copy the tokenizer files from the published checkpoint"
+                f"{self.folder}: expected {' and '.join(missing)}, found none; copy the tokenizer files from the"
+                " published checkpoint"
             )
         self._tokenizer = _load(self.folder)
         # Set once: a backend must not be changed while another thread encodes with it.
@@ -108,7 +109,10 @@ class Tokenizer:
         if not messages:
             raise InputError("chat: expected at least one message, found none")
         if not self._tokenizer.chat_template:
-            raise InputError(f"{self.folder}: no chat template in tokenizer_config.json; give the prompt as plain text")
+            raise InputError(
+                f"{self.folder}: expected a chat template in tokenizer_config.json, found none; give the prompt as"
+                " plain text"
+            )
         return self.encode(self.render(messages, messages[-1]["role"] != "assistant", thinking))
 
     def render(self, messages: list[dict], generation_prompt: bool, thinking: bool = True) -> str:
@@ -177,8 +181,8 @@ class Streamer:
 
 
 def _load(folder):
-    # Imported here because it takes seconds, which training on arithmetic does not need.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    # Imported here because it takes seconds and training on arithmetic does not need it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no advice to install PyTorch
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)

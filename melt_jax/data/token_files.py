@@ -3,9 +3,9 @@
     .npy    [N], one stream, cut into sequences of the requested length; or [M, S] sequences; memory-mapped
     .npz    tokens [M, S], and optionally segments and loss_mask [M, S]; loaded, because NumPy cannot map archives
 
-Segments give each packed document an id; padding is 0. The loss mask is 1 if the prediction made *at* a token, that of
-the next one, is scored; the last token of a document predicts nothing. By default a sequence is one document and scored
-throughout.
+Segments give each packed document an id; padding is 0. The loss mask is 1 if the prediction made *at* a token, of the
+next one, is scored; the last token of a document predicts nothing. By default a sequence is one document and all of it
+is scored.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class TokenSequences:
     Attributes:
       tokens: [M, S] integers, mapped from a .npy.
       segments: [M, S], or None: each sequence is one document.
-      loss_mask: [M, S], or None: every token is scored whose next token is in the same document.
+      loss_mask: [M, S], or None: a token is scored if its next token is in the same document.
       dropped: tokens at the end of a stream that do not fill a sequence.
     """
 
@@ -57,7 +57,7 @@ class TokenSequences:
 
 
 def open_tokens(path: str | pathlib.Path, length: int | None = None) -> TokenSequences:
-    """Opens a token file, and logs the number of tokens dropped at the end of a stream.
+    """Opens a token file and logs the number of tokens dropped at the end of a stream.
 
     Args:
       path: a .npy or .npz.
@@ -101,7 +101,7 @@ def _open(path: str | pathlib.Path, length: int | None) -> tuple[TokenSequences 
     """(`TokenSequences`, []) or (None, errors in the file's form)."""
     path = pathlib.Path(path)
     if not path.is_file():
-        return None, [f"{path}: no such file"]
+        return None, [f"{path}: expected a file, found none"]
     if path.suffix not in (".npy", ".npz"):
         return None, [f'{path}: expected a .npy or .npz file, found "{path.suffix}"']
     try:
@@ -112,14 +112,14 @@ def _open(path: str | pathlib.Path, length: int | None) -> tuple[TokenSequences 
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
     except UNREADABLE as error:
-        return None, [f"{path}: cannot be read as {path.suffix}: {error}"]
+        return None, [f"{path}: expected a {path.suffix} file, found {error}"]
     errors = [f"{path}: {message}" for message in _form_errors(arrays, path.suffix == ".npz", length)]
     if errors:
         return None, errors
     tokens = arrays["tokens"]
     if tokens.ndim == 2:
         return TokenSequences(**arrays), []
-    assert length is not None  # else _form_errors
+    assert length is not None  # checked by `_form_errors`
     count, dropped = divmod(len(tokens), length)
     return TokenSequences(tokens[: count * length].reshape(count, length), dropped=dropped), []
 
@@ -157,7 +157,7 @@ def _shape_errors(tokens: np.ndarray, archive: bool, length: int | None) -> list
 
 
 def _bad_rows(sequences: TokenSequences, rows: slice) -> list[tuple[str, np.ndarray]]:
-    """[(message, [rows] bool of the sequences it is about)] for segments and loss masks."""
+    """[(message, [rows] bool, true for sequences with that error)] of segments and loss masks."""
     segments = np.ones(sequences.tokens[rows].shape, np.int64)
     out = []
     if sequences.segments is not None:
@@ -184,18 +184,18 @@ def _any(mask: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def _runs(segments: np.ndarray) -> np.ndarray:
-    """The number of runs of equal ids above 0 in each row."""
+    """The number of runs of equal ids above 0 in each sequence."""
     starts = (segments != np.roll(segments, 1, axis=1)) & (segments > 0)
     starts[:, 0] = segments[:, 0] > 0
     return starts.sum(1)
 
 
 def _distinct(segments: np.ndarray) -> np.ndarray:
-    """The number of different ids above 0 in each row."""
+    """The number of different ids above 0 in each sequence."""
     ordered = np.sort(segments, axis=1)
     return ((np.diff(ordered, axis=1, prepend=0) != 0) & (ordered > 0)).sum(1)
 
 
 def _predicts(segments: np.ndarray) -> np.ndarray:
-    """Whether each token but the last of [..., S] is followed by one of its own document: [..., S − 1] bool."""
+    """Whether each token of [..., S] but the last is followed by one of the same document: [..., S − 1] bool."""
     return (segments[..., :-1] == segments[..., 1:]) & (segments[..., :-1] != 0)

@@ -14,7 +14,7 @@ from melt_jax.model.model import LoopedTransformer
 PROBLEM_STREAM = 2**63  # a random stream that no training step uses: steps count from 0
 SPARE_TOKENS = 12  # room for a completion that is one step longer than the correct one
 
-# Called with the description of a piece of work before the piece runs: to print progress, or to leave by raising.
+# Called before each piece of work with its description; it may print progress, or raise to stop the work.
 BeforePiece = Callable[[str], None]
 
 
@@ -64,7 +64,7 @@ def exact_answers(
     """Answers problems greedily and compares the answers with the correct ones.
 
     Args:
-      model: with its `exit_threshold` and `loops`.
+      model: its config sets `loops` and `exit_threshold`.
       problems: at least one.
       prefill_chunk: C of the prefill.
       batch: problems answered at a time.

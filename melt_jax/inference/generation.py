@@ -2,7 +2,7 @@
 
 Prompts run in chunks of `prefill_chunk` tokens, generated tokens in chunks of one, which is the exact model. A block of
 generated tokens runs inside one compiled loop without the host; streaming is a block of one. Prefill, first token and
-decoding are compiled once each, before any of them runs, so that no time below includes compilation. The exit gate
+decoding are compiled once each, before any of them runs, so that their times exclude compilation. The exit gate
 selects the loop whose logits are used. All loops run in any case, because later tokens need their KV entries.
 """
 
@@ -25,7 +25,7 @@ from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer, exit_loop
 from melt_jax.model.sequence import split_chunks
 
-STOP_SLOTS = 8  # stop tokens are padded to this number, so that their number does not cause a compilation
+STOP_SLOTS = 8  # stop tokens are padded to this number, so that their number does not affect compilation
 clock = time.perf_counter
 
 
@@ -59,7 +59,7 @@ class Generation:
       loops: T.
       prompt_tokens: over all prompts.
       cache_bytes: size of the KV cache, over all prompts and slots.
-      compile_seconds: time spent compiling; part of neither time below.
+      compile_seconds: time spent compiling; included in neither time below.
       prefill_seconds: from the first chunk's dispatch until every prompt's first token is computed.
       decode_seconds: from there to the end.
     """
@@ -98,7 +98,7 @@ class DecodeState(NamedTuple):
       tokens: the last token, whose KV entry is not in the cache.
       lengths: entries in the cache.
       emitted: new tokens so far.
-      done: a finished sequence does not change any more.
+      done: whether the sequence is finished; a finished sequence no longer changes.
     """
 
     tokens: Int[Array, " B"]
@@ -110,7 +110,7 @@ class DecodeState(NamedTuple):
 def next_logits(
     model: LoopedTransformer, hidden: Float[Array, "T B D"]
 ) -> tuple[Float[Array, "B V"], Int[Array, " B"]]:
-    """The logits of the loop at which the exit gate stops, by the model's `exit_threshold`, and that loop from 0."""
+    """The logits of the loop that the exit gate selects by `exit_threshold`, and that loop, counted from 0."""
     chosen = exit_loop(model.exit_pdf(hidden[:, :, None])[:, 0], model.config.exit_threshold)
     return model.logits(jnp.take_along_axis(hidden, chosen[None, :, None], axis=0)[0]), chosen
 
@@ -129,7 +129,7 @@ def prefill_chunk(
     Args:
       model: the model.
       cache: donated.
-      last_hidden: the hidden states of each prompt's last token, once its chunk has run.
+      last_hidden: the hidden states of each prompt's last token, if its chunk has run.
       tokens: the chunk.
       start: the chunk's first slot.
       lengths: of the prompts.
@@ -242,7 +242,7 @@ def prepare_prefill(
 def prefill(
     model: LoopedTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int
 ) -> tuple[Cache, Float[Array, "T B D"], Int[Array, " B"]]:
-    """Runs prompts of any lengths, chunk after chunk, into a cache with room for `max_new_tokens` more.
+    """Runs prompts of any lengths, chunk by chunk, into a cache with room for `max_new_tokens` more.
 
     Returns:
       (cache, hidden states of the last tokens, lengths).
@@ -261,10 +261,10 @@ def generate(
     """Continues prompts until each has reached a stop token or `max_new_tokens`.
 
     Args:
-      model: with its `loops` and `exit_threshold`; `reconfigure` changes them.
-      prompts: token ids, of any lengths. Each prompt's result is what it gives alone.
+      model: its config sets `loops` and `exit_threshold`; `reconfigure` changes them.
+      prompts: token ids, of any lengths. A prompt's result does not depend on the other prompts.
       options: see `GenerationOptions`.
-      indices: the number of each prompt in a larger set, for its random key; 0, 1, … by default.
+      indices: the index of each prompt in a larger set, for its random key; 0, 1, … by default.
       on_tokens: called with the new tokens of each prompt after each block.
 
     Raises:
@@ -362,7 +362,7 @@ def _run_prefill(run_chunk, model, inputs: Prefill):
 
 
 def _collect(run_block, carry, first_block, blocks, on_tokens):
-    """Runs up to `blocks` blocks after the first: the tokens and the exit loops of each prompt."""
+    """Runs up to `blocks` blocks after the first; returns the tokens and the exit loops of each prompt."""
     collected, left = [[[] for _ in range(first_block[0].shape[1])] for _ in range(2)]
     waiting = first_block
     while waiting:

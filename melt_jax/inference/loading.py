@@ -1,4 +1,4 @@
-"""Opens a checkpoint's model as generation and evaluation run it."""
+"""Opens a checkpoint's model for generation and evaluation."""
 
 from melt_jax.checkpoints.orbax import open_model
 from melt_jax.model.model import LoopedTransformer, reconfigure
@@ -11,7 +11,7 @@ def open_for_inference(
     loops: int | None = None,
     exit_threshold: float | None = None,
 ) -> LoopedTransformer:
-    """Opens a model; values that are given replace the checkpoint's.
+    """Opens a model; arguments other than None replace the checkpoint's values.
 
     Args:
       folder: checkpoint, published or of this package.
@@ -21,7 +21,7 @@ def open_for_inference(
       exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
 
     Raises:
-      InputError: a value is impossible, or the checkpoint cannot be opened.
+      InputError: a value is invalid, or the checkpoint cannot be opened.
     """
     changes = {"loops": loops, "exit_threshold": exit_threshold}
     model = open_model(folder, dtype=dtype, gate=gate)

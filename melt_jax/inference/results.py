@@ -1,4 +1,4 @@
-"""The results of a run: one row per model, kept in a file, and the table of them."""
+"""The results of a run: one row per model, stored in a file and printed as a table."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ PROGRESS_SECONDS = 10.0
 
 
 class Results:
-    """The scores of a run's models, kept in a file: a resumed run measures nothing twice.
+    """The scores of a run's models, stored in a file so that a resumed run measures nothing twice.
 
-    A row whose settings (`evaluation` and the chunk) are not those of the present config is measured again.
+    A row is measured again if its settings (`evaluation` and the chunk) differ from those of the config.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -40,12 +40,12 @@ class Results:
         teacher: LoopedTransformer | None,
         config: TrainConfig,
     ) -> None:
-        """Scores a model under a name, unless the file has its row. Every process calls it, at the same place.
+        """Scores a model and stores its row, unless the file has it. Every process must call it at the same point.
 
         The teacher itself is not compared with the teacher: that KL is 0 by definition.
 
         Raises:
-          SystemExit: SIGTERM came, which is checked before each piece.
+          SystemExit: SIGTERM was received; checked before each piece.
         """
         evaluation = config.evaluation
         settings = dataclasses.asdict(evaluation) | {"chunk_size": config.chunk_size}
@@ -69,13 +69,13 @@ class Results:
 
 
 class Progress:
-    """A `before_piece` that exits if SIGTERM came, and prints a line, at most one per `PROGRESS_SECONDS`."""
+    """A `before_piece` that exits if SIGTERM was received, and prints at most one line per `PROGRESS_SECONDS`."""
 
     def __init__(self, title: str, console: Console):
         self._title, self._console, self._printed = title, console, -PROGRESS_SECONDS
 
     def __call__(self, piece: str) -> None:
-        """Called before each piece."""
+        """Reports the piece that is about to run."""
         exit_if_preempted()
         if time.monotonic() >= self._printed + PROGRESS_SECONDS:
             self._printed = time.monotonic()
@@ -83,7 +83,7 @@ class Progress:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table as text of {name: `dataclasses.asdict` of `Scores`}; the KL compares the last loops, nats per token."""
+    """{name: `dataclasses.asdict` of `Scores`} as a text table; the KL compares the last loops, nats per token."""
     comparisons = [row["comparison"] for row in rows.values() if row["comparison"]]
     columns = {"chunked": "KL to teacher, chunked", "decoding": "decoding"}
     if any(c["chunked_start"] not in (None, c["chunked"]) for c in comparisons):

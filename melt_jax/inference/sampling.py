@@ -1,4 +1,4 @@
-"""How tokens are selected from logits: greedily, or drawn at a temperature within the top k and the nucleus."""
+"""Selection of tokens from logits: greedy, or sampled with temperature, top-k and top-p."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is selected from logits. A pytree of numbers: other values need no other compilation.
+    """How a token is selected from logits. A pytree of numbers, so that other values need no new compilation.
 
     Attributes:
       temperature: divides the logits; 0 is greedy.
@@ -45,7 +45,7 @@ class SamplingRequest(NamedTuple):
 
     Attributes:
       sampling: `Sampling` of arrays.
-      indices: the number of each prompt, for its random key.
+      indices: the index of each prompt, for its random key.
       stop: stop tokens; −1 is none.
       limit: the most new tokens per sequence.
     """
@@ -57,7 +57,7 @@ class SamplingRequest(NamedTuple):
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits over temperature; −inf outside the top k, then outside the nucleus of the rest.
+    """Logits divided by the temperature; −inf outside the top k, then outside the top p of the rest.
 
     Of two equally likely tokens the lower id ranks higher.
     """
@@ -78,7 +78,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 def sample_tokens(
     logits: Float[Array, "B V"], sampling: Sampling, indices: Int[Array, " B"], steps: Int[Array, " B"]
 ) -> Int[Array, " B"]:
-    """Selects a token for each prompt, given the prompts' indices and the numbers of the tokens to select."""
+    """Selects a token for each prompt, given the prompt's index and the number of its earlier new tokens."""
 
     def draw(logits):
         root = jax.random.key(sampling.seed)

@@ -57,7 +57,7 @@ class LoopScores:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The two chunk lengths compared.
+    """Scores with the training chunk and in decoding.
 
     Attributes:
       chunked: with the training chunk, over whole sequences.
@@ -84,7 +84,7 @@ def compare(
     Args:
       model, teacher, batch, chunk_size, rows, before_piece: see `perplexity_and_kl`.
       decoding_tokens: tokens at the start of each sequence on which decoding is measured; 0: not measured. The same
-        tokens are also scored with `chunk_size`, so that the two numbers can be compared.
+        tokens are also scored with `chunk_size`, for comparison.
 
     Raises:
       InputError: see `perplexity_and_kl`.
@@ -108,8 +108,8 @@ def perplexity_and_kl(
 ) -> LoopScores:
     """Perplexity of a model over a batch and its KL to a teacher, per loop.
 
-    Under a mesh (`jax.set_mesh`) the sequences are split over its batch axes. The result is a ratio of sums: it depends
-    neither on the mesh, nor on the number of processes, nor on `rows`.
+    Under a mesh (`jax.set_mesh`) the sequences are split over its batch axes. The result is a ratio of sums, so it does
+    not depend on the mesh, the number of processes or `rows`.
 
     Args:
       model: the model to score.
@@ -161,8 +161,8 @@ def comparison_sums(
     """Sums over the scored tokens of a batch, in memory linear in the sequence.
 
     One scan over the chunks carries the caches of both models and adds up each chunk's sums, so that the hidden states
-    and logits of one chunk exist at a time. Short chunks are run several to a piece of up to `PIECE_TOKENS` tokens,
-    over which a LoopLM teacher runs as one chunk: its result does not depend on the chunk.
+    and logits of one piece exist at a time. A piece is several short chunks, up to `PIECE_TOKENS` tokens, or one long
+    chunk. A LoopLM teacher runs a piece as one chunk, because its result does not depend on the chunk.
 
     Under a mesh, sequences are split over the batch axes, and weights that are split over fsdp are gathered at each
     use; weights from `sharding.for_inference` are whole already.
@@ -222,7 +222,7 @@ def _run_piece(
     start: Int[Array, ""],
     chunk_size: int,
 ) -> tuple[Cache, Float[Array, "T B P D"]]:
-    """Runs consecutive tokens that begin at slot `start`, chunk after chunk: (cache with them, hidden states)."""
+    """Runs consecutive tokens from slot `start` on, chunk by chunk; returns (the cache with them, hidden states)."""
     chunks = split_chunks((batch.tokens, positions, batch.segments), chunk_size)
 
     def one_chunk(cache, xs):
@@ -236,7 +236,7 @@ def _run_piece(
 
 
 def _place(batch: Batch, rows: int) -> Batch:
-    """A batch on the devices, filled up with padding to `rows` sequences: one compilation for all pieces."""
+    """A batch on the devices, padded to `rows` sequences, so that all pieces share one compilation."""
     pad = lambda x: np.pad(np.asarray(x, np.int32), ((0, rows - len(x)), (0, 0)))
     batch = jax.tree.map(pad, batch)
     mesh = jax.sharding.get_mesh()
@@ -255,8 +255,8 @@ class Scores:
     """A row of the table of results; `dataclasses.asdict` of it is plain JSON.
 
     Attributes:
-      answers: fraction of problems with an exact answer; None if no problem was asked.
-      completions: fraction of problems with every token exact; None if no problem was asked.
+      answers: fraction of problems with an exact answer; None without problems.
+      completions: fraction of problems with every token exact; None without problems.
       problems: number of problems.
       comparison: with the teacher; None if it was not measured.
       cache_bytes_per_token: in the dtype of the computation.
@@ -280,7 +280,7 @@ def score(
 
     Args:
       model: in any dtype, its weights split over the mesh in any way.
-      teacher: None: no sequence is scored.
+      teacher: the LoopLM to compare with; None: no sequence is scored.
       config: of the run.
       before_piece: see `answers.BeforePiece`.
     """
@@ -307,7 +307,7 @@ def score(
 
 
 def scoring_weights(model: LoopedTransformer, config: TrainConfig) -> LoopedTransformer:
-    """A model in the dtype of the computation, its weights held as the training step holds them (`config.gather`).
+    """A model in the dtype of the computation, with its weights split as in the training step (`config.gather`).
 
     "step": whole over the batch axes. "layer": split as stored; `comparison_sums` gathers them at each use.
     """

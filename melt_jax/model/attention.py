@@ -1,9 +1,9 @@
 """Softmax attention of a chunk over a long cache, one block of slots at a time.
 
 Only the scores of one block exist at a time, and only blocks that hold entries are visited, so a chunk early in a
-sequence costs less than a late one. The gradient recomputes the scores from the log of their normaliser (the flash
-attention of arXiv 2205.14135, on plain arrays). Letters in shapes: B batch, S cached slots, C chunk length, K
-key/value heads, G query heads per key/value head, E head width.
+sequence costs less than a late one. The backward pass recomputes the scores from the log of their normaliser, as in
+flash attention (arXiv 2205.14135). Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G
+query heads per key/value head, E head width.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from melt_jax.model.cache import KV, ChunkKV, blend
 from melt_jax.model.layout import einsum, upcast
 
-SAVED = "attention"  # the checkpoint name of the values that the gradient needs from the forward pass
+SAVED = "attention"  # the `jax.checkpoint` name of the values that the backward pass needs from the forward pass
 
 
 class AttentionMask(NamedTuple):
@@ -44,7 +44,7 @@ class AttentionMask(NamedTuple):
     sweep: Int[Array, ""] | None = None
 
     def near(self) -> Bool[Array, "B C N"]:
-        """The mask over the window's entries ++ the chunk's of this loop ++ its final ones of the sweep before.
+        """The mask over the window's entries, the chunk's entries of this loop, and its final ones of the sweep before.
 
         Every query attends to itself, so that no softmax is empty.
         """
@@ -88,11 +88,11 @@ def blockwise_attention(
     mask: AttentionMask,
     block: int,
 ) -> Float[Array, "B C K G E"]:
-    """Softmax attention over the cached entries of earlier tokens ++ the entries near the chunk.
+    """Softmax attention over the cached entries of earlier tokens and the entries near the chunk.
 
     Args:
       query: the chunk's queries.
-      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, which α blends.
+      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, blended by α.
       near: the entries that `mask.near` covers, [B, N, K, E].
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
@@ -187,7 +187,7 @@ def _unblend(kv_bar, earlier, alpha):
 
 
 def _scores(query, keys, visible):
-    """[B, K, G, C, slots], at least float32; −∞ for slots that a query does not attend to."""
+    """Attention scores [B, K, G, C, slots], at least float32; −∞ for slots that a query does not attend to."""
     scores = einsum("bckge,bske->bkgcs", query, keys, accumulate=True)
     return jnp.where(visible[:, None, None], scores / math.sqrt(query.shape[-1]), -jnp.inf)
 

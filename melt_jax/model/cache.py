@@ -3,7 +3,7 @@
 A `Cache` has up to two sets of entries over the same slots:
 
     shared      [L, B, S, K, E]       the shared cache: projected from the token's last latent, read by all loops
-    per_loop    [T, L, B, S, K, E]    the per-loop cache: projected from u, an entry for each loop
+    per_loop    [T, L, B, S, K, E]    the per-loop cache: projected from u, the normed input, once per loop
 
 A MELT with a window also keeps the entries of the last W tokens as loops 1 … T − 1 read them. Loop T needs none: its
 entries are the final ones.
@@ -31,7 +31,7 @@ class KV(NamedTuple):
 
 
 class ChunkKV(NamedTuple):
-    """The KV entries that one chunk adds to a cache; None for a set that the cache does not have.
+    """The KV entries that one chunk adds to a cache; None for a set that the cache lacks.
 
     Attributes:
       shared: of the last loop.
@@ -157,14 +157,14 @@ def create_cache(
       length: S, in tokens.
       dtype: of the entries.
       transition: add per-loop entries to the shared ones.
-      batch_axes: the mesh axes that split the batch, under a mesh; heads are split over its tensor axis.
+      batch_axes: the mesh axes that split the batch; under a mesh, heads are split over the tensor axis.
 
     Raises:
       InputError: a transition cache for a model without a gate.
     """
     melt = config.gate != "none"
     if transition and not melt:
-        raise InputError("gate: expected a gate variant for a transition, found 'none' (a LoopLM); reconfigure it")
+        raise InputError("gate: expected a gate variant for a transition, found 'none'; add a gate by `reconfigure`")
     shape = (config.layers, batch, length, config.kv_heads, config.head_width)
     zeros = lambda *lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
     shared = KV(zeros(), zeros()) if melt else None
@@ -195,7 +195,7 @@ def bytes_per_sequence(config: ModelConfig, itemsize: int = 2) -> int:
 
 
 def blend(kv: ChunkKV, alpha: Float[Array, ""] | float | None) -> KV:
-    """The entries that attention reads: α·shared + (1 − α)·per_loop, or the only set there is."""
+    """The entries that attention reads: α·shared + (1 − α)·per_loop, or the set that is not None."""
     if kv.shared is None or kv.per_loop is None:
         only = kv.per_loop if kv.shared is None else kv.shared
         assert only is not None, "shared or per-loop entries are needed"

@@ -1,4 +1,4 @@
-"""The cache recurrence of MELT (arXiv 2605.07721): it updates a token's latent, the source of its KV entry, per loop.
+"""The gate of MELT (arXiv 2605.07721): in each loop it updates a token's latent, the source of its KV entry.
 
 z  = σ(u W_z + hᵗ⁻¹ U_z + b_z)
 hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u          z = 1 keeps, z = 0 overwrites
@@ -73,7 +73,7 @@ def update_latent(
     """One step of the recurrence for every token of a chunk.
 
     Args:
-      kind: a name of `VARIANTS`.
+      kind: a key of `VARIANTS`.
       first_loop: "copy": h¹ = u; "gated": the gate is applied at loop 1 too, to h⁰ = 0.
       gate: None for the variants without weights.
       u: the normed input.

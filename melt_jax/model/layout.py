@@ -1,7 +1,7 @@
 """Precision and layout of activations: einsum, accumulation dtypes, and shardings under a mesh.
 
-Under a mesh, tokens are split over the batch axes and features over the tensor axis. Without a mesh every function
-here that concerns sharding is a no-op. `melt_jax.sharding` decides which mesh axis splits each dimension of a weight.
+Under a mesh, tokens are split over the batch axes and features over the tensor axis. Without a mesh, nothing is split.
+`melt_jax.sharding` decides which mesh axis splits each dimension of a weight.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def einsum(
 
 
 def token_sharding(x: Shaped[Array, "B C ..."]) -> jax.P | None:
-    """The spec of a [B, C, features] array whose tokens are split as those of x, its features whole; None: no mesh."""
+    """The spec of a [B, C, features] array with tokens split as in x and whole features; None without a mesh."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else jax.P(*sharding.spec[:2], None)
 
@@ -59,7 +59,7 @@ def batch_axes(x: Shaped[Array | np.ndarray, "B ..."]) -> Any:
 
 
 def replicated(tree: Any) -> Any:
-    """Host arrays, equal in every process, replicated on the devices of the current mesh; without a mesh, on one."""
+    """Copies host arrays, equal in every process, to all devices of the current mesh; without a mesh, to one device."""
     spec = None if jax.sharding.get_abstract_mesh().empty else jax.P()
     return jax.tree.map(lambda x: jax.device_put(x, spec), tree)
 
@@ -82,9 +82,9 @@ def _reshard_features(x, axis):
 def split_zeros(
     shape: Sequence[int], dtype: DTypeLike, batch_axis: int, batch_axes: Any, tensor_axis: int | None = None
 ) -> Shaped[Array, "..."]:
-    """Zeros whose dimension `batch_axis` is split over the mesh axes `batch_axes`, `tensor_axis` over the tensor axis.
+    """Zeros with dimension `batch_axis` split over the mesh axes `batch_axes`, `tensor_axis` over the tensor axis.
 
-    Without a mesh, plain zeros.
+    Without a mesh, nothing is split.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.zeros(shape, dtype)

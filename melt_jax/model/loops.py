@@ -17,7 +17,7 @@ from melt_jax.model.model import LoopedTransformer
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(SAVED)
-# By `ModelConfig.remat`: what the backward pass keeps of a layer, besides its inputs, instead of recomputing it.
+# By `ModelConfig.remat`: the values of a layer, besides its inputs, that are kept for the backward pass.
 REMAT = {
     "products": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
     "layer": _attention,
@@ -43,7 +43,7 @@ class ChunkOutput(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """What is the same for all layers and loops of a sweep."""
+    """Values shared by all layers and loops of a sweep."""
 
     rope: RopeTable
     mask: AttentionMask
@@ -101,7 +101,7 @@ def run_chunk(
     """
     config, (batch, length) = model.config, tokens.shape
     if (alpha is None) != (cache.shared is None or cache.per_loop is None):
-        raise InputError(f"alpha: expected a number if the cache has shared and per-loop entries, else None: {alpha}")
+        raise InputError(f"alpha: expected a number for shared and per-loop entries, else None, found {alpha}")
     start = jnp.asarray(start, jnp.int32)
     slots = jnp.reshape(start, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
     if positions is None:
@@ -175,7 +175,7 @@ def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D
 
 
 def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"], xs):
-    """One layer in one loop, a step of a scan; xs are (layer, its latent, its `_Earlier`, t)."""
+    """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, t)."""
     layer, latent, earlier, loop = xs
     with jax.named_scope("gate"):
         u = layer.norm(y, "input_layernorm")
@@ -207,7 +207,7 @@ def _chunk_kv(
     earlier: ChunkKV,
     loop: Int[Array, ""],
 ) -> tuple[Float[Array, "B C D"] | None, ChunkKV, Float[Array, "B C"]]:
-    """(hᵗ, the chunk's entries of this loop in the sets that the cache has, gate openness)."""
+    """(hᵗ, the chunk's entries of this loop for each set of the cache, gate openness)."""
     gate_openness = jnp.ones(u.shape[:-1], accumulation_dtype(u.dtype))
     shared = per_loop = None
     if latent is not None:

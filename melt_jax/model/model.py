@@ -1,4 +1,4 @@
-"""The looped transformer: LoopLM and MELT are one model that differs in its KV cache."""
+"""The looped transformer: a LoopLM and a MELT are the same model with different KV caches."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -17,7 +17,7 @@ from melt_jax.model.layout import einsum, split_features, token_sharding, upcast
 
 
 class Initializer:
-    """Makes the weights that modules declare.
+    """Creates the weights that modules declare.
 
     A weight is declared once: its shape, a logical axis name for each dimension, its initial values. Initialisation,
     shardings and the contents of a checkpoint all follow from these declarations.
@@ -102,7 +102,7 @@ class LoopedTransformer(nnx.Module):
         table, sharding = self.embed_tokens[...], token_sharding(tokens[..., None])
         if jax.typeof(table).sharding.spec[0] is None:
             return table.at[tokens].get(out_sharding=sharding)
-        # A vocabulary split over devices cannot be indexed; a product with one-hot vectors adds up the pieces.
+        # A vocabulary split over devices cannot be indexed; a product with one-hot vectors sums the pieces.
         one_hot = split_features(tokens[..., None] == jnp.arange(len(table))[None, None])
         return einsum("bcv,vd->bcd", one_hot.astype(table.dtype), table, out_sharding=sharding)
 
@@ -185,8 +185,8 @@ def reconfigure(
     turns a LoopLM into a MELT.
 
     Raises:
-      InputError: lists every impossible value, and every weight that would have to be added or change shape, other
-        than gates; or new gates need a key.
+      InputError: lists every invalid value, and every weight other than a gate that is missing or has another shape;
+        or gates are added without a key.
     """
     config = dataclasses.replace(model.config, **changes)
     if errors := model_errors(config):

@@ -44,15 +44,15 @@ def run_sequence(
     positions: Int[Array | np.ndarray, "B S"] | None = None,
     segments: Int[Array | np.ndarray, "B S"] | None = None,
 ) -> SequenceOutput:
-    """Runs a model over whole sequences, chunk after chunk.
+    """Runs a model over whole sequences, chunk by chunk.
 
     Args:
       model: a LoopLM or a MELT.
       tokens: token ids.
       chunk_size: C; the last chunk may be short. S or more is a single chunk.
-      alpha: the transition's blend of shared and per-loop entries, in [0, 1]. None: the model as it is.
+      alpha: the transition's blend of shared and per-loop entries, in [0, 1]; None outside the transition.
       positions: for RoPE; by default counted from the first token of each segment.
-      segments: documents packed side by side have different ids, padding has 0. Ones by default.
+      segments: a different id for each packed document; 0 is padding. Ones by default.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     length = tokens.shape[1]
@@ -103,7 +103,7 @@ def segment_positions(segments: Int[Array | np.ndarray, "B S"]) -> Int[Array, "B
 
 
 def split_chunks(tree: Any, chunk_size: int) -> Any:
-    """[B, S, …] leaves → [N, B, C, …]; zeros (segment 0: padding) fill the last chunk."""
+    """Splits leaves: [B, S, …] → [N, B, C, …]; zeros (segment 0: padding) fill the last chunk."""
 
     def split(x):
         batch, length, *rest = x.shape
@@ -142,7 +142,7 @@ def plain_chunk_sums(
 
 
 def perturb_weights(weights: LoopedTransformer, perturbation: Any) -> LoopedTransformer:
-    """Weights + perturbation in the weights' dtype, so that the perturbation, zeros, receives their gradient."""
+    """Weights + perturbation in the weights' dtype, so that the perturbation (zeros) receives their gradient."""
     return weights if perturbation is None else jax.tree.map(lambda w, p: w + p.astype(w.dtype), weights, perturbation)
 
 

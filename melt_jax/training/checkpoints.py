@@ -16,8 +16,8 @@ class RestoreError(InputError):
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # Orbax would ask JAX's preemption service too, with steps of the phase. The service remembers the last number
-        # it was asked with, and `training.preemption` numbers its own questions: nobody else may ask.
+        # Orbax would call JAX's preemption service too, with steps of the phase. The service remembers the last number
+        # it was called with, and `training.preemption` numbers its own calls, so no other code may call it.
         return False
 
 
@@ -30,7 +30,7 @@ class Checkpoints:
     Args:
       folder: created if it is missing.
       every: steps between two checkpoints.
-      keep: how many are kept. While another one is saved, there is one more.
+      keep: checkpoints to keep. While one is being saved, there is one more.
     """
 
     def __init__(self, folder: pathlib.Path, every: int, keep: int) -> None:
@@ -48,9 +48,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, force: bool = False) -> bool:
-        """Saves the state after `step` steps in the background if the interval or `force` says so; returns whether.
+        """Saves the state after `step` steps in the background, if one is due or `force` is set; returns whether.
 
-        Steps must increase, beginning after the restored one.
+        Steps must increase, starting after the restored one.
         """
         return self._manager.save(step, args=ocp.args.StandardSave(flatten(state)), force=force)
 

@@ -34,7 +34,7 @@ def add_up(interval: Sequence[StepMetrics]) -> dict[str, np.ndarray]:
 def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Metrics as numbers. Entries of [T] and [T, L] arrays get names ending in `/loop1` and `/loop1/layer1`.
 
-    Numbers that are not finite, such as means over no step, are left out.
+    Numbers that are not finite, such as means over zero steps, are left out.
     """
     out = {}
     for name, value in metrics.items():
@@ -50,7 +50,7 @@ class RunLog:
     Args:
       folder: the phase's.
       phase: its name.
-      start: the step it resumes from; lines of later steps are dropped, because those steps run again.
+      start: the step from which it resumes; lines of later steps are dropped, because those steps run again.
       steps: of the phase.
       console: where lines and the progress bar are printed; by default standard output.
     """

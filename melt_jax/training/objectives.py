@@ -1,4 +1,4 @@
-"""The training objectives: Ouro's pre-training, the transition and the alignment.
+"""The training objectives: Ouro's pretraining, the transition and the alignment.
 
 An objective computes *sums* over scored tokens, with one number per loop, or per loop and layer. All sums are divided
 once, at the end, by the number of scored tokens of the whole batch, so that micro-batches, padding and hosts cannot
@@ -35,7 +35,7 @@ Mask = Real[Array | np.ndarray, "B S"]
 
 
 class Targets(NamedTuple):
-    """The teacher's outputs by chunk; attention outputs only if they are compared."""
+    """The teacher's outputs by chunk; attention outputs are None unless they are compared."""
 
     hidden: Float[Array, "N T B C D"]
     attention_output: Float[Array, "N T L B C D"] | None
@@ -58,8 +58,8 @@ def pretraining_sums(
       chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
 
     Returns:
-      Nats summed over scored tokens: cross_entropy [T] of each loop; expected_cross_entropy [] under the exit
-      distribution; exit_probability [T], the exit distribution; exit_entropy [], its entropy.
+      Sums over scored tokens: cross_entropy [T] of each loop, nats; expected_cross_entropy [] under the exit
+      distribution, nats; exit_probability [T], the exit distribution; exit_entropy [], its entropy in nats.
     """
     chunks = _split(batch, chunk_size)
     return _sum_over_chunks(_pretraining_step, model, (*chunks, None), None, False, perturbation, chunk_sums)
@@ -195,7 +195,7 @@ def kl_per_loop(
 def cross_entropy_per_loop(
     model: LoopedTransformer, hidden: Float[Array, "T B C D"], targets: Int[Array, "B C"]
 ) -> Float[Array, "T B C"]:
-    """−log of the probability of the targets, nats. The logits of only one loop exist at a time."""
+    """−log of the targets' probability, nats. The logits of only one loop exist at a time."""
 
     @jax.checkpoint
     def one_loop(_, hidden):

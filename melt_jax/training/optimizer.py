@@ -16,7 +16,7 @@ def schedule(peak: float, steps: int, warmup: int, final_fraction: float) -> opt
     """The learning rate of each step: linear warm-up, then a cosine.
 
     Step k, counted from 0, has the rate peak · (k + 1) / warmup for k < warmup, so no step is wasted on a rate of 0.
-    From step warmup − 1 (or 0) on, a cosine leads from `peak` to peak · `final_fraction` at step `steps`.
+    From step warmup − 1 (or 0) on, a cosine decays from `peak` to peak · `final_fraction` at step `steps`.
     """
     first = max(warmup, 1)
     return optax.warmup_cosine_decay_schedule(
@@ -34,7 +34,7 @@ def group_labels(params: Any) -> Any:
 
 
 def matrices(params: Any) -> Any:
-    """A pytree like `params` with True for the matrices, which decay; norm scales and biases are vectors."""
+    """A pytree like `params` with True for matrices, the weights that decay, and False for norm scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim - _has(path, "layers") >= 2, params)
 
 

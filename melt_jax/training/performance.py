@@ -1,6 +1,6 @@
 """Time, throughput, MFU and memory of a run's steps, and profiles of chosen steps.
 
-Measuring makes no step wait; a profile does, at its first step and after its last.
+Measuring does not delay any step; profiling does, at its first step and after its last.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ class Performance:
 
     Args:
       tokens: of a step's global batch, including padding.
-      flops: that one step needs, on all devices together (`StepFlops.mfu_flops` of `melt_jax.analysis.flops`).
-      peak: FLOP/s of all devices together; None if unknown: no MFU then.
+      flops: needed by one step on all devices together (`StepFlops.mfu_flops` of `melt_jax.analysis.flops`).
+      peak: FLOP/s of all devices together; None if unknown, and MFU is not reported.
     """
 
     def __init__(self, tokens: int, flops: float, peak: float | None = None) -> None:
@@ -40,7 +40,7 @@ class Performance:
         jax.monitoring.unregister_event_duration_listener(self._event)
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; measures how long the loop waits for them."""
+        """Yields the batches and measures how long the loop waits for them."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -58,11 +58,11 @@ class Performance:
         Returns:
           {name: number}:
           `seconds_per_step`: from reading to reading, including data and checkpoints, without compilation;
-          `tokens_per_second`: of all devices, by that time;
-          `mfu`: FLOPs that a step needs (the teacher's included, recomputation not, each document as long as its
-            sequence), divided by that time and the devices' bf16 peak;
+          `tokens_per_second`: of all devices, computed from that time;
+          `mfu`: FLOPs that a step needs (the teacher's included, recomputation not, each document counted as long as
+            its sequence), divided by that time and the devices' bf16 peak;
           `data_seconds`: how long the loop waited for batches;
-          `compile_seconds`: how long XLA compiled, if it did: in the first step of a phase, hopefully in no other;
+          `compile_seconds`: how long XLA compiled, if it did; normally in the first step of a phase only;
           `memory_bytes`: the peak of this process's fullest device so far, if the device reports it.
         """
         now = time.perf_counter()
@@ -87,7 +87,7 @@ class Performance:
 
 
 def peak_flops() -> float | None:
-    """The bf16 FLOP/s of all devices together; None if the chip is unknown, as a CPU is."""
+    """The peak bf16 FLOP/s of all devices together; None if the chip is unknown, such as a CPU."""
     chip = find_chip(jax.devices()[0].device_kind)
     return chip.device_flops * jax.device_count() if chip else None
 
@@ -96,7 +96,7 @@ class StepProfiler:
     """Traces chosen steps for xprof and TensorBoard, as a context manager.
 
     Args:
-      folder: the phase's, which gets the traces.
+      folder: the phase's; traces are written to it.
       run: `profile_start`, the first step, counted from 1 (0: none), and `profile_steps` are used.
     """
 

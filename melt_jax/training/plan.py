@@ -1,4 +1,4 @@
-"""The plan of a run, printed at its start: how often it repeats its data, and how much disk it needs."""
+"""The plan of a run, printed at its start: how often it repeats its data and how much disk space it needs."""
 
 import math
 import pathlib
@@ -17,7 +17,7 @@ CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments
 
 
 def plan(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> Iterator[str]:
-    """The lines to print: data, unless it is generated, and disk. Nothing is refused.
+    """The lines to print: data, unless it is generated, and disk. A lack of either is not an error.
 
     Args:
       config: of the run.
@@ -32,7 +32,7 @@ def plan(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> Iter
 
 
 def data_line(config: TrainConfig, sequences: int) -> str:
-    """The number of sequences and of epochs, and from which step of the run on sequences repeat."""
+    """The number of sequences, the number of epochs, and the first step of the run that repeats a sequence."""
     steps = sum(config.phase(name).steps for name in config.phases)
     line = f"data: {sequences:,} sequences, {steps * config.data.batch / sequences:.2f} epochs"
     if steps * config.data.batch <= sequences:
@@ -41,7 +41,7 @@ def data_line(config: TrainConfig, sequences: int) -> str:
 
 
 def disk_line(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> str:
-    """The largest size of the workdir during the run, its size now, and the free space beside it, in GB (1e9 bytes)."""
+    """The largest size of the workdir during the run, its size now, and the free disk space, in GB (1e9 bytes)."""
     existing = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
     used = folder_bytes(workdir) if workdir.exists() else 0
     needed, free = disk_bytes(config, model), shutil.disk_usage(existing).free
@@ -52,8 +52,8 @@ def disk_line(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) ->
 def disk_bytes(config: TrainConfig, model: ModelConfig) -> int:
     """The largest size of the workdir during a run, in bytes; logs, a few MB, are not counted.
 
-    While a checkpoint is saved there are `checkpoints_kept` + 1. Each phase leaves `model/`; all but the last phase's
-    checkpoints are deleted then.
+    While a checkpoint is being saved, there are `checkpoints_kept` + 1. Each phase ends by writing `model/`; its
+    checkpoints are then deleted, except the last phase's.
     """
     parameters = parameter_count(abstract_model(model))
     models = len(config.phases) * MODEL_BYTES

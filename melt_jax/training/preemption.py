@@ -1,6 +1,6 @@
-"""SIGTERM: saves a checkpoint and exits with a status that launchers understand.
+"""SIGTERM handling: the run saves a checkpoint and exits with a status that makes launchers restart it.
 
-The exit statuses of `melt_jax.train`, besides 0 (the run is complete) and 1 (an error that a restart would meet again):
+The exit statuses of `melt_jax.train`, besides 0 (the run is complete) and 1 (an error that a restart would repeat):
 
     75  PREEMPTED   SIGTERM; a checkpoint was saved; rerun the command to resume from it
     76  STALLED     the watchdog ended a run that made no progress; rerun the command to resume from the last checkpoint
@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 STALLED = 76
-# Numbers the questions to JAX's preemption service. Every process asks the same questions in the same order.
+# Numbers the calls to JAX's preemption service. Every process makes the same calls in the same order.
 _questions = itertools.count(1)
 
 
@@ -38,8 +38,8 @@ def exit_on_sigterm() -> None:
 def exit_if_preempted() -> None:
     """Ends all processes with status PREEMPTED if one of them has received SIGTERM.
 
-    Call it before work that saves nothing, such as an evaluation, in every process and at the same point. A single
-    process has exited already (`exit_on_sigterm`).
+    Every process must call it at the same point, before work that saves nothing, such as an evaluation. A single
+    process exits in `exit_on_sigterm` instead.
     """
     if jax.distributed.is_initialized() and _all_reached():
         sys.exit(PREEMPTED)
@@ -52,7 +52,7 @@ class PreemptionNotice:
     of any process, and all processes agree on the step after which they stop.
 
     Attributes:
-      came: whether SIGTERM came; with several processes, whether all have agreed to stop.
+      came: whether SIGTERM was received; with several processes, whether all have agreed to stop.
     """
 
     came: bool
@@ -71,7 +71,7 @@ class PreemptionNotice:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self) -> bool:
-        """Whether to stop after this step. Every process must ask after each step; all get True at the same one."""
+        """Whether to stop after this step. Every process must call it after each step; all stop after the same one."""
         if jax.distributed.is_initialized():
             self.came |= _all_reached()
         return self.came
@@ -81,5 +81,5 @@ class PreemptionNotice:
 
 
 def _all_reached() -> bool:
-    """Whether all processes stop at this question: the first one that none had asked yet when SIGTERM came."""
+    """Whether all processes stop at this call, the first that none had made when SIGTERM was received."""
     return multihost_utils.reached_preemption_sync_point(next(_questions))

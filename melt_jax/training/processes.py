@@ -1,4 +1,4 @@
-"""The processes of one run: how they join, and how they agree on a value."""
+"""The processes of one run: how they join and how they agree on a value."""
 
 import concurrent.futures
 import glob
@@ -22,8 +22,8 @@ def initialize_distributed() -> None:
     """Joins the run's other processes through `jax.distributed`, if there are any. Call it before any other use of JAX.
 
     `MELT_COORDINATOR` (address:port of process 0), `MELT_PROCESSES` (their number) and `MELT_PROCESS` (the index of
-    this one, from 0) decide if they are set; `MELT_PROCESSES=1` alone forces a single process. Otherwise JAX joins the
-    hosts of a TPU slice and the tasks of a Slurm step by itself, and everything else is a single process.
+    this one, from 0) decide if they are set; `MELT_PROCESSES=1` alone forces a single process. Otherwise JAX finds the
+    hosts of a TPU slice and the tasks of a Slurm step by itself; everything else is a single process.
 
     Raises:
       InputError: some of the variables are missing or invalid, or JAX does not find the other processes.
@@ -46,7 +46,7 @@ def initialize_distributed() -> None:
 def broadcast_from_process_0(flag: bool) -> bool:
     """Process 0's flag, in every process. Every process must call it at the same point.
 
-    For decisions based on files: on a shared disk, one process may not see yet what another has written.
+    It is for decisions based on files: on a shared disk, a process may not yet see a file that another has written.
     """
     return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
@@ -111,7 +111,7 @@ def _use_cpu() -> None:
 def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
     """(coordinator, processes, process) from the variables."""
     if missing := [name for name in VARIABLES if name not in given]:
-        raise InputError(f"{', '.join(missing)}: expected a value beside {', '.join(given)}, found none; set all three")
+        raise InputError(f"{', '.join(missing)}: expected a value with {', '.join(given)}, found none; set all three")
     coordinator, processes, process = (given[name] for name in VARIABLES)
     if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
         raise InputError(

@@ -1,4 +1,4 @@
-"""The config.json of a run: a folder's run is resumed only with the config, teacher and data that it began with."""
+"""The config.json of a run: a run resumes only with the config, teacher and data that it started with."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ RESUMABLE_KEYS = {
 
 
 def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Writes the config to the workdir, or compares it with the config of the run that is there.
+    """Writes the config to the workdir, or compares it with the config of the run already there.
 
     The teacher is compared by the digest of its weights, and prepared data by its manifest's. Process 0 computes the
     digest at every start, in a second or two per GB.
@@ -42,7 +42,7 @@ def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
 
 
 def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
-    """Writes the config to the workdir, unless the run there has another; returns the error then."""
+    """Writes the config to the workdir; returns an error instead if the run there has another config."""
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if "pretraining" not in config.phases:
         new["teacher weights"] = f"sha256 {run_outside(weights_digest, config.teacher)}"

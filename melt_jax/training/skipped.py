@@ -1,4 +1,4 @@
-"""Steps skipped because a loss or gradient was not finite: a few are tolerated, many in a row stop the run."""
+"""Steps skipped because the loss or a gradient was not finite: a few are tolerated, many in a row stop the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from melt_jax.config import InputError
 
 
 class NonFiniteError(InputError):
-    """Too many steps in a row whose loss or gradient was not finite."""
+    """The loss or a gradient was not finite in too many steps in a row."""
 
 
 class SkippedSteps:
-    """Counts skipped steps in a row from the metrics, which arrive some steps after the steps ran.
+    """Counts skipped steps in a row from the metrics, which are read some steps later.
 
     Args:
       phase: its name, for messages.
@@ -21,7 +21,7 @@ class SkippedSteps:
       row: steps skipped in a row up to `start`, from the checkpoint.
 
     Raises:
-      NonFiniteError: the checkpoint already reaches the limit, so resuming would pass over what stopped the run.
+      NonFiniteError: the checkpoint already reaches the limit, so resuming would ignore the cause of the stop.
     """
 
     def __init__(self, phase: str, first_step: int, limit: int, start: int = 0, row: int = 0):
@@ -30,11 +30,11 @@ class SkippedSteps:
         self._check(start, lambda: start)
 
     def read(self, step: int, interval: Sequence[Mapping[str, tuple[Any, Any]]], latest: Callable[[], int | None]):
-        """Counts the metrics of the steps that end with `step`.
+        """Reads the metrics of consecutive steps that end with `step`.
 
         Args:
           step: of the phase.
-          interval: [{name: (sum, count)}] of the host, each with "skipped": (0 or 1, 1).
+          interval: [{name: (sum, count)}] on the host, each with "skipped": (0 or 1, 1).
           latest: returns the step of the newest complete checkpoint, or None.
 
         Raises:
@@ -52,7 +52,7 @@ class SkippedSteps:
             f"{self._phase}: the loss or a gradient was not finite in {self._row} steps in a row, {first} to {at}"
             f" (batches {batch - self._row + 1} to {batch} of the run); they were skipped, so the weights are those of"
             f" step {first - 1}. The same command would resume from {_place(latest())} and count the steps skipped"
-            " before it; inspect those batches, or lower the learning rate in another workdir"
+            " before it; inspect those batches, or use a lower learning rate in another workdir"
         )
 
 

@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
       params: the model, float32 masters.
       opt_state: the optimizer's moments.
       step: steps of the phase so far.
-      skipped: how many of the last steps were skipped in a row.
+      skipped: consecutive skipped steps up to the last one.
     """
 
     params: LoopedTransformer
@@ -54,7 +54,7 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a phase minimises: `loss` of the normalised sums of `sums`.
+    """The function that a phase minimises: `loss` of the normalised sums from `sums`.
 
     Attributes:
       sums: `(weights, teacher, batch, step, perturbation) → sums over scored tokens`.
@@ -66,9 +66,9 @@ class Objective(NamedTuple):
 
 
 def init_state(params: LoopedTransformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before a phase's first step. It takes over the weights: they are donated."""
+    """The state before a phase's first step. The weights are donated."""
 
-    @functools.partial(jax.jit, donate_argnums=0)  # compiled, so that every leaf, also a scalar, is on the mesh
+    @functools.partial(jax.jit, donate_argnums=0)  # compiled, so that every leaf, even a scalar, is on the mesh
     def init(params):
         zero = jnp.zeros((), jnp.int32)
         return TrainState(params, optimizer.init(params), zero, zero)
@@ -77,9 +77,9 @@ def init_state(params: LoopedTransformer, optimizer: optax.GradientTransformatio
 
 
 def transition_alpha(step: Int[Array, ""] | int, steps: int, ramp: float) -> Float[Array, ""]:
-    """α of a step, counted from 0: it rises linearly from 0 at the first step to 1, where it stays.
+    """α of a step, counted from 0: it rises linearly from 0 at the first step to 1, then stays 1.
 
-    α is 1 from step ramp · (steps − 1) on: with ramp 1 at the phase's last step only.
+    α is 1 from step ramp · (steps − 1) on; with ramp 1, at the phase's last step only.
     """
     return jnp.clip(step / max(ramp * (steps - 1), 1.0), 0.0, 1.0)
 
@@ -140,24 +140,24 @@ def make_train_step(
     tokens are distributed.
 
     If the loss or a gradient is not finite, the update is skipped: weights and moments stay as they are, but the step
-    counts, so that the next one gets another batch. All metrics of a skipped step are zero, with count zero, except
-    "skipped".
+    counts, so that the next step gets another batch. All metrics of a skipped step except "skipped" are zero, with
+    count zero.
 
     Args:
       objective: from `phase_objective`.
       optimizer: from `make_optimizer`.
-      micro_batches: parts; divides each device's share of the batch.
+      micro_batches: number of parts; divides each device's share of the batch.
       dtype: of the computation.
       gather: when weights are gathered over fsdp. "step": all of them once per step; each group of devices runs its
         sequences on its own copy, and gradients are reduced once. "layer": each weight at every use, which takes less
-        memory, and T gathers and reductions of every layer per chunk.
+        memory but T gathers and reductions of every layer per chunk.
     """
 
     def train_step(state, teacher, batch):
         count = scored_tokens(batch)
         weights = jax.tree.map(lambda x: x.astype(dtype), state.params)
         parts = group_batch(batch, micro_batches)
-        # A single group has nothing to gather, and no copies to keep apart.
+        # A single group already has whole weights.
         batch_gradients = _gather_once if gather == "step" and batch_groups() > 1 else _gather_at_each_use
         part_gradients = functools.partial(_gradients_of_parts, objective, micro_batches)
         gradients, sums = batch_gradients(part_gradients, state.params, weights, teacher, parts, state.step, count)
@@ -204,7 +204,7 @@ def _gather_at_each_use(part_gradients, params, weights, teacher, parts, step, c
     """(gradients, sums): all groups of devices compute on one model, whose weights are gathered when they are read."""
     weights, teacher = gather_at_use(weights), gather_at_use(teacher)
     gradients, sums = part_gradients(weights, teacher, ungroup_batch(parts), step, count)
-    # The gathering hooks belong to the structure of `weights`; the gradients have that of `params`.
+    # The gathering hooks are part of the structure of `weights`; the gradients need that of `params`.
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
 
 
@@ -216,7 +216,7 @@ def _step_metrics(sums: Sums, loss: Float[Array, ""], count: Float[Array, ""], g
 
 
 def _skip_unless_finite(state: TrainState, updated: tuple[Any, Any], metrics: Metrics) -> tuple[TrainState, Metrics]:
-    """The next state and its metrics: updated if the loss and all gradients are finite, else the old weights."""
+    """The next state and its metrics: updated if the loss and all gradients are finite, else with the old weights."""
     checked = [value for name, (value, _) in metrics.items() if name == "loss" or name.startswith("gradient_norm/")]
     finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
     params, opt_state = _where(finite, updated, (state.params, state.opt_state))

@@ -1,4 +1,4 @@
-"""The log, performance, watchdog, profile and SIGTERM of a phase's steps; none changes what the steps compute."""
+"""Log, performance, watchdog, profile and SIGTERM handling of a phase's steps; none affects the results."""
 
 import contextlib
 import dataclasses
@@ -24,8 +24,8 @@ class PhaseStart:
     """Where a phase starts or resumes.
 
     Attributes:
-      step: steps of the phase that were taken before.
-      skipped: how many of them, up to the last, were skipped in a row.
+      step: steps of the phase taken so far.
+      skipped: consecutive skipped steps up to the last one.
       first_step: steps of the run before the phase.
     """
 
@@ -37,8 +37,8 @@ class PhaseStart:
 class StepMonitor:
     """Monitors the steps of one phase, as a context manager.
 
-    The host is never more than one step ahead: before step n + 1 is dispatched, step n − 1 has finished. So SIGTERM is
-    answered within a step, and the device, which has step n to run meanwhile, never waits for the host.
+    The host is never more than one step ahead: before step n + 1 is dispatched, step n − 1 has finished. So the run
+    reacts to SIGTERM within a step, and the device, which still has step n to run, does not wait for the host.
 
     Args:
       name: of the phase.
@@ -86,7 +86,7 @@ class StepMonitor:
 
     @property
     def preempted(self) -> bool:
-        """Whether SIGTERM ended the steps, or came while they were ending; the same in every process."""
+        """Whether SIGTERM was received, before or during the last step; the same in every process."""
         return self._preemption.came
 
     def enumerate(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
@@ -97,7 +97,7 @@ class StepMonitor:
     def annotate(self, step: int, state: Any) -> Iterator[None]:
         """The context in which a step is dispatched. `state` is the previous step's output.
 
-        Implicit transfers between host and device raise in it: they would make the step wait.
+        Inside it, implicit transfers between host and device raise, because they would make the step wait.
         """
         with self._profiler.annotate(step, state), jax.transfer_guard("disallow"):
             yield
@@ -124,7 +124,7 @@ class StepMonitor:
     def finish(self) -> None:
         """Reads the remaining metrics and waits for checkpoints being saved. Call it after the loop.
 
-        SIGTERM is only noted meanwhile: it must not interrupt a save.
+        Meanwhile SIGTERM is only recorded, so that it does not interrupt a save.
         """
         self._read()
         self._checkpoints.wait_until_finished()

@@ -31,7 +31,7 @@ class Watchdog:
     def __init__(self, phase: str, folder: pathlib.Path, run: RunConfig) -> None:
         self._phase, self._run = phase, run
         self._file = folder / f"stall-process{jax.process_index()}.txt"
-        # (step, a scalar that it computes) of the steps that were dispatched and have not been seen finished
+        # (step, one of its outputs) of the dispatched steps that are not known to have finished
         self._steps: collections.deque[tuple[int, Any]] = collections.deque()
         self._finished: int | None = None
         self._reported: float | None = None

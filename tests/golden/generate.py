@@ -1,13 +1,14 @@
 """Computes the arrays of tests/golden from each folder's weights and inputs, without melt_jax.
 
-    python -m tests.golden.generate --check               # compares every array of every folder with the stored one
-    python -m tests.golden.generate --check ouro_tiny     # of one folder
-    python -m tests.golden.generate melt_tiny             # writes golden.npz again
+    python -m tests.golden.generate --check               compares every array of every folder with the stored one
+    python -m tests.golden.generate --check ouro_tiny     compares the arrays of one folder
+    python -m tests.golden.generate melt_tiny             rewrites golden.npz
 
-The weights (safetensors) and the inputs (input_ids, loss_mask, prompt_ids in golden.npz) are the folder's own. The
-arrays of melt_* are those of `tests.helpers.reference` and `tests.helpers.reference_gradients`, computed in float64 and
-stored as float32: they must agree to 1e-6. The arrays of ouro_* came from the published PyTorch implementation in
-float32, so that this one is checked against it and not against itself: they must agree to 1e-4, and are never written.
+Weights (safetensors) and inputs (input_ids, loss_mask, prompt_ids in golden.npz) are read from the folder. The arrays
+of melt_* are computed in float64 by `tests.helpers.reference` and `tests.helpers.reference_gradients` and stored as
+float32: they must agree to 1e-6. The arrays of ouro_* come from the published PyTorch implementation in float32: they
+must agree to 1e-4. They are never rewritten, so that our reference is compared with that implementation, not with
+itself.
 """
 
 import argparse
@@ -39,7 +40,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def folders() -> list[pathlib.Path]:
-    """The folders of golden data."""
+    """The folders of reference data."""
     return sorted(file.parent for file in GOLDEN.glob("*/golden.npz"))
 
 
@@ -55,8 +56,8 @@ def compute(folder: pathlib.Path) -> Arrays:
 
 
 def looplm_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays) -> Arrays:
-    """A LoopLM's: its whole forward pass, exits at several thresholds, and greedy tokens."""
-    run = run_rows(tensors, config, inputs["input_ids"])
+    """The arrays of a LoopLM: its forward pass, exits at several thresholds, greedy tokens."""
+    run = run_sequences(tensors, config, inputs["input_ids"])
     hidden, logits = run["hidden"], reference.logits(tensors, run["hidden"])
     gate = reference.exit_logits(tensors, hidden)
     pdf = reference.exit_pdf(gate)
@@ -78,28 +79,28 @@ def looplm_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays) -> 
         name = f"q{round(100 * threshold):03d}"
         out[f"exit_step_{name}"] = step
         out[f"exit_logits_{name}"] = np.take_along_axis(logits, step[None, ..., None], 0)[0]
-    prompt = run_rows(tensors, config, inputs["prompt_ids"])
+    prompt = run_sequences(tensors, config, inputs["prompt_ids"])
     out |= {"prompt_k": heads_first(prompt["per_loop_keys"]), "prompt_v": heads_first(prompt["per_loop_values"])}
     return out | greedy(tensors, config, inputs["prompt_ids"], inputs["prompt_ids"].shape[1], NEW_TOKENS["ouro"])
 
 
 def melt_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays, settings: dict) -> Arrays:
-    """A MELT's: chunk lengths, the transition, gate variants, greedy tokens, losses and gradients."""
+    """The arrays of a MELT: chunk lengths, the transition, gate variants, greedy tokens, losses and gradients."""
     ids, chunk = inputs["input_ids"], settings["chunk"]
-    teacher = run_rows(tensors, dataclasses.replace(config, gate="none"), ids)
+    teacher = run_sequences(tensors, dataclasses.replace(config, gate="none"), ids)
     out = {}
     for length in settings["chunks"]:
-        run = run_rows(tensors, config, ids, length)
+        run = run_sequences(tensors, config, ids, length)
         out |= {f"chunk{length}_{name}": x for name, x in chunk_arrays(tensors, run, teacher, inputs).items()}
     for tag, alpha in (("alpha00", 0.0), ("alpha03", ALPHA)):
-        run = run_rows(tensors, config, ids, chunk, alpha)
+        run = run_sequences(tensors, config, ids, chunk, alpha)
         kd = distillation(tensors, run, teacher, inputs["loss_mask"])
         out |= {f"{tag}_hidden": run["hidden"], f"{tag}_attn_out": run["attention_output"], f"{tag}_kd": kd.mean()}
     for gate in ("scalar", "last", "mean", "ema"):
         variant = dataclasses.replace(config, gate=gate)
-        out[f"gate_{gate}_hidden"] = run_rows(tensors, variant, ids, chunk)["hidden"]
+        out[f"gate_{gate}_hidden"] = run_sequences(tensors, variant, ids, chunk)["hidden"]
     gated = dataclasses.replace(config, first_loop="gated")
-    out["first_gated_hidden"] = run_rows(tensors, gated, ids, chunk)["hidden"]
+    out["first_gated_hidden"] = run_sequences(tensors, gated, ids, chunk)["hidden"]
     out |= greedy(tensors, config, inputs["prompt_ids"], settings["prefill"], NEW_TOKENS["melt"])
     for phase, options in (("phase1", {"alpha": ALPHA}), ("phase2", {"beta": BETA})):
         loss, gradient = loss_and_gradient(tensors, config, ids, inputs["loss_mask"], chunk, **options)
@@ -110,7 +111,7 @@ def melt_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays, setti
 
 
 def chunk_arrays(tensors: Tensors, run: Arrays, teacher: Arrays, inputs: Arrays) -> Arrays:
-    """What is stored of one chunk length."""
+    """The stored arrays of one chunk length."""
     mask, hidden = inputs["loss_mask"], run["hidden"]
     kd = distillation(tensors, run, teacher, mask)
     gap = np.sum((run["attention_output"] - teacher["attention_output"]) ** 2, axis=-1)
@@ -129,13 +130,13 @@ def chunk_arrays(tensors: Tensors, run: Arrays, teacher: Arrays, inputs: Arrays)
     }
 
 
-def run_rows(tensors, config, ids, chunk=None, alpha=None) -> Arrays:
-    """`run_reference` of each row of ids [B, S], with B before S."""
+def run_sequences(tensors, config, ids, chunk=None, alpha=None) -> Arrays:
+    """`run_reference` of each sequence of ids [B, S]; its arrays have B before S."""
     length = ids.shape[1]
-    rows = [run_reference(tensors, config, row, None, range(0, length, chunk or length), alpha) for row in ids]
+    runs = [run_reference(tensors, config, tokens, None, range(0, length, chunk or length), alpha) for tokens in ids]
     # The token axis of hidden is the second, of entries the third from last, of the others the second from last.
     axis = lambda name: -4 if name.endswith(("keys", "values")) else -3
-    return {name: np.stack([row[name] for row in rows], axis(name)) for name in rows[0]}
+    return {name: np.stack([run[name] for run in runs], axis(name)) for name in runs[0]}
 
 
 def heads_first(entries: np.ndarray) -> np.ndarray:
@@ -144,14 +145,14 @@ def heads_first(entries: np.ndarray) -> np.ndarray:
 
 
 def distillation(tensors, run, teacher, mask) -> np.ndarray:
-    """KL(teacher ‖ student), nats a scored token: [T]."""
+    """KL(teacher ‖ student), nats per scored token: [T]."""
     log_p, log_q = (reference.log_softmax(reference.logits(tensors, x["hidden"])) for x in (teacher, run))
     kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
     return np.sum(kl * mask, axis=(1, 2)) / mask.sum()
 
 
 def greedy(tensors, config, prompts, prefill, count) -> Arrays:
-    """gen_ids [B, count] and gen_logits [B, count, V] after prompts that are read in chunks of `prefill`."""
+    """gen_ids [B, count] and gen_logits [B, count, V] after prompts that are prefilled in chunks of `prefill`."""
     ids, scores = [], []
     for prompt in prompts:
         run = ReferenceRun(tensors, config)
@@ -165,9 +166,10 @@ def greedy(tensors, config, prompts, prefill, count) -> Arrays:
 
 
 def differences(folder: pathlib.Path) -> Iterator[tuple[str, float, float]]:
-    """Yields (array, largest difference over its largest number, bound); infinite for an array that only one has.
+    """Yields (array, largest difference relative to its largest number, bound) of each array.
 
-    An array of numbers below 1e-6 is compared as if its largest were 1e-6: the KL at α = 0 is rounding alone.
+    The difference is infinite if the array is missing on one side. An array of numbers below 1e-6 is compared as if its
+    largest were 1e-6: the KL at α = 0 is only rounding error.
     """
     computed = compute(folder)
     with np.load(folder / "golden.npz") as archive:
@@ -184,7 +186,7 @@ def differences(folder: pathlib.Path) -> Iterator[tuple[str, float, float]]:
 
 
 def write(folder: pathlib.Path) -> None:
-    """Writes golden.npz again."""
+    """Rewrites golden.npz."""
     with np.load(folder / "golden.npz") as stored:
         inputs = {name: stored[name] for name in INPUTS if name in stored}
     numbers = {name: x if x.dtype.kind == "i" else x.astype(np.float32) for name, x in compute(folder).items()}
@@ -192,10 +194,10 @@ def write(folder: pathlib.Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes or compares; returns the exit status."""
+    """Rewrites or compares the arrays; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the stored arrays, write nothing")
-    parser.add_argument("folders", nargs="*", help="names of folders; by default all")
+    parser.add_argument("folders", nargs="*", help="names of folders; default: all")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     failed = 0
@@ -206,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
                 failed += difference > bound
                 print(f"{'ok  ' if difference <= bound else 'FAIL'} {name:70s} {difference:9.2e} <= {bound:.0e}")
         elif folder.name.startswith("ouro"):
-            print("not written: its arrays come from the published implementation; compare with --check")
+            print("not written: these arrays come from the published implementation; compare them with --check")
         else:
             write(folder)
             print("written")

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Compares melt_jax with reference data: check_goldens.py [DIR ...], from anywhere melt_jax can be imported.
+"""Compares melt_jax with the reference data of tests/golden.
 
-A DIR holds config.json, safetensors, golden.npz and a README that explains how its numbers were made; by default every
-folder of tests/golden is checked. A line reports one array: its largest absolute error and the bound. The exit status
-is 1 if any error exceeds its bound.
+    python tests/helpers/check_goldens.py [FOLDER ...]      by default every folder; melt_jax must be importable
+
+A folder contains config.json, safetensors, golden.npz and a README that describes its arrays. Prints a line per array
+with its largest absolute error and the bound. The exit status is 1 if an error exceeds its bound.
 """
 
 import json
@@ -29,7 +30,7 @@ gradients = {
 
 
 def run(*args, **kwargs):
-    """`run_sequence`, compiled, with numpy arrays as results."""
+    """`run_sequence`, compiled, with NumPy arrays as results."""
     return jax.device_get(run_sequence(*args, **kwargs))
 
 
@@ -51,7 +52,7 @@ class Comparison(NamedTuple):
 
 
 def compare(name: str, got: Any, want: Any, bound: float, relative: bool = False) -> Comparison:
-    """Takes the largest absolute error, `relative` to the largest number wanted; infinite if shapes differ."""
+    """The largest absolute error, or `relative` to the largest expected number; infinite if the shapes differ."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         return Comparison(f"{name}: expected shape {want.shape}, found {got.shape}", float("inf"), bound, relative)
@@ -62,16 +63,16 @@ def compare(name: str, got: Any, want: Any, bound: float, relative: bool = False
 
 
 def check_looplm(folder: pathlib.Path, golden: dict[str, np.ndarray]) -> Iterator[Comparison]:
-    """Compares a LoopLM: sequences without padding, as one chunk and in chunks of five."""
+    """Compares a LoopLM on sequences without padding, as one chunk and in chunks of five."""
     model = melt_jax.load_model(folder)
     ids = golden["input_ids"]
     mask = golden.get("attention_mask", np.ones(ids.shape)).astype(bool)
-    rows_first = lambda x: x.transpose(0, 1, 2, 4, 3, 5)  # [T, L, B, K, S, E] → [T, L, B, S, K, E]
+    tokens_first = lambda x: x.transpose(0, 1, 2, 4, 3, 5)  # [T, L, B, K, S, E] → [T, L, B, S, K, E]
     for b, keep in enumerate(mask):
-        row = ids[b : b + 1, keep]
-        for chunk in (row.shape[1], 5):
-            out = run(model, row, chunk_size=chunk)
-            at = f"row {b} chunk {chunk} "
+        sequence = ids[b : b + 1, keep]
+        for chunk in (sequence.shape[1], 5):
+            out = run(model, sequence, chunk_size=chunk)
+            at = f"sequence {b} chunk {chunk} "
             yield compare(at + "hidden", out.hidden[:, 0], golden["hidden"][:, b][:, keep], 2e-4)
             attended = golden["attn_out"][:, :, b][:, :, keep]
             yield compare(at + "attention_output", out.attention_output[:, :, 0], attended, 2e-4)
@@ -81,13 +82,15 @@ def check_looplm(folder: pathlib.Path, golden: dict[str, np.ndarray]) -> Iterato
             pdf = np.asarray(exit_pdf(model, out.hidden))[0]
             yield compare(at + "exit pdf", pdf, golden["exit_pdf"][b][keep], 1e-5)
             yield from check_exit_steps(at, pdf, golden, b, keep)
-            yield compare(at + "keys", out.cache.keys[:, :, 0], rows_first(golden["k"])[:, :, b][:, :, keep], 2e-4)
-            yield compare(at + "values", out.cache.values[:, :, 0], rows_first(golden["v"])[:, :, b][:, :, keep], 2e-4)
+            keys = tokens_first(golden["k"])[:, :, b][:, :, keep]
+            yield compare(at + "keys", out.cache.keys[:, :, 0], keys, 2e-4)
+            values = tokens_first(golden["v"])[:, :, b][:, :, keep]
+            yield compare(at + "values", out.cache.values[:, :, 0], values, 2e-4)
     if "prompt_ids" in golden:
         for prefill in (golden["prompt_ids"].shape[1], 3):
             yield check_greedy(model, golden["prompt_ids"], golden["gen_ids"], prefill)
     if "gen_batch_ids" in golden:
-        yield check_greedy(model, [row[keep] for row, keep in zip(ids, mask)], golden["gen_batch_ids"], 4)
+        yield check_greedy(model, [sequence[keep] for sequence, keep in zip(ids, mask)], golden["gen_batch_ids"], 4)
 
 
 def check_exit_steps(
@@ -100,7 +103,7 @@ def check_exit_steps(
 
 
 def check_greedy(model: melt_jax.LoopedTransformer, prompts: Any, want: np.ndarray, prefill: int) -> Comparison:
-    """Compares greedy tokens after prompts that were prefilled in chunks of `prefill`."""
+    """Compares greedy tokens after prompts that are prefilled in chunks of `prefill` tokens."""
     prompts = [[int(token) for token in prompt] for prompt in prompts]
     got = melt_jax.generate_tokens(model, prompts, max_new_tokens=want.shape[1], prefill_chunk=prefill)
     return compare(f"greedy tokens, prefill chunk {prefill}", got, want, 0)
@@ -127,7 +130,7 @@ def check_melt(folder: pathlib.Path, golden: dict[str, np.ndarray]) -> Iterator[
         yield compare(f"transition {alpha} hidden", out.hidden, golden[f"{tag}_hidden"], 2e-4)
         yield compare(f"transition {alpha} attention_output", out.attention_output, golden[f"{tag}_attn_out"], 2e-4)
         loss, _ = gradients["phase1"](model, teacher, ids, mask, alpha=alpha, chunk_size=chunk)
-        # The KL at α = 0 is zero, its reference only rounding, so the bound is absolute.
+        # The KL at α = 0 is zero and its reference is rounding error, so the bound is absolute.
         yield compare(f"transition {alpha} loss", loss, golden[f"{tag}_kd"], 1e-5)
     for kind in ("scalar", "last", "mean", "ema"):
         out = run(melt_jax.load_model(folder, gate=kind), ids, chunk_size=chunk)

@@ -2,7 +2,7 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.helpers.mesh_scores
 
-Prints the largest relative difference of any score, as JSON. Under `MELT_COORDINATOR`, `MELT_PROCESSES` and
+Prints the largest relative difference of any score as JSON. Under `MELT_COORDINATOR`, `MELT_PROCESSES` and
 `MELT_PROCESS` the mesh spans several processes.
 """
 
@@ -25,13 +25,13 @@ BATCH, CHUNK, PROMPTS, OPTIONS = random_batch(6, 11), 4, [[1, 2, 3], [4, 5, 6, 7
 
 
 def scores(model, teacher, rows):
-    """Perplexities and KLs."""
+    """The perplexities and KLs of all loops, in one array."""
     found = scoring.perplexity_and_kl(model, teacher, BATCH, CHUNK, rows=rows)
     return np.array([*found.perplexity, *found.kl, found.final_kl])
 
 
 def main():
-    """Prints {how weights are held: the largest relative difference}."""
+    """Prints {how weights are gathered: the largest relative difference}."""
     initialize_distributed()
     jax.config.update("jax_enable_x64", True)
     model = make_model(CONFIG)

@@ -2,8 +2,8 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.helpers.mesh_steps
 
-Prints the largest relative difference of any metric or optimizer moment, which hold the gradients. --quick compares
-fewer meshes, --json prints JSON too.
+Prints the largest relative difference of any metric or optimizer moment; the moments contain the gradients. --quick
+compares fewer meshes, --json also prints JSON.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ def one_step(
 ) -> dict[str, np.ndarray]:
     """{name: array}: metrics and moments after one step from the middle of a phase.
 
-    The weights are left out: Adam's first update is the learning rate wherever a gradient is not zero, even if the
-    gradient is only rounding.
+    Weights are left out: Adam's first update is ± the learning rate for any gradient other than zero, even for one
+    that is only rounding error.
     """
     student, teacher = make_model(config), make_model(dataclasses.replace(config, gate="none"), 1)
     optimizer = make_optimizer(PHASES[phase], OPTIMIZER, student)

@@ -1,9 +1,9 @@
-"""The processes that test_processes.py starts: a short training run, and restores on other meshes.
+"""A short training run, and restores on other meshes; tests/test_processes.py starts it in several processes.
 
     python -m tests.helpers.process_run TEACHER WORKDIR OUTPUT         trains, as process `MELT_PROCESS` if it is set
     python -m tests.helpers.process_run TEACHER WORKDIR OUTPUT OTHER   also restores the checkpoints of the run in OTHER
 
-The findings are written to OUTPUT, as JSON.
+Process i writes its results to OUTPUTi.json.
 """
 
 import dataclasses
@@ -44,22 +44,22 @@ def tiny_run(teacher, mesh):
     return config
 
 
-def train_watched(config, workdir):
-    """Trains and returns the tokens of this process's part of every batch, [steps, sequences, length]."""
+def train_and_record(config, workdir):
+    """Trains; returns the tokens of this process's part of every batch, [steps, sequences, length]."""
     seen, make_batches = [], stream.batches
 
-    def watched(*args):
+    def recorded(*args):
         for batch in make_batches(*args):
             seen.append(np.asarray(batch.tokens).tolist())
             yield batch
 
-    stream.batches = watched
+    stream.batches = recorded
     train.run(config, workdir)
     return seen
 
 
 def restore_elsewhere(teacher, source, folder):
-    """{mesh: leaves that differ} after a run's last checkpoint is restored and saved on one mesh after the other."""
+    """Restores and saves a run's last checkpoint on one mesh after another; returns {mesh: leaves that differ}."""
     stored, out = read_checkpoint(source / "transition/checkpoints" / str(STEPS) / "default"), {}
     config = freeze(tiny_run(teacher, MESH))
     checkpoints = Checkpoints(source / "transition/checkpoints", 1, 1)
@@ -67,7 +67,7 @@ def restore_elsewhere(teacher, source, folder):
     for shape in OTHERS:
         mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
         with jax.set_mesh(mesh):
-            params = place_weights(jax.tree.map(np.copy, other), mesh)  # the state donates them
+            params = place_weights(jax.tree.map(np.copy, other), mesh)  # `init_state` donates them
             state = init_state(params, make_optimizer(config.transition, config.optimizer, params))
             abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             state = checkpoints.restore(STEPS, jax.tree.map(abstract, state))
@@ -79,26 +79,26 @@ def restore_elsewhere(teacher, source, folder):
 
 
 def resume_elsewhere(teacher, source):
-    """{mesh: leaves that differ} of the weights when the run is resumed on other meshes of as many devices."""
+    """Resumes the run on other meshes of as many devices; returns {mesh: weights that differ}."""
     stored = read_checkpoint(source / "transition/checkpoints" / str(STEPS) / "default")
     stored = {name.removeprefix("params."): x for name, x in stored.items() if name.startswith("params.")}
     out = {}
     for shape in OTHERS[:-1]:
-        shutil.rmtree(source / "transition/model", ignore_errors=True)  # so that the checkpoint is read
+        shutil.rmtree(source / "transition/model", ignore_errors=True)  # so that the checkpoint is read instead
         weights = train.run(tiny_run(teacher, dict(zip(MESH, shape))), source)
         out[str(shape)] = differing({name: np.asarray(x) for name, x in flatten(weights).items()}, stored)
     return out
 
 
 def main():
-    """Trains and, if asked, restores."""
+    """Trains, and restores the run in OTHER if it is given."""
     teacher, workdir, output, *other = sys.argv[1:]
     initialize_distributed()
-    found = {"tokens": train_watched(tiny_run(teacher, MESH), pathlib.Path(workdir))}
+    results = {"tokens": train_and_record(tiny_run(teacher, MESH), pathlib.Path(workdir))}
     for source in map(pathlib.Path, other):
-        found["restored"] = restore_elsewhere(teacher, source, pathlib.Path(workdir) / "restored")
-        found["resumed"] = resume_elsewhere(teacher, source)
-    pathlib.Path(output).write_text(json.dumps(found))
+        results["restored"] = restore_elsewhere(teacher, source, pathlib.Path(workdir) / "restored")
+        results["resumed"] = resume_elsewhere(teacher, source)
+    pathlib.Path(f"{output}{jax.process_index()}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

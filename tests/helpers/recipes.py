@@ -1,9 +1,9 @@
-"""Rewrites the texts that tests/test_config.py compares with the recipes, to be reviewed as a diff and committed.
+"""Rewrites the texts that tests/test_config.py compares with the recipes. Review their diff and commit it.
 
     python -m tests.helpers.recipes
 
-These are `tests/recipes/*.txt`, each recipe of `configs/`, frozen, as sorted lines `key = value`, and the comments of
-`configs/base.py`, which are the meanings of `melt_jax/config.py`.
+It writes `tests/recipes/*.txt`, each frozen recipe of `configs/` as sorted lines `key = value`, and the comments of
+`configs/base.py`, which are copies of the meanings in `melt_jax/config.py`.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def recipe_text(name: str) -> str:
 
 
 def commented(source: str) -> str:
-    """The source of `configs/base.py`, with the declared meaning behind every key."""
+    """The source of `configs/base.py` with each key's declared meaning as its comment."""
 
     def comment(match: re.Match[str]) -> str:
         return f"{match[1]}  # {KEYS[match[2]]}" if match[2] in KEYS else match[0]

@@ -1,6 +1,6 @@
 """The LoopLM (Ouro, arXiv 2510.25741) and MELT (arXiv 2605.07721), token by token, in float64 NumPy.
 
-Slow and plain on purpose: one token and one head at a time, from published tensors, with no code of melt_jax.
+Deliberately slow and simple: one token and one head at a time, from published tensors, with no code of melt_jax.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes  # noqa: F401, gives NumPy the bfloat16 of published files
+import ml_dtypes  # noqa: F401, adds the bfloat16 of published files to NumPy
 import numpy as np
 from safetensors import safe_open
 
@@ -18,7 +18,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
-    """The fields of a checkpoint's config.json that the mathematics needs, named as those of `ModelConfig`."""
+    """The fields of a checkpoint's config.json that the mathematics needs, with the names of `ModelConfig`."""
 
     width: int
     layers: int
@@ -66,7 +66,7 @@ def run_reference(
       config: `ReferenceConfig`, `ModelConfig` or anything with these fields.
       tokens: [S] token ids.
       segments: [S]; a token sees only its own document; 0 is padding.
-      bounds: the first token of each chunk, from 0; chunks may have any lengths.
+      bounds: the index of the first token of each chunk, beginning with 0; chunks may have any lengths.
       alpha: the transition's blend, or None.
 
     Returns:
@@ -82,7 +82,7 @@ def run_reference(
 class ReferenceRun:
     """One sequence, extended chunk by chunk.
 
-    Entries are (key, value) arrays [2, K, E]. Those of dicts are by (layer, token) or (loop, layer, token), with loops
+    An entry is an array [2, K, E] of key and value. Dicts have keys (layer, token) or (loop, layer, token); loops count
     from 1.
     """
 
@@ -94,7 +94,7 @@ class ReferenceRun:
         self.hidden, self.attended, self.layer_out = {}, {}, {}
 
     def append(self, tokens, segments=None) -> np.ndarray:
-        """Runs the next chunk, with all loops; returns its last token's final hidden state [D]."""
+        """Runs all loops of the next chunk; returns the final hidden state [D] of its last token."""
         chunk = range(len(self.segments), len(self.segments) + len(tokens))
         for segment in np.ones(len(tokens), int) if segments is None else segments:
             follows = bool(self.segments) and self.segments[-1] == segment
@@ -154,7 +154,7 @@ class ReferenceRun:
 
 
 class Layer:
-    """One layer's published tensors and what they compute for one token."""
+    """The published tensors of one layer, and its computation for one token."""
 
     def __init__(self, tensors, config, index):
         prefix = f"model.layers.{index}."
@@ -229,7 +229,7 @@ def exit_logits(tensors: Tensors, hidden: np.ndarray) -> np.ndarray:
 
 
 def exit_pdf(gate: np.ndarray) -> np.ndarray:
-    """pₜ = λₜ Πₛ<ₜ(1−λₛ), and the rest for the last loop: the exit gate's logits [T, ...] → [..., T]."""
+    """pₜ = λₜ Πₛ<ₜ(1−λₛ), and the rest for the last loop; from the exit gate's logits [T, ...] to [..., T]."""
     probability = 1 / (1 + np.exp(-gate))
     remaining, out = np.ones(gate.shape[1:]), []
     for stop in probability[:-1]:
@@ -239,6 +239,6 @@ def exit_pdf(gate: np.ndarray) -> np.ndarray:
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Logarithm of the softmax over the last axis."""
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

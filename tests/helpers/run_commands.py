@@ -1,4 +1,4 @@
-"""Runs many commands in one process after importing all of them once, each in a fork with flags of its own.
+"""Imports commands once and runs each in a fork with its own flags, which is faster than many interpreters.
 
     python -m tests.helpers.run_commands <<<'[["melt_jax.train", "--config=missing.py"]]'
 
@@ -17,7 +17,7 @@ COMMANDS = ("train", "prepare", "convert", "generate", "evaluate", "compile", "m
 
 
 def run_forked(module: str, arguments: list[str]) -> tuple[int, str, str]:
-    """Runs a command that is imported already, as `python -m module` would; returns status, stdout and stderr."""
+    """Runs an imported command as `python -m module` would; returns status, stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [pathlib.Path(folder) / name for name in ("stdout", "stderr")]
         if not (child := os.fork()):

@@ -1,4 +1,4 @@
-"""Saves and opens a model sharded over four devices; test_convert.py runs it in a process of its own.
+"""Saves and opens a model sharded over four devices; tests/test_convert.py runs it in its own process.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m tests.helpers.shard_round_trip FOLDER
 """

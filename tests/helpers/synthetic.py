@@ -1,4 +1,4 @@
-"""Synthetic published checkpoints of any config, written tensor by tensor, so that large ones need little memory."""
+"""Synthetic published checkpoints of any config, written one tensor at a time, which takes little memory."""
 
 import dataclasses
 import json
@@ -56,8 +56,8 @@ def write_published(
 ) -> pathlib.Path:
     """Writes a random published checkpoint: config.json, safetensors and tokenizer files; returns its folder.
 
-    Tensors are distributed over the files in a scattered order, as if sorted by size. `metadata` adds `__metadata__` to
-    the files. At most one tensor is held in memory.
+    Tensors are distributed over the files in a scattered order. `metadata` adds `__metadata__` to every file. At most
+    one tensor is in memory at a time.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True)
@@ -86,7 +86,7 @@ def write_published(
 
 
 def random_tensor(rng: np.random.Generator, name: str, shape: Shape, dtype: str) -> np.ndarray:
-    """Random values of a plausible size; the scales of norms are about one."""
+    """Random values of a realistic magnitude; norm weights are about one."""
     values = rng.standard_normal(shape, np.float32)
     return (1 + 0.1 * values if "norm" in name else 0.02 * values).astype(jnp.dtype(dtype))
 
@@ -94,7 +94,7 @@ def random_tensor(rng: np.random.Generator, name: str, shape: Shape, dtype: str)
 def write_safetensors(
     file: pathlib.Path, shapes: Mapping[str, Shape], dtype: str, tensors: Iterable[np.ndarray], metadata: bool = False
 ) -> None:
-    """Writes the safetensors format: the header's length in 8 bytes, the header as JSON, the tensors of `shapes`."""
+    """Writes a safetensors file: the length of the header in 8 bytes, the header as JSON, the tensors of `shapes`."""
     size = jnp.dtype(dtype).itemsize
     header, end = {"__metadata__": {"format": "pt"}} if metadata else {}, 0
     code = next(code for code, name in STORED_DTYPES.items() if name == dtype)
@@ -129,7 +129,7 @@ def edit_tensors(file: pathlib.Path, edit: Callable[[dict[str, np.ndarray]], Non
 
 
 def assert_same_bits(tensors: Mapping, others: Mapping) -> None:
-    """Both have the same names, dtypes, shapes and bytes."""
+    """Asserts that both have the same names, dtypes, shapes and bytes."""
     assert sorted(tensors) == sorted(others)
     for name, tensor in tensors.items():
         other = np.asarray(others[name])

@@ -3,7 +3,6 @@
 Models have JAX's default float type: float64 in a test that uses the `float64` fixture, else float32.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -42,12 +41,12 @@ jit_run = jax.jit(run_sequence, static_argnames="chunk_size")
 
 
 def run(*args, **kwargs) -> SequenceOutput:
-    """`run_sequence`, compiled, with numpy arrays as results."""
+    """`run_sequence`, compiled, with NumPy arrays as results."""
     return jax.device_get(jit_run(*args, **kwargs))
 
 
 def make_model(config: ModelConfig = TINY, seed: int = 0) -> LoopedTransformer:
-    """A model whose gates open unevenly, whose attention is not flat, with no norm of one and no bias of zero."""
+    """A random model: gates and attention are uneven, no norm weight is one and no bias is zero."""
     return _random_model(config, seed, jnp.zeros(()).dtype.name)
 
 
@@ -58,11 +57,6 @@ def _random_model(config, seed, dtype):
     noise = [0.3 * rng.standard_normal(leaf.shape, np.float32) for _, leaf in leaves]
     weights = [jnp.asarray(x + ("norm" in keystr(path)), dtype) for x, (path, _) in zip(noise, leaves)]
     return jax.tree.unflatten(structure, weights)
-
-
-def with_config(model: LoopedTransformer, config: ModelConfig) -> LoopedTransformer:
-    """The model with that config; it may have fewer gates."""
-    return reconfigure(model, **dataclasses.asdict(config))
 
 
 def looplm(model: LoopedTransformer) -> LoopedTransformer:
@@ -81,7 +75,7 @@ def random_tokens(batch: int, length: int, seed: int = 0, vocab: int = TINY.voca
 
 
 def packed_segments(batch: int, length: int, seed: int = 0) -> np.ndarray:
-    """[batch, length] int32: three documents side by side, then padding."""
+    """[batch, length] int32: three consecutive documents, then padding."""
     rng = np.random.default_rng(seed)
     segments = np.zeros((batch, length), np.int32)
     for row in segments:
@@ -92,7 +86,7 @@ def packed_segments(batch: int, length: int, seed: int = 0) -> np.ndarray:
 
 
 def random_batch(batch: int, length: int, seed: int = 0, packed: bool = True) -> Batch:
-    """A `Batch` of which about two thirds of the tokens are scored, none of them padding."""
+    """A `Batch` in which about two thirds of the tokens are scored, but no padding."""
     rng = np.random.default_rng(seed)
     segments = packed_segments(batch, length, seed) if packed else np.ones((batch, length), np.int32)
     mask = ((rng.random((batch, length)) < 0.66) & (segments != 0)).astype(np.int32)

@@ -11,7 +11,7 @@ from melt_jax.analysis.topology import OFFLINE, describe_devices
 
 @functools.cache
 def topology_devices(name):
-    """Returns the devices of a topology; skips the test on systems for which there is no libtpu."""
+    """The devices of a topology; skips the test on systems without a libtpu package."""
     if sys.platform != "linux":
         pytest.skip("libtpu exists for Linux only")
     os.environ |= OFFLINE  # libtpu reads them when it is loaded

@@ -1,13 +1,13 @@
 """Converts a synthetic checkpoint of Ouro-1.4B's exact shapes in both directions and measures peak memory.
 
-Not part of the test suite: it writes 2.87 GB of random bfloat16 weights and takes five times that space on disk. Peak
+Not part of the test suite: it writes 2.87 GB of random bfloat16 weights and needs five times that space on disk. Peak
 memory is the largest resident set of each conversion's process (ru_maxrss), including the interpreter and libraries.
-The bound is 1.3 times the size of the input, even if fresh gates make the output larger.
+The bound is 1.3 times the size of the input, even if new gates make the output larger.
 
     python -m tests.long.convert_full_size /tmp/full            Ouro-1.4B, a few minutes
     python -m tests.long.convert_full_size /tmp/full --files 3 --layers 48     Ouro-2.6B in three files
 
-Prints one line per conversion. Fails if a conversion exceeds the bound or a tensor changes.
+Prints one line per conversion. Exits with status 1 if a conversion exceeds the bound or a tensor changes.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, form: str, more: list[str]) -> bool:
-    """Runs one conversion in a process of its own; returns whether its peak memory is within the bound."""
+    """Runs one conversion in its own process; returns whether it succeeds with a peak memory within the bound."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "melt_jax.convert"]
     command += [f"--input={source}", f"--output={target}", f"--to={form}", *more]

@@ -1,11 +1,11 @@
-"""Kills and resumes runs, and compares their results with an undisturbed run's. Not part of the test suite.
+"""Kills and resumes runs, and compares their results with an uninterrupted run's. Not part of the test suite.
 
     JAX_PLATFORMS=cpu python -m tests.long.kill_and_resume [--folder=/tmp/kill_and_resume]
 
-Trains a small configs/nano.py three times: undisturbed; killed once in each phase with SIGKILL; and stopped once in
-each phase with SIGTERM, which must save the running step and exit with status 75. A stopped run is restarted with the
-same command until it ends. Every leaf of every phase's model and of the last checkpoint must then be bitwise equal to
-the undisturbed run's. Prints a table and exits with status 1 if anything differs. Takes some minutes.
+Trains a small configs/nano.py three times: uninterrupted; killed with SIGKILL once in each phase; and stopped with
+SIGTERM once in each phase, which must save the running step and exit with status 75. The same command resumes a stopped
+run. Every leaf of every phase's model and of the last checkpoint must then be bitwise equal to the uninterrupted run's.
+Prints a table and exits with status 1 if anything differs. Takes some minutes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from melt_jax.training.preemption import PREEMPTED
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PHASES = {"transition": 40, "alignment": 30}  # steps
-# The signal comes so many seconds after the log shows that step: at no special point of a step, save or log line.
+# The signal is sent that many seconds after the log shows that step, to interrupt an arbitrary part of a step or save.
 MOMENTS = {"transition": (17, 0.037), "alignment": (11, 0.091)}
 OVERRIDES = {
     "chunk_size": 24,
@@ -61,12 +61,12 @@ def checkpoints(workdir, phase):
     return sorted(int(path.name) for path in (workdir / phase / "checkpoints").glob("*") if path.name.isdecimal())
 
 
-def disturb(workdir, phase, number):
-    """Starts the run, sends the signal at the phase's moment, waits, and returns a line of the table."""
+def interrupt(workdir, phase, number):
+    """Starts the run and sends the signal at the phase's moment; returns a line of the table."""
     process, (step, later) = start(workdir), MOMENTS[phase]
     while last_step(workdir, phase) < step:
         if process.poll() is not None:
-            raise SystemExit(f"{workdir}: ended with status {process.returncode} before {phase} {step}; see its .log")
+            raise SystemExit(f"{workdir}: exited with status {process.returncode} before {phase} {step}; see its .log")
         time.sleep(0.002)
     time.sleep(later)
     process.send_signal(number)
@@ -77,11 +77,11 @@ def disturb(workdir, phase, number):
 def finish(workdir):
     """Runs the command to its end."""
     if status := start(workdir).wait():
-        raise SystemExit(f"{workdir}: ended with status {status}; see its .log")
+        raise SystemExit(f"{workdir}: exited with status {status}; see its .log")
 
 
 def read_checkpoint(folder):
-    """{name: NumPy array} of a checkpoint, whichever devices wrote it."""
+    """{name: NumPy array} of a checkpoint that any devices may have written."""
     reader = ocp.PyTreeCheckpointer()
     stored = reader.metadata(folder).item_metadata.tree
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
@@ -92,7 +92,7 @@ def leaves(workdir, phases=PHASES):
     """{name: array} of every phase's model and the last phase's last checkpoint; `phases`: {name: steps}."""
     out = {}
     for phase, steps in phases.items():
-        if phase == list(phases)[-1]:  # the others' are deleted
+        if phase == list(phases)[-1]:  # earlier phases' checkpoints are deleted
             state = read_checkpoint(workdir / phase / "checkpoints" / str(steps) / "default")
             out |= {f"{phase}.checkpoint.{name}": leaf for name, leaf in state.items()}
         model = open_model(workdir / phase / "model", dtype="float32")
@@ -116,18 +116,18 @@ def main():
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
-    finish(folder / "undisturbed")
-    wanted, failed = leaves(folder / "undisturbed"), False
+    finish(folder / "uninterrupted")
+    wanted, failed = leaves(folder / "uninterrupted"), False
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, PREEMPTED)):
         workdir = folder / number.name
         for phase in PHASES:
-            line = disturb(workdir, phase, number)
+            line = interrupt(workdir, phase, number)
             failed |= line[3] != f"status {int(status)}"
             print("  ".join(f"{word:14}" for word in line), flush=True)
         finish(workdir)
-        wrong = differing(leaves(workdir), wanted)
-        failed |= bool(wrong)
-        print(f"{number.name}: of {len(wanted)} leaves {len(wrong)} differ from the undisturbed ones", *wrong[:5])
+        different = differing(leaves(workdir), wanted)
+        failed |= bool(different)
+        print(f"{number.name}: {len(different)} of {len(wanted)} leaves differ", *different[:5])
     return int(failed)
 
 

@@ -2,11 +2,14 @@
 
     JAX_PLATFORMS=cpu python -m tests.long.processes [--folder=/tmp/processes]
 
-Trains a small configs/nano.py by launch/local_processes.sh: on one device, and on four devices of one, two and four
-processes. On the same mesh every loss, weight, moment and score must be bitwise equal; on another mesh sums are rounded
-differently. Then runs receive SIGTERM in each phase, exit with status 75 and resume with other processes: bitwise equal
-to the undisturbed run on the same mesh, up to rounding on another. Prints a table and exits with status 1 if anything
-else is found. Takes about ten minutes on two cores.
+Trains a small configs/nano.py with launch/local_processes.sh: on one device, and on four devices of one, two and four
+processes. Some runs also receive SIGTERM in each phase, must exit with status 75, and resume with other processes. On
+the mesh of the reference run every loss, weight, moment and score must be bitwise equal. Prints a table and exits with
+status 1 if one is not. Takes about ten minutes on two cores.
+
+Runs on other meshes round sums differently, and many float32 steps amplify rounding without a derived bound, so their
+differences are printed but not judged. `tests.helpers.mesh_steps` tests in float64 that a step does not depend on the
+mesh; tests/test_sharding.py runs it.
 """
 
 import argparse
@@ -41,22 +44,17 @@ OVERRIDES = {
     "evaluation.sample": False,
     **{f"{phase}.steps": steps for phase, steps in PHASES.items()},
     **{f"{phase}.warmup_steps": 2 for phase in PHASES},
-    # The paper's rates: with those of nano.py, the steps amplify rounding.
+    # The paper's rates: those of nano.py amplify rounding more.
     **{f"{phase}.learning_rate": 8e-6 for phase in PHASES},
     **{f"{phase}.gate_learning_rate": 5e-4 for phase in PHASES},
 }
-UNMEASURED = {
-    "evaluation.problems": 0,
-    "evaluation.sequences": 0,
-}  # for runs of several parts: evaluation takes most of their time
-# Generous bounds of what rounding may change over a run: a loss, in nats; a weight, relative to its array's largest.
-# That meshes compute the same is tested in float64, step by step (tests/helpers/mesh_steps.py).
-LOSSES, WEIGHTS = 1e-4, 1e-2
+# Overrides of runs of several parts, most of whose time evaluation would take.
+UNMEASURED = {"evaluation.problems": 0, "evaluation.sequences": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One start of a run: the number of processes, devices of each, and the mesh, if it is not fsdp alone."""
+    """One start of a run: the number of processes, the devices of each, and the mesh unless it is fsdp alone."""
 
     processes: int
     devices: int
@@ -70,7 +68,8 @@ ONE, FOUR = Part(1, 1), Part(1, 4)
 REFERENCE = (FOUR,)
 SPLIT = Part(2, 2, (("tensor", 2),))
 ALL_AXES = Part(2, 4, (("replica", 2), ("tensor", 2)))
-# Runs, and whether they are bitwise equal to the reference. A run of several parts gets SIGTERM in each phase.
+# Runs, and whether they use the reference's mesh and so must equal it bitwise. A run of several parts receives SIGTERM
+# in each phase.
 RUNS = (
     ((ONE,), False),
     ((Part(2, 2),), True),
@@ -93,7 +92,7 @@ def start(workdir, teacher, part, changes):
 
 
 def train(workdir, teacher, parts):
-    """Trains to the end, with SIGTERM between the parts, and returns the seconds it took."""
+    """Trains to the end, with SIGTERM between the parts; returns the seconds it took."""
     begin, moments = time.monotonic(), list(MOMENTS.items())
     changes = UNMEASURED if len(parts) > 1 else {}
     for part in parts[:-1]:
@@ -104,7 +103,7 @@ def train(workdir, teacher, parts):
         if (status := process.wait()) != PREEMPTED:
             raise SystemExit(f"{workdir}: {part} exited with status {status}, expected {PREEMPTED}; see its .log")
     if status := start(workdir, teacher, parts[-1], changes).wait():
-        raise SystemExit(f"{workdir}: {parts[-1]} ended with status {status}; see its .log")
+        raise SystemExit(f"{workdir}: {parts[-1]} exited with status {status}; see its .log")
     return time.monotonic() - begin
 
 
@@ -114,43 +113,60 @@ def losses(workdir):
     return np.array([json.loads(line)["loss"] for line in lines])
 
 
-def compare(workdir, reference, exact):
-    """([largest difference of a loss, of a weight; leaves that differ; leaves], whether they are as expected)."""
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far a run is from the reference."""
+
+    loss: float  # the largest of any step, nats
+    weight: float  # the largest of any weight, relative to the largest number of its array
+    leaves: int  # arrays that are not bitwise equal
+    compared: int  # arrays
+    same_results: bool  # results.json, if the run has one
+
+    @property
+    def bitwise_equal(self) -> bool:
+        """False also if both runs have the same nan: its differences are nan, not 0."""
+        return self.loss == 0 and self.weight == 0 and self.leaves == 0 and self.same_results
+
+
+def compare(workdir, reference):
+    """The `Difference` of two runs."""
     found, wanted = leaves(workdir, PHASES), leaves(reference, PHASES)
-    # NumPy's maximum keeps nan, which is below no bound; Python's may not.
+    # NumPy's maximum keeps nan; Python's may not.
     loss = np.max(np.abs(losses(workdir) - losses(reference)))
     weight = np.max([relative(found[name], x) for name, x in wanted.items() if ".model." in name])
-    wrong = differing(found, wanted)
-    fine = found.keys() == wanted.keys() and loss < LOSSES and weight < WEIGHTS
     measured = [folder / "results.json" for folder in (workdir, reference) if (workdir / "results.json").exists()]
-    if exact:
-        fine &= not wrong and not loss and len({path.read_text() for path in measured}) <= 1
-    return [loss, weight, len(wrong), len(wanted)], fine
+    same_results = len({path.read_text() for path in measured}) <= 1
+    return Difference(loss, weight, len(differing(found, wanted)), len(wanted), same_results)
 
 
 def main():
     """Runs everything and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="/tmp/processes", type=pathlib.Path, help="replaced if it exists")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of reading a run's checkpoint alone
+    logging.set_verbosity(logging.ERROR)  # Orbax warns if a checkpoint is read without its manager
     folder = parser.parse_args().folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     looplm = "melt_jax/assets/ouro_nano"
-    save_model(folder / "teacher", open_model(ROOT / looplm), ROOT / looplm)  # Orbax form: every process reads it
+    save_model(folder / "teacher", open_model(ROOT / looplm), ROOT / looplm)  # Orbax form: all processes read it
 
     reference, failed = folder / "reference", False
     seconds = train(reference, folder / "teacher", REFERENCE)
-    print(f"processes × devices of each; compared with 1×4, {seconds:.0f} s")
+    print(f"processes × devices of each; compared with 1×4, which took {seconds:.0f} s")
     print(f"{'run':<48} {'losses':>8} {'weights':>8}  leaves that differ")
     for number, (parts, exact) in enumerate(RUNS):
         workdir = folder / f"run{number}"
         seconds = train(workdir, folder / "teacher", parts)
-        (loss, weight, wrong, count), fine = compare(workdir, reference, exact)
-        failed |= not fine
-        name = " → ".join(map(str, parts))
-        verdict = ("bitwise equal" if exact else "rounding") if fine else "WRONG"
-        print(f"{name:<48} {loss:8.1e} {weight:8.1e}  {wrong} of {count}: {verdict}, {seconds:.0f} s", flush=True)
+        difference = compare(workdir, reference)
+        failed |= exact and not difference.bitwise_equal
+        if exact:
+            verdict = "bitwise equal" if difference.bitwise_equal else "FAIL, expected bitwise equal"
+        else:
+            verdict = "other mesh, not judged"
+        columns = f"{' → '.join(map(str, parts)):<48} {difference.loss:8.1e} {difference.weight:8.1e}"
+        count = f"{difference.leaves} of {difference.compared}"
+        print(f"{columns}  {count}: {verdict}, {seconds:.0f} s", flush=True)
     return int(failed)
 
 

@@ -76,6 +76,10 @@ class ModelConfig:
         """G = H/K, the query heads that share a key/value head."""
         return self.heads // self.kv_heads
 
+    def sweeps_of(self, chunk: int) -> int:
+        """The sweeps of a chunk of C tokens: from ⌈C/(W + 1)⌉ on a sweep changes nothing; a LoopLM needs one."""
+        return 1 if self.gate == "none" else min(self.sweeps, -(-chunk // (self.window + 1)))
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -143,9 +147,9 @@ class StudentConfig:
 
     gate: Annotated[str, OneOf(GATES[1:]), "gate variant"]
     first_loop: Annotated[str, OneOf(CHOICES["first_loop"]), "copy: h¹ = u; gated: h⁰ = 0, gated at loop 1 too"]
-    gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
     window: Annotated[CountOrZero, "W, tokens before a query that it sees through entries of its own loop"]
     sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"]
+    gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _convert(source, output, form, changes, existing):
 
     # Read the input's metadata and decide on the output's.
     folder = open_folder(source)
-    config = override(folder.config, changes.gate, changes.first_loop)
+    config = override(folder.config, gate=changes.gate, first_loop=changes.first_loop)
     dtype = chosen_dtype(folder, changes.dtype)
     if config.gate != "none":
         raise_errors(output, first_loop_errors(config.gate, config.first_loop))

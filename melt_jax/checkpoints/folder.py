@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from melt_jax.checkpoints.published_config import parse_config, raise_errors, read_raw_config
-from melt_jax.config import ModelConfig
+from melt_jax.config import ModelConfig, model_errors
 from melt_jax.model.model import LoopedTransformer, abstract_model, module_leaves
 
 
@@ -58,25 +58,22 @@ class ModelFolder(abc.ABC):
 
 
 def assemble(
-    source: ModelFolder,
-    dtype: str | None = None,
-    gate: str | None = None,
-    first_loop: str | None = None,
-    shardings: LoopedTransformer | None = None,
+    source: ModelFolder, dtype: str | None = None, shardings: LoopedTransformer | None = None, **changes: Any
 ) -> LoopedTransformer:
     """A model from an open folder.
 
     Args:
       source: the folder.
       dtype: of the weights in memory; None: as stored.
-      gate: a gate variant to use instead of the folder's; "none" is the LoopLM inside a MELT.
-      first_loop: "copy" or "gated", to use instead of the folder's.
       shardings: a model whose leaves are shardings; None: the default device.
+      changes: fields of `ModelConfig` to use instead of the folder's; None leaves one as it is. Gate "none" is the
+        LoopLM inside a MELT.
 
     Raises:
-      InputError: the gate needs weights that the folder lacks, or `dtype` is None and stored dtypes differ.
+      InputError: a value is impossible, the gate needs weights that the folder lacks, or `dtype` is None and stored dtypes differ.
     """
-    config = override(source.config, gate, first_loop)
+    config = override(source.config, **changes)
+    raise_errors(source.folder, model_errors(config))
     dtype = chosen_dtype(source, dtype)
     abstract = abstract_model(config, dtype)
     paths = [path for path, _ in module_leaves(abstract)]
@@ -87,10 +84,9 @@ def assemble(
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in paths])
 
 
-def override(config: ModelConfig, gate: str | None = None, first_loop: str | None = None) -> ModelConfig:
-    """The config with another gate or first loop; None leaves them as they are."""
-    changes = {name: value for name, value in (("gate", gate), ("first_loop", first_loop)) if value is not None}
-    return dataclasses.replace(config, **changes)
+def override(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """The config with other values of some fields; None leaves a field as it is."""
+    return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
 
 
 def chosen_dtype(source: ModelFolder, dtype: str | None) -> str:

@@ -98,13 +98,16 @@ def open_model(
     gate: str | None = None,
     first_loop: str | None = None,
     shardings: LoopedTransformer | None = None,
+    window: int | None = None,
+    sweeps: int | None = None,
 ) -> LoopedTransformer:
     """A model from a folder of either form.
 
     Arguments and errors are those of `melt_jax.checkpoints.published.load_model`, except that weights keep their stored
     dtype by default.
     """
-    return assemble(open_folder(folder), dtype, gate, first_loop, shardings)
+    changes = {"gate": gate, "first_loop": first_loop, "window": window, "sweeps": sweeps}
+    return assemble(open_folder(folder), dtype, shardings, **changes)
 
 
 def default_chunk(folder: str | pathlib.Path, config: ModelConfig) -> int:

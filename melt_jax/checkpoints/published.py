@@ -224,6 +224,8 @@ def load_model(
     gate: str | None = None,
     first_loop: str | None = None,
     shardings: LoopedTransformer | None = None,
+    window: int | None = None,
+    sweeps: int | None = None,
 ) -> LoopedTransformer:
     """A model from a published folder.
 
@@ -233,11 +235,13 @@ def load_model(
       gate: a gate variant to use instead of the checkpoint's; "none" is the LoopLM inside a MELT.
       first_loop: "copy" or "gated", to use instead of the checkpoint's.
       shardings: a model whose leaves are shardings; None: the default device.
+      window, sweeps: to use instead of the checkpoint's.
 
     Raises:
       InputError: lists all errors of config.json; if there are none, all errors of the tensors.
     """
-    return assemble(PublishedFolder(folder), dtype, gate, first_loop, shardings)
+    changes = {"gate": gate, "first_loop": first_loop, "window": window, "sweeps": sweeps}
+    return assemble(PublishedFolder(folder), dtype, shardings, **changes)
 
 
 def device_put_weight(weight: np.ndarray, sharding: jax.sharding.Sharding | None = None) -> jax.Array:

@@ -37,7 +37,8 @@ CONFIG_KEYS = {
 }
 OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "early_exit_threshold")
 OPTIONAL += ("bos_token_id", "eos_token_id", "pad_token_id")
-MELT_KEYS = ("gate", "first_loop", "chunk_size")  # only in a MELT's config; chunk_size: tokens of a training chunk
+MODEL_KEYS = {"gate": "elementwise", "first_loop": "copy", "window": 0, "sweeps": 1}  # of a MELT, and the defaults
+MELT_KEYS = (*MODEL_KEYS, "chunk_size")  # only in a MELT's config; chunk_size: tokens of a training chunk
 
 # Keys and the values that this model supports; an absent key means the first.
 ONLY_VALUES = {
@@ -114,7 +115,7 @@ def parse_config(raw: dict[str, Any], subject: object = "config.json") -> ModelC
         errors += _size_errors(fields)
     raise_errors(subject, errors)
     if raw["model_type"] == "melt":
-        fields |= {"gate": raw.get("gate", "elementwise"), "first_loop": raw.get("first_loop", "copy")}
+        fields |= {key: raw.get(key, default) for key, default in MODEL_KEYS.items()}
     else:
         fields["gate"] = "none"
     return ModelConfig(**fields)
@@ -161,7 +162,7 @@ def _describe(raw, config):
     if raw.get("layer_types") is not None:
         raw["layer_types"] = ["full_attention"] * config.layers
     if kind == "melt":
-        raw |= {"gate": config.gate, "first_loop": config.first_loop}
+        raw |= {key: getattr(config, key) for key in MODEL_KEYS}
     return raw
 
 
@@ -243,8 +244,9 @@ def _melt_key_errors(raw):
     for key, values in (("gate", GATES[1:]), ("first_loop", CHOICES["first_loop"])):
         if key in own and raw[key] not in values:
             errors.append(f"{key}: expected one of {', '.join(values)}, found {raw[key]!r}")
-    if "chunk_size" in own and (type(raw["chunk_size"]) is not int or raw["chunk_size"] < 1):
-        errors.append(f"chunk_size: expected an integer, 1 or more, found {raw['chunk_size']!r}")
+    for key, least in (("window", 0), ("sweeps", 1), ("chunk_size", 1)):
+        if key in own and (type(raw[key]) is not int or raw[key] < least):
+            errors.append(f"{key}: expected an integer, {least} or more, found {raw[key]!r}")
     return errors
 
 

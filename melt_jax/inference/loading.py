@@ -10,6 +10,8 @@ def open_for_inference(
     dtype: str | None = None,
     loops: int | None = None,
     exit_threshold: float | None = None,
+    window: int | None = None,
+    sweeps: int | None = None,
 ) -> LoopedTransformer:
     """Opens a model; arguments other than None replace the checkpoint's values.
 
@@ -19,10 +21,11 @@ def open_for_inference(
       dtype: of weights and KV entries.
       loops: T.
       exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
+      window, sweeps: of a MELT; see `ModelConfig`.
 
     Raises:
       InputError: a value is invalid, or the checkpoint cannot be opened.
     """
-    changes = {"loops": loops, "exit_threshold": exit_threshold}
+    changes = {"loops": loops, "exit_threshold": exit_threshold, "window": window, "sweeps": sweeps}
     model = open_model(folder, dtype=dtype, gate=gate)
     return reconfigure(model, **{name: value for name, value in changes.items() if value is not None})

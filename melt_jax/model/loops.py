@@ -114,7 +114,7 @@ def run_chunk(
     mask = AttentionMask(segments, cache.segments, start, config.window, recent)
     context = _Context(rope, mask, None if alpha is None else jnp.asarray(alpha, wide))
     x = model.embed(tokens)
-    if cache.shared is None or config.sweeps == 1:
+    if config.sweeps_of(length) == 1:
         return _run_loops(model, cache, context, x, None)
 
     def run_sweep(previous, sweep):
@@ -124,7 +124,7 @@ def run_chunk(
         return run_sweep(previous, sweep).kv._replace(recent=None), None
 
     empty = create_cache(config, batch, length, x.dtype, alpha is not None, batch_axes(x))
-    sweeps = jnp.arange(config.sweeps, dtype=jnp.int32)
+    sweeps = jnp.arange(config.sweeps_of(length), dtype=jnp.int32)
     previous, _ = jax.lax.scan(next_entries, ChunkKV(empty.shared, empty.per_loop), sweeps[:-1])
     return run_sweep(previous, sweeps[-1])
 
@@ -168,9 +168,9 @@ def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D
     """Zeros for h⁰ [L, B, C, D] and for the chunk's shared entries; None for a LoopLM."""
     if cache.shared is None:
         return None, None
+    batch, length, _ = x.shape
     split = batch_axes(x)
     latents = split_zeros((config.layers, *x.shape), x.dtype, 1, split, -1)
-    batch, length, _ = x.shape
     return latents, create_cache(config, batch, length, x.dtype, batch_axes=split).shared
 
 

@@ -86,7 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that together reach this probability; 1: all.")
     flags.DEFINE_integer("top_k", 0, "Sample from this number of most likely tokens; 0: all.")
-    flags.DEFINE_integer("seed", 0, "Seed of sampling; a token depends only on it, the prompt's index and the token's.")
+    flags.DEFINE_integer("seed", 0, "Seed of sampling; each draw has a key of (seed, prompt index, token index).")
     flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill chunk. Default: a MELT's training chunk, or 512.")
     flags.DEFINE_integer("loops", None, "T. Default: the checkpoint's.")
     flags.DEFINE_float(

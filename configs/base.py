@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
     config.student = ConfigDict()
     config.student.gate = "elementwise"  # gate variant; one of elementwise, scalar, mean, ema, last
     config.student.first_loop = "copy"  # copy: h¹ = u; gated: h⁰ = 0, gated at loop 1 too; one of copy, gated
-    config.student.window = 0
-    config.student.sweeps = 1
+    config.student.window = 0  # W, tokens before a query that it sees through entries of its own loop
+    config.student.sweeps = 1  # times that a chunk's loops run; from the second on they see final entries
     config.student.gate_std = 0.02  # standard deviation of new gate matrices
 
     # The computation of a step.

@@ -101,8 +101,7 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
     """
     student = dataclasses.replace(
         model,
-        gate=config.student.gate,
-        first_loop=config.student.first_loop,
+        **config.student.changes,
         remat=config.remat,
         attention_block=config.attention_block,
     )

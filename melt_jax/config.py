@@ -151,6 +151,11 @@ class StudentConfig:
     sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"]
     gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of the student's `ModelConfig` that differ from the LoopLM's."""
+        return {name: getattr(self, name) for name in ("gate", "first_loop", "window", "sweeps")}
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:

@@ -58,6 +58,8 @@ class Settings:
       loops: T.
       all_loops: answer the problems with 1, 2, … T loops.
       exit_threshold: cumulative exit probability at which answers use a loop's logits; 1: the last loop's.
+      window: W of a MELT.
+      sweeps: of a MELT.
       gate: a gate variant; "none": the LoopLM inside a MELT.
       dtype: of weights and KV entries.
     """
@@ -78,6 +80,8 @@ class Settings:
     loops: int | None = None
     all_loops: bool = False
     exit_threshold: float | None = None
+    window: int | None = None
+    sweeps: int | None = None
     gate: str | None = None
     dtype: str | None = None
 
@@ -114,6 +118,8 @@ def define_flags() -> None:
         None,
         "Cumulative exit probability at which answers use a loop's logits; 1: loop T's. Default: the checkpoint's.",
     )
+    flags.DEFINE_integer("window", None, "W of a MELT. Default: the checkpoint's.")
+    flags.DEFINE_integer("sweeps", None, "Sweeps of a MELT's chunks. Default: the checkpoint's.")
     flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
     flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
 
@@ -141,7 +147,13 @@ def evaluate_checkpoint(
     if errors := settings_errors(settings):
         raise InputError("\n".join(errors))
     model = open_for_inference(
-        settings.checkpoint, settings.gate, settings.dtype, settings.loops, settings.exit_threshold
+        settings.checkpoint,
+        settings.gate,
+        settings.dtype,
+        settings.loops,
+        settings.exit_threshold,
+        settings.window,
+        settings.sweeps,
     )
     teacher = open_model(settings.teacher, dtype=settings.dtype) if settings.teacher else None
     scoring.check_vocabularies(model, teacher)

@@ -43,6 +43,8 @@ class Settings:
       prefill_chunk: C of the prefill; None: the chunk that a MELT was trained with, or 512.
       loops: T.
       exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
+      window: W of a MELT.
+      sweeps: of a MELT.
       gate: a gate variant; "none": the LoopLM inside a MELT.
       dtype: of weights and KV entries.
     """
@@ -56,6 +58,8 @@ class Settings:
     prefill_chunk: int | None = None
     loops: int | None = None
     exit_threshold: float | None = None
+    window: int | None = None
+    sweeps: int | None = None
     gate: str | None = None
     dtype: str | None = None
 
@@ -94,6 +98,8 @@ def define_flags() -> None:
         None,
         "Cumulative exit probability at which a loop's logits are used; 1: the last loop's. Default: the checkpoint's.",
     )
+    flags.DEFINE_integer("window", None, "W of a MELT. Default: the checkpoint's.")
+    flags.DEFINE_integer("sweeps", None, "Sweeps of a MELT's chunks. Default: the checkpoint's.")
     flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
     flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
 
@@ -134,7 +140,13 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
     if on_text and len(settings.prompts) != 1:
         raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
     model = open_for_inference(
-        settings.checkpoint, settings.gate, settings.dtype, settings.loops, settings.exit_threshold
+        settings.checkpoint,
+        settings.gate,
+        settings.dtype,
+        settings.loops,
+        settings.exit_threshold,
+        settings.window,
+        settings.sweeps,
     )
     tokenizer = Tokenizer(settings.checkpoint)
     prompts = [encode_prompt(tokenizer, text, settings.chat, settings.thinking) for text in settings.prompts]

@@ -86,7 +86,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
     looplm = config.model if pretraining else open_folder(config.teacher).config
     student, trained = config.student, looplm
     if not pretraining:
-        trained = dataclasses.replace(looplm, gate=student.gate, first_loop=student.first_loop)
+        trained = dataclasses.replace(looplm, **student.changes)
     errors = stream.run_errors(config, looplm, config.tokenizer or config.teacher) + mesh_errors(config, trained)
     if errors:
         mismatch = "teacher, data and devices do not fit the run:\n"
@@ -224,7 +224,7 @@ def run_phase(
 def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array) -> LoopedTransformer:
     """The MELT that training starts from: the LoopLM's weights and new gates."""
     student = config.student
-    return reconfigure(looplm, key, student.gate_std, gate=student.gate, first_loop=student.first_loop)
+    return reconfigure(looplm, key, student.gate_std, **student.changes)
 
 
 def read_model(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:

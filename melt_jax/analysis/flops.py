@@ -119,7 +119,8 @@ def step_flops(config: ModelConfig, phase: str, batch: int, length: int, chunk_s
     if phase not in PHASES:
         raise ValueError(f"phase: expected one of {PHASES}, found {phase!r}")
     entries, tokens = causal_entries(length), batch * length
-    forward = tokens * forward_flops(config, entries, transition=phase == "transition").total
+    sweeps = config.sweeps_of(min(chunk_size or length, length))
+    forward = sweeps * tokens * forward_flops(config, entries, transition=phase == "transition").total
     teacher = 0
     if phase != "pretraining":
         teacher = tokens * forward_flops(dataclasses.replace(config, gate="none"), entries).total

@@ -8,7 +8,7 @@ from melt_jax.analysis.chips import Chip
 from melt_jax.analysis.hlo import Collective, Program, innermost
 from melt_jax.analysis.hlo_text import Groups
 
-SCOPES = ("gate", "attention", "within_chunk", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
+SCOPES = ("gate", "attention", "near_entries", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
           "reduce", "optimizer")  # fmt: skip
 WHOLE_COPY = 0.9  # a step gathers each weight at least once; a lower share means that some were not attributed
 

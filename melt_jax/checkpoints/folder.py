@@ -70,7 +70,8 @@ def assemble(
         LoopLM inside a MELT.
 
     Raises:
-      InputError: a value is impossible, the gate needs weights that the folder lacks, or `dtype` is None and stored dtypes differ.
+      InputError: a value is invalid, the gate needs weights that the folder lacks, or `dtype` is None and stored dtypes
+        differ.
     """
     config = override(source.config, **changes)
     raise_errors(source.folder, model_errors(config))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from melt_jax.config import InputError
-from melt_jax.model.cache import Cache, create_cache
+from melt_jax.model.cache import Cache, ChunkKV, create_cache
 from melt_jax.model.layout import accumulation_dtype, batch_axes
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer
@@ -182,7 +182,7 @@ def _chunk_sums_forward(step, weights, perturbation, cache, data, chunks):
 def _chunk_sums_backward(step, residuals, sums_bar):
     weights, perturbation, cache, windows, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
-    entries = (cache.shared, cache.per_loop)
+    entries = ChunkKV(cache.shared, cache.per_loop)
 
     def body(carry, xs):
         entries_bar, window_bar, weights_bar = carry
@@ -190,13 +190,15 @@ def _chunk_sums_backward(step, residuals, sums_bar):
 
         def chunk_step(weights, entries, window_kv):
             read = None if window is None else window._replace(kv=window_kv)
-            sums, new, segments = step(weights, Cache(*entries, cache.segments, read), start, data, chunk)
+            sums, new, segments = step(
+                weights, Cache(entries.shared, entries.per_loop, cache.segments, read), start, data, chunk
+            )
             written = None if read is None else read.advance(new.recent, segments, start).kv
-            return sums, (new.shared, new.per_loop), written
+            return sums, new._replace(recent=None), written
 
         (_, new_entries, _), pull_back = jax.vjp(chunk_step, weights, entries, window and window.kv)
-        own = Cache(*entries_bar, cache.segments).read(start, chunk_size)
-        own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), (own.shared, own.per_loop), new_entries)
+        own_bar = Cache(entries_bar.shared, entries_bar.per_loop, cache.segments).read(start, chunk_size)
+        own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
         chunk_weights_bar, earlier_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         add = lambda total, x: total + x.astype(total.dtype)
         totals = jax.tree.map(add, (entries_bar, weights_bar), (earlier_bar, chunk_weights_bar))

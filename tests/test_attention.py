@@ -16,7 +16,7 @@ def plain_attention(query, earlier, own, alpha, mask):
     slots = mask.cached.shape[1]
     earlier = blend(earlier, alpha)
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
-    visible = jnp.concatenate([mask.over_cache(0, 0, slots), mask.within_chunk()], axis=-1)[:, None, None]
+    visible = jnp.concatenate([mask.over_cache(0, 0, slots), mask.near()], axis=-1)[:, None, None]
     scores = jnp.einsum("bckge,bske->bkgcs", query, keys, precision="highest") / E**0.5
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bkgcs,bske->bckge", weights, values, precision="highest")

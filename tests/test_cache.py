@@ -133,7 +133,7 @@ def test_attention_mask_is_causal_within_documents():
     segments, cached = (jnp.asarray(rng.integers(3, size=(B, n)), jnp.int32) for n in (CHUNK, S))
     for start in (0, 5, np.array([2, 7])):
         mask = AttentionMask(segments, cached, jnp.asarray(start, jnp.int32))
-        earlier, own = jax.device_get((mask.over_cache(0, 0, S), mask.within_chunk()))
+        earlier, own = jax.device_get((mask.over_cache(0, 0, S), mask.near()))
         for b, q in np.ndindex(B, CHUNK):
             mine, first = segments[b, q], np.broadcast_to(start, B)[b]
             assert earlier[b, q].tolist() == [mine != 0 and mine == cached[b, s] and s < first for s in range(S)]

@@ -188,7 +188,10 @@ def test_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
     train.run(config, tmp_path / "run")
     assert "data: 6 sequences, 0.33 epochs\n" in capsys.readouterr().out
     prepare(0)  # the same bytes
+    (tmp_path / "data").rename(tmp_path / "moved")
+    config.data.path = str(tmp_path / "moved")
     train.run(config, tmp_path / "run")
     prepare(1)
+    config.data.path = str(tmp_path / "data")
     with pytest.raises(ConfigError, match=r":\n  - manifest of data.path: expected sha256 \w+, found sha256 \w+$"):
         train.run(config, tmp_path / "run")

@@ -14,7 +14,7 @@ from melt_jax.data import stream
 from melt_jax.files import write_text
 from melt_jax.training.processes import broadcast_text_from_process_0, run_outside, wait_for_process_0
 
-# May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
+# May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher and prepared data may move, too.
 RESUMABLE_KEYS = {
     *("run", "log_every", "checkpoint_every", "checkpoints_kept", "evaluation"),
     *("mesh", "gather", "micro_batches", "remat", "attention_block", "teacher"),
@@ -53,7 +53,8 @@ def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
         dict(_flatten({key: value for key, value in values.items() if key not in RESUMABLE_KEYS}))
         for values in (old, new)
     )
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    moved = {"data.path"} if "manifest of data.path" in new else set()  # prepared data is compared by its manifest
+    changed = [key for key in sorted({*before, *now} - moved) if before.get(key) != now.get(key)]
     if changed:
         lines = [f"  - {key}: expected {before.get(key)}, found {now.get(key)}" for key in changed]
         return f"{workdir} holds a run with another config, teacher or data; use another workdir:\n" + "\n".join(lines)

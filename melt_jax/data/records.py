@@ -162,7 +162,7 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
 
 
 def open_records(folder: str | pathlib.Path) -> "RecordSequences":
-    """`RecordSequences` of prepared data; raises as `read_manifest`."""
+    """`RecordSequences` of prepared data; same errors as `read_manifest`."""
     return RecordSequences(folder, read_manifest(folder))
 
 
@@ -192,7 +192,7 @@ def record_errors(
       folder: the data.
       length: S, tokens of a sequence in the run.
       vocab: V of the model.
-      tokenizer: a checkpoint folder, or None. If it has a tokenizer, the data must have been written with it, and
+      tokenizer: a model folder, or None. If it has a tokenizer, the data must have been written with it, and
         conversations with its chat template.
     """
     try:
@@ -216,7 +216,7 @@ def record_errors(
 
 
 def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path) -> list[str]:
-    """At most one message: conversations were rendered with another `thinking` than those of `other`, from `folder`."""
+    """At most one message: `thinking` differs from that of `other`, the manifest of `folder`."""
     found, expected = manifest.get("thinking"), other.get("thinking")
     if None in (found, expected) or found == expected:
         return []
@@ -225,7 +225,7 @@ def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path
 
 
 def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[str]:
-    """At most one message: another tokenizer, chat template, or an unknown `thinking`."""
+    """At most one message: the tokenizer or chat template differs, or `thinking` is unknown."""
     if not (tokenizer / "tokenizer.json").is_file():
         return []
     part, expected, found = "tokenizer", sha256(tokenizer / "tokenizer.json"), manifest["tokenizer"]["sha256"]

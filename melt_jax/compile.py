@@ -89,9 +89,9 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
     """Compiles the program of a phase and returns its `Report`.
 
     Args:
-      config: the run.
-      model: of the LoopLM.
-      mesh: of described devices, from `sharding.make_mesh`.
+      config: the run's config.
+      model: the LoopLM's config.
+      mesh: from `sharding.make_mesh`, of the topology's devices.
       phase: one of `PHASES`. Evaluation scores as many sequences as a run scores at a time. Prefill and decoding
         run `config.data.batch` sequences over a cache of `config.data.length` slots, in each group of devices.
 

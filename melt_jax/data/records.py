@@ -234,7 +234,7 @@ def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[s
         try:
             opened = Tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            return [f"{folder}: expected the chat template with which it was written, found for {tokenizer}: {error}"]
+            return [f"{folder}: expected a readable chat template in {tokenizer} to compare, found {error}"]
         part, expected, found = "chat template", opened.template_sha256 or "none", template
         if found == expected and opened.has_thinking and manifest.get("thinking") is None:
             return [

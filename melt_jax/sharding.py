@@ -95,7 +95,9 @@ def partition(names: Sequence[str | None]) -> jax.P:
     axes = [RULES[name] for name in names]
     used = [axis for axis in axes if axis]
     if clash := sorted({axis for axis in used if used.count(axis) > 1}):
-        raise ShardingError(f"logical axes {names}: expected {', '.join(clash)} to split only one, found {axes}")
+        raise ShardingError(
+            f"logical axes {names}: expected {', '.join(clash)} to split only one dimension, found {axes}"
+        )
     return jax.P(*axes)
 
 

@@ -293,7 +293,7 @@ def define_flags() -> None:
     command_line.define_config_flag()
     flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …", required=True)
     flags.DEFINE_enum("phase", "alignment", PHASES, "The program to compile.")
-    flags.DEFINE_bool("json", False, "Print a table's numbers as JSON instead of the report.")
+    flags.DEFINE_bool("json", False, "Print the report's numbers as JSON instead of text.")
 
 
 def main(argv: list[str]) -> None:

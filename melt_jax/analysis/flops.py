@@ -59,7 +59,7 @@ class StepFlops:
 
     @property
     def mfu_flops(self) -> float:
-        """FLOPs that model FLOPs utilisation counts: all but the recomputation.
+        """FLOPs that model FLOPs utilization counts: all but the recomputation.
 
         The teacher's pass is included, because distillation needs it.
         """

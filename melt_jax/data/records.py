@@ -189,7 +189,7 @@ def record_errors(
       folder: the data.
       length: S, tokens of a sequence in the run.
       vocab: V of the model.
-      tokenizer: a checkpoint folder, or None. If it has a tokenizer, the data must have been written with it, and
+      tokenizer: a model folder, or None. If it has a tokenizer, the data must have been written with it, and
         conversations with its chat template.
     """
     try:
@@ -213,7 +213,7 @@ def record_errors(
 
 
 def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path) -> list[str]:
-    """At most one message: conversations were rendered with another `thinking` than those of `folder`, described by `other`."""
+    """At most one message: `thinking` differs from that of `other`, the manifest of `folder`."""
     found, expected = manifest.get("thinking"), other.get("thinking")
     if None in (found, expected) or found == expected:
         return []
@@ -231,7 +231,7 @@ def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[s
         try:
             opened = Tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            return [f"{folder}: expected the chat template it was written with, found an error in {tokenizer}: {error}"]
+            return [f"{folder}: expected a readable chat template in {tokenizer} to compare, found {error}"]
         part, expected, found = "chat template", opened.template_sha256 or "none", template
         if found == expected and opened.has_thinking and manifest.get("thinking") is None:
             return [

@@ -14,7 +14,7 @@ from melt_jax.data import stream
 from melt_jax.files import write_text
 from melt_jax.training.processes import broadcast_text_from_process_0, run_outside, wait_for_process_0
 
-# May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher and prepared data may move, too.
+# May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
 RESUMABLE_KEYS = {
     *("run", "log_every", "checkpoint_every", "checkpoints_kept", "evaluation"),
     *("mesh", "gather", "micro_batches", "remat", "attention_block", "teacher"),

@@ -89,6 +89,7 @@ def raises(error):
     return function
 
 
+@pytest.mark.slow
 def test_interrupted_runs_are_bitwise_identical(teacher, tmp_path, monkeypatch, capsys):
     """SIGTERM, a kill before the checkpoints are deleted, a failed evaluation, and a kill between two checkpoints."""
     uninterrupted, folder = train.run(tiny_run(teacher), tmp_path / "uninterrupted"), tmp_path / "interrupted"

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of new weights and data; step n's batch is a function of (seed, n)
     config.phases = ("transition", "alignment")  # run in this order, or pretraining alone
-    config.teacher = ""  # folder of the LoopLM checkpoint, in either form; the student starts from it too
-    config.tokenizer = ""  # folder of the tokenizer files to save with the weights; empty: the teacher's
+    config.teacher = ""  # folder of the LoopLM, in published or Orbax form; the student starts from it too
+    config.tokenizer = ""  # folder of the tokenizer files to save with the weights; empty: the teacher's folder
 
     # The MELT that the LoopLM becomes.
     config.student = ConfigDict()
@@ -31,11 +31,11 @@ def get_config() -> ConfigDict:
     config.chunk_size = 500  # C, tokens that run in parallel
     config.dtype = "bfloat16"  # of computation and teacher; optimizer state is float32; one of float32, bfloat16
     config.remat = "products"  # backward recomputes scores only, all but products, or all; one of none, products, layer
-    config.attention_block = 512  # cached slots whose attention scores exist at a time
+    config.attention_block = 512  # cached slots whose attention scores are in memory at a time
     config.micro_batches = 1  # sequential parts of a batch, whose gradients are summed; divides data.batch
-    config.gather = "step"  # weights are gathered over fsdp once a step or at each use; one of step, layer
+    config.gather = "step"  # when weights are gathered over fsdp: once a step or at each use; one of step, layer
 
-    # Devices along each mesh axis: within a slice (ICI), and slices (DCN).
+    # Devices along each mesh axis: within a slice (ICI), and slices (DCN). One axis may be 0: all remaining devices.
     config.mesh = ConfigDict()
     config.mesh.replica = 1  # copies of weights and optimizer state; they split the batch; 0: the rest
     config.mesh.fsdp = 0  # parts of weights and optimizer state; they split the batch too; 0: the rest
@@ -47,10 +47,10 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "tokens"  # a token file, prepared data, or problems; one of tokens, records, arithmetic
     config.data.path = ""  # tokens: a .npy or .npz file; records: a folder written by melt_jax.prepare
-    config.data.length = 10_000  # tokens of a sequence
-    config.data.batch = 32  # sequences of a step, over all devices
-    config.data.low = 2  # arithmetic: fewest definitions of a problem
-    config.data.high = 5  # arithmetic: most definitions of a problem
+    config.data.length = 10_000  # tokens per sequence
+    config.data.batch = 32  # sequences per step, over all devices
+    config.data.low = 2  # arithmetic: fewest definitions per problem
+    config.data.high = 5  # arithmetic: most definitions per problem
     config.data.score = "completion"  # arithmetic: scored predictions; one of completion, all
 
     # Phase 1: KV entries are blended from those of the per-loop cache to those of the shared cache; loss L_KD.
@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     config.transition.steps = 500  # optimizer updates
     config.transition.learning_rate = 8e-6  # peak, of the backbone weights
     config.transition.gate_learning_rate = 5e-4  # peak, of the gates
-    config.transition.warmup_steps = 20  # updates of linear warm-up, then a cosine
+    config.transition.warmup_steps = 20  # updates of linear warm-up, before the cosine decay
     config.transition.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.transition.ramp = 1.0  # α rises linearly from 0 at step 0 to 1 at step ramp · (steps − 1)
 
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.alignment.steps = 300  # optimizer updates
     config.alignment.learning_rate = 8e-6  # peak, of the backbone weights
     config.alignment.gate_learning_rate = 5e-4  # peak, of the gates
-    config.alignment.warmup_steps = 20  # updates of linear warm-up, then a cosine
+    config.alignment.warmup_steps = 20  # updates of linear warm-up, before the cosine decay
     config.alignment.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.alignment.beta = 0.1  # β, weight of the attention alignment
 
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     config.pretraining.steps = 1000  # optimizer updates
     config.pretraining.learning_rate = 3e-4  # peak, of the backbone weights
     config.pretraining.gate_learning_rate = 0.0  # peak, of the gates
-    config.pretraining.warmup_steps = 100  # updates of linear warm-up, then a cosine
+    config.pretraining.warmup_steps = 100  # updates of linear warm-up, before the cosine decay
     config.pretraining.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.pretraining.entropy_bonus = 0.05  # nats of loss per nat of exit entropy
     config.pretraining.init_std = 0.02  # standard deviation of new weights
@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
 
     # The LoopLM that is pretrained. A run with a teacher uses the teacher's values instead.
     config.model = ConfigDict()
-    config.model.vocab = 49152  # V, token ids
+    config.model.vocab = 49152  # V, size of the vocabulary
     config.model.width = 2048  # D, the model width
     config.model.layers = 24  # L, layers
     config.model.loops = 4  # T, passes over all layers
@@ -105,8 +105,8 @@ def get_config() -> ConfigDict:
     config.optimizer.b1 = 0.9  # decay of the first moment
     config.optimizer.b2 = 0.95  # decay of the second moment
     config.optimizer.eps = 1e-8  # added to the root of the second moment
-    config.optimizer.weight_decay = 0.1  # on matrices only, times the learning rate
-    config.optimizer.clip = 1.0  # largest global norm of a gradient
+    config.optimizer.weight_decay = 0.1  # applied to matrices only, times the learning rate
+    config.optimizer.clip = 1.0  # global norm to which gradients are clipped
 
     config.log_every = 10  # steps between log lines
     config.checkpoint_every = 100  # steps between checkpoints; a phase's last step is always saved
@@ -114,8 +114,8 @@ def get_config() -> ConfigDict:
 
     # Monitoring, which does not affect results.
     config.run = ConfigDict()
-    config.run.skipped_limit = 10  # consecutive skipped steps, not finite, that stop the run
-    config.run.stall_seconds = 0.0  # time without a finished step after which all stacks are logged; 0: never
+    config.run.skipped_limit = 10  # consecutive skipped (non-finite) steps that stop the run
+    config.run.stall_seconds = 0.0  # seconds without a finished step before all stacks are logged; 0: never
     config.run.stall_first_seconds = 3600.0  # the same for the first step, which compiles; 0: never
     config.run.stall_exits = True  # exit with status 76 after a stall, so that a launcher restarts the run
     config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
@@ -125,8 +125,8 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.problems = 0  # arithmetic problems to answer; 0: none
     config.evaluation.sequences = 0  # sequences on which the KL to the teacher is measured; 0: none
-    config.evaluation.decoding_tokens = 512  # first tokens of each sequence on which decoding is measured; 0: none
-    config.evaluation.path = ""  # tokens, records: held-out sequences, in the form and length of data
+    config.evaluation.decoding_tokens = 512  # leading tokens of each sequence on which decoding is measured; 0: none
+    config.evaluation.path = ""  # tokens, records: held-out sequences, with the source and length of data
     config.evaluation.seed = 1  # of the problems and the sequences
     config.evaluation.sample = False  # print one worked answer
 

@@ -9,7 +9,8 @@ The paper used 1 040 H100-hours. Convert the published folder, prepare the trace
     python -m melt_jax.train --config=configs/ouro_1_4b.py --workdir=runs/melt_1_6b
 
 Expected: 1 636 028 417 parameters, and a cache of 196 608 bytes per token in bfloat16; the LoopLM's takes 786 432.
-The recipe has been compiled for these chips but not run to its end. To check whether a step fits other chips:
+A step of the recipe has been compiled for these chips; the recipe has never been run. To check whether a step fits
+other chips:
 
     python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v6e:4x4 --phase=transition
 """

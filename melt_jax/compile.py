@@ -41,7 +41,7 @@ from melt_jax.checkpoints.orbax import open_folder
 from melt_jax.config import InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data.batch import Batch
 from melt_jax.inference import scoring
-from melt_jax.inference.generation import DecodeState, decode_block, prefill_chunk
+from melt_jax.inference.generation import STOP_SLOTS, DecodeState, decode_block, prefill_chunk
 from melt_jax.inference.sampling import GREEDY, SamplingRequest
 from melt_jax.model.cache import create_cache
 from melt_jax.model.model import abstract_model, parameter_count
@@ -89,9 +89,9 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
     """Compiles the program of a phase and returns its `Report`.
 
     Args:
-      config: the run.
-      model: of the LoopLM.
-      mesh: of described devices, from `sharding.make_mesh`.
+      config: the run's config.
+      model: the LoopLM's config.
+      mesh: from `sharding.make_mesh`, of the topology's devices.
       phase: one of `PHASES`. Evaluation scores as many sequences as a run scores at a time. Prefill and decoding
         run `config.data.batch` sequences over a cache of `config.data.length` slots, in each group of devices.
 
@@ -230,7 +230,7 @@ def _decoding_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     state = DecodeState(numbers, numbers, numbers, _whole(mesh, (count,), jnp.bool_))
     sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, GREEDY))
     sampling = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), sampling)
-    request = SamplingRequest(sampling, numbers, _whole(mesh, (8,)), _whole(mesh, ()))
+    request = SamplingRequest(sampling, numbers, _whole(mesh, (STOP_SLOTS,)), _whole(mesh, ()))
     blocks = _mean_blocks(range(length), config)
 
     def trips(op_name):
@@ -292,7 +292,7 @@ def define_flags() -> None:
     command_line.define_config_flag()
     flags.DEFINE_string("topology", None, "TPU topology: v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, …", required=True)
     flags.DEFINE_enum("phase", "alignment", PHASES, "The program to compile.")
-    flags.DEFINE_bool("json", False, "Print a table's numbers as JSON instead of the report.")
+    flags.DEFINE_bool("json", False, "Print the report's numbers as JSON instead of text.")
 
 
 def main(argv: list[str]) -> None:

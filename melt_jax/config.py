@@ -48,7 +48,7 @@ class ConfigError(InputError):
 class ModelConfig:
     """A looped transformer: a LoopLM if `gate` is "none", else a MELT. The defaults are Ouro-1.4B's."""
 
-    vocab: Annotated[Count, "V, token ids"] = 49152
+    vocab: Annotated[Count, "V, size of the vocabulary"] = 49152
     width: Annotated[Count, "D, the model width"] = 2048
     layers: Annotated[Count, "L, layers"] = 24
     loops: Annotated[Count, "T, passes over all layers"] = 4
@@ -69,7 +69,7 @@ class ModelConfig:
     eos: Annotated[int | None, Range(0), "token id that ends a sequence, for config.json"] = None
     pad: Annotated[int | None, Range(0), "token id of padding, for config.json"] = None
     remat: Annotated[str, OneOf(CHOICES["remat"]), "what the backward pass recomputes, as in the run's remat"] = "none"
-    attention_block: Annotated[Count, "cached slots whose attention scores exist at a time"] = 512
+    attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"] = 512
 
     @property
     def group(self) -> int:
@@ -89,10 +89,10 @@ class DataConfig:
         "arithmetic"
     )
     path: Annotated[str, "tokens: a .npy or .npz file; records: a folder written by melt_jax.prepare"] = ""
-    length: Annotated[int, Range(2), "tokens of a sequence"] = 128
-    batch: Annotated[Count, "sequences of a step, over all devices"] = 16
-    low: Annotated[Count, "arithmetic: fewest definitions of a problem"] = 2
-    high: Annotated[Count, "arithmetic: most definitions of a problem"] = 5
+    length: Annotated[int, Range(2), "tokens per sequence"] = 128
+    batch: Annotated[Count, "sequences per step, over all devices"] = 16
+    low: Annotated[Count, "arithmetic: fewest definitions per problem"] = 2
+    high: Annotated[Count, "arithmetic: most definitions per problem"] = 5
     score: Annotated[str, OneOf(("completion", "all")), "arithmetic: scored predictions"] = "completion"
 
 
@@ -103,7 +103,7 @@ class PhaseConfig:
     steps: Annotated[Count, "optimizer updates"]
     learning_rate: Annotated[PositiveOrZero, "peak, of the backbone weights"]
     gate_learning_rate: Annotated[PositiveOrZero, "peak, of the gates"]
-    warmup_steps: Annotated[CountOrZero, "updates of linear warm-up, then a cosine"]
+    warmup_steps: Annotated[CountOrZero, "updates of linear warm-up, before the cosine decay"]
     final_fraction: Annotated[Fraction, "last learning rate, as a fraction of the peak"]
 
 
@@ -137,8 +137,8 @@ class OptimizerConfig:
     b1: Annotated[Decay, "decay of the first moment"]
     b2: Annotated[Decay, "decay of the second moment"]
     eps: Annotated[Positive, "added to the root of the second moment"]
-    weight_decay: Annotated[PositiveOrZero, "on matrices only, times the learning rate"]
-    clip: Annotated[Positive, "largest global norm of a gradient"]
+    weight_decay: Annotated[PositiveOrZero, "applied to matrices only, times the learning rate"]
+    clip: Annotated[Positive, "global norm to which gradients are clipped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,18 +174,18 @@ class EvaluationConfig:
 
     problems: Annotated[CountOrZero, "arithmetic problems to answer; 0: none"]
     sequences: Annotated[CountOrZero, "sequences on which the KL to the teacher is measured; 0: none"]
-    decoding_tokens: Annotated[CountOrZero, "first tokens of each sequence on which decoding is measured; 0: none"]
-    path: Annotated[str, "tokens, records: held-out sequences, in the form and length of data"]
+    decoding_tokens: Annotated[CountOrZero, "leading tokens of each sequence on which decoding is measured; 0: none"]
+    path: Annotated[str, "tokens, records: held-out sequences, with the source and length of data"]
     seed: Annotated[Seed, "of the problems and the sequences"]
     sample: Annotated[bool, "print one worked answer"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Supervision of a run, which does not affect its results."""
+    """Monitoring, which does not affect results."""
 
-    skipped_limit: Annotated[Count, "consecutive skipped steps, not finite, that stop the run"]
-    stall_seconds: Annotated[PositiveOrZero, "time without a finished step after which all stacks are logged; 0: never"]
+    skipped_limit: Annotated[Count, "consecutive skipped (non-finite) steps that stop the run"]
+    stall_seconds: Annotated[PositiveOrZero, "seconds without a finished step before all stacks are logged; 0: never"]
     stall_first_seconds: Annotated[PositiveOrZero, "the same for the first step, which compiles; 0: never"]
     stall_exits: Annotated[bool, "exit with status 76 after a stall, so that a launcher restarts the run"]
     profile_start: Annotated[CountOrZero, "first step of each phase to profile, from 1; 0: none"]
@@ -198,16 +198,16 @@ class TrainConfig:
 
     seed: Annotated[Seed, "of new weights and data; step n's batch is a function of (seed, n)"]
     phases: Annotated[WORDS, OneOf(PHASES), "run in this order, or pretraining alone"]
-    teacher: Annotated[str, "folder of the LoopLM checkpoint, in either form; the student starts from it too"]
-    tokenizer: Annotated[str, "folder of the tokenizer files to save with the weights; empty: the teacher's"]
+    teacher: Annotated[str, "folder of the LoopLM, in published or Orbax form; the student starts from it too"]
+    tokenizer: Annotated[str, "folder of the tokenizer files to save with the weights; empty: the teacher's folder"]
     model: ModelConfig
     student: StudentConfig
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]
     dtype: Annotated[str, OneOf(CHOICES["dtype"]), "of computation and teacher; optimizer state is float32"]
     remat: Annotated[str, OneOf(CHOICES["remat"]), "backward recomputes scores only, all but products, or all"]
-    attention_block: Annotated[Count, "cached slots whose attention scores exist at a time"]
+    attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"]
     micro_batches: Annotated[Count, "sequential parts of a batch, whose gradients are summed; divides data.batch"]
-    gather: Annotated[str, OneOf(CHOICES["gather"]), "weights are gathered over fsdp once a step or at each use"]
+    gather: Annotated[str, OneOf(CHOICES["gather"]), "when weights are gathered over fsdp: once a step or at each use"]
     mesh: MeshConfig
     data: DataConfig
     pretraining: PretrainingConfig

@@ -1,4 +1,4 @@
-"""Converts a model folder between the published form and the Orbax form, without changing a bit of its weights.
+"""Converts a model folder between published and Orbax form; weights stay bitwise identical unless --dtype is given.
 
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/ouro --to=orbax
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/melt --to=orbax --gate=elementwise
@@ -7,7 +7,7 @@
 
 A published folder holds config.json, one or several safetensors files and tokenizer files. The Orbax form has the same
 config.json and tokenizer files, and stores the weights under `params/`. --gate=elementwise or scalar turns a LoopLM
-into a MELT with fresh gates (normal with standard deviation 0.02, biases zero, drawn from --seed); --gate=none removes
+into a MELT with new gates (normal with standard deviation 0.02, biases zero, drawn from --seed); --gate=none removes
 a MELT's gates. The output folder appears when it is complete.
 
 In a run of several processes, process 0 converts, and the others wait and fail if it fails.
@@ -45,7 +45,7 @@ class Changes:
       gate: "none" or a gate variant.
       first_loop: "copy" or "gated".
       dtype: name of the weights' dtype.
-      seed: of fresh gates.
+      seed: seed of new gates.
     """
 
     gate: str | None = None
@@ -64,7 +64,7 @@ def define_flags() -> None:
         "first_loop", None, CHOICES["first_loop"], "First loop of the output's model. Default: the input's."
     )
     flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights. Default: the input's.")
-    flags.DEFINE_integer("seed", 0, "Seed of fresh gates.")
+    flags.DEFINE_integer("seed", 0, "Seed of new gates.")
     flags.DEFINE_bool("overwrite", False, "Replace the output if it exists.")
     flags.DEFINE_bool("keep_existing", False, "Do nothing if the output exists.")
 

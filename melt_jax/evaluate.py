@@ -1,4 +1,4 @@
-"""Scores a checkpoint folder: exact answers to arithmetic problems; perplexity and KL to a teacher per loop.
+"""Scores a model folder: exact answers to arithmetic problems; perplexity and KL to a teacher per loop.
 
     python -m melt_jax.evaluate --checkpoint=runs/nano/alignment/model --teacher=melt_jax/assets/ouro_nano
     python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=F.npz --rows=1
@@ -48,11 +48,11 @@ class Settings:
       task: "arithmetic", fresh problems; "tokens", the sequences in `data`.
       data: a token file (.npy or .npz), or a folder written by `melt_jax.prepare`.
       length: tokens per sequence, for a file that is one stream.
-      sequences: the most sequences, or problems, for perplexity and KL.
+      sequences: largest number of sequences, or problems, for perplexity and KL.
       rows: sequences scored at a time.
-      decoding_tokens: first tokens of each sequence on which decoding is measured; 0: not measured.
+      decoding_tokens: tokens at the start of each sequence on which decoding is measured; 0: not measured.
       problems: arithmetic problems to answer.
-      low, high: fewest and most definitions of a problem.
+      low, high: fewest and most definitions per problem.
       seed: of the problems.
       chunk_size: C of prefill and scoring; None: the chunk that a MELT was trained with, or 512.
       loops: T.
@@ -98,20 +98,20 @@ def define_flags() -> None:
     """Defines the command's flags: one for each field of `Settings`, with its default."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
     integer = lambda name, text: flags.DEFINE_integer(name, defaults[name], text)
-    flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.", required=True)
-    flags.DEFINE_string("teacher", None, "Checkpoint folder of the teacher; without one no KL is measured.")
+    flags.DEFINE_string("checkpoint", None, "Model folder, in published or Orbax form.", required=True)
+    flags.DEFINE_string("teacher", None, "Model folder of the teacher; without one, no KL is measured.")
     flags.DEFINE_enum("task", defaults["task"], TASKS, "Fresh arithmetic problems, or the sequences in --data.")
     flags.DEFINE_string("data", None, "For --task=tokens: a token file, or a folder written by melt_jax.prepare.")
     integer("length", "Tokens per sequence, for a file that is one stream.")
-    integer("sequences", "The most sequences of the data, or problems, for perplexity and KL.")
+    integer("sequences", "Largest number of sequences, or problems, for perplexity and KL.")
     integer("rows", "Sequences scored at a time.")
-    integer("decoding_tokens", "First tokens of each sequence on which decoding is measured; 0: not measured.")
+    integer("decoding_tokens", "Tokens at the start of each sequence on which decoding is measured; 0: not measured.")
     integer("problems", "Arithmetic problems to answer.")
-    integer("low", "The fewest definitions of a problem.")
-    integer("high", "The most definitions of a problem.")
+    integer("low", "Fewest definitions per problem.")
+    integer("high", "Most definitions per problem.")
     integer("seed", "Seed of the problems.")
     integer("chunk_size", "Tokens per chunk of prefill and scoring. Default: a MELT's training chunk, or 512.")
-    integer("loops", "T. Default: the checkpoint's.")
+    integer("loops", "Number of loops, T. Default: the checkpoint's.")
     flags.DEFINE_boolean("all_loops", False, "Answer the problems with 1, 2, … T loops.")
     flags.DEFINE_float(
         "exit_threshold",

@@ -1,4 +1,4 @@
-"""Generates text from a checkpoint folder, published or of this package.
+"""Generates text from a model folder, in published or Orbax form.
 
     python -m melt_jax.generate --checkpoint=melt_jax/assets/ouro_nano --prompt="c=b*3;a=4;b=a+2;c?"
     python -m melt_jax.generate --checkpoint=DIR --prompts_file=F --nochat --temperature=1 --top_p=0.7 --seed=3
@@ -75,7 +75,7 @@ class Texts:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("checkpoint", None, "Checkpoint folder, published or of this package.", required=True)
+    flags.DEFINE_string("checkpoint", None, "Model folder, in published or Orbax form.", required=True)
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A file with one prompt per line, added to those of --prompt.")
     flags.DEFINE_boolean("chat", True, "Put prompts into the checkpoint's chat template; --nochat: as they are.")
@@ -85,14 +85,16 @@ def define_flags() -> None:
         "Render the template with enable_thinking, so that a Thinking model's prompt ends in <think>.",
     )
     flags.DEFINE_integer(
-        "max_new_tokens", None, f"The most new tokens per prompt. Default: {NEW_TOKENS}, within the model's positions."
+        "max_new_tokens", None, f"Maximum new tokens per prompt. Default: {NEW_TOKENS}, within the model's positions."
     )
     flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens that together reach this probability; 1: all.")
-    flags.DEFINE_integer("top_k", 0, "Sample from this number of most likely tokens; 0: all.")
-    flags.DEFINE_integer("seed", 0, "Seed of sampling; each draw has a key of (seed, prompt index, token index).")
+    flags.DEFINE_integer("top_k", 0, "Sample from this many of the most likely tokens; 0: all.")
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of sampling; a token's random key depends only on it and the indices of prompt and token."
+    )
     flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill chunk. Default: a MELT's training chunk, or 512.")
-    flags.DEFINE_integer("loops", None, "T. Default: the checkpoint's.")
+    flags.DEFINE_integer("loops", None, "Number of loops, T. Default: the checkpoint's.")
     flags.DEFINE_float(
         "exit_threshold",
         None,

@@ -1,4 +1,4 @@
-"""Compares the temporary memory of the training gradient with plain differentiation, by the compiler's analysis.
+"""Compares the temporary memory of the training gradient with that of plain differentiation, as reported by XLA.
 
 Plain differentiation of the scan over chunks keeps a copy of the cache for every chunk, so its memory grows with the
 square of the sequence length; `model.sequence.chunk_sums` keeps one copy. Both gradients are compiled, not run, and
@@ -93,7 +93,7 @@ def print_table(config: ModelConfig, phases: Sequence[str], batch: int, chunk: i
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_list("chunks", list(map(str, CHUNKS)), "Numbers of chunks in a sequence.")
-    flags.DEFINE_integer("chunk_size", 32, "Tokens of a chunk.")
+    flags.DEFINE_integer("chunk_size", 32, "Tokens per chunk.")
     flags.DEFINE_integer("batch", 1, "Sequences.")
     flags.DEFINE_list("phases", list(PHASES), f"Some of {', '.join(PHASES)}.")
     flags.DEFINE_enum("remat", "none", ["none", "products", "layer"], "See ModelConfig.")

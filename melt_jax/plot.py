@@ -189,7 +189,7 @@ def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path) -> None:
     """Draws the curves of a run into a file.
 
     Args:
-      workdir: the run's.
+      workdir: the run's folder.
       output: the file, whose suffix is one of `FORMATS`; its folder is created.
 
     Raises:

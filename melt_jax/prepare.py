@@ -7,8 +7,8 @@
     python -m melt_jax.prepare --verify=data/traces                   # compares the shards with their hashes
 
 A row is a conversation (column `messages` or `conversations`, with role and content or ShareGPT's from and value), a
-question and an answer in two columns, or plain `text`. If flags name several of these, a row takes the first that it
-has.
+question and an answer in two columns, or plain `text`. If flags name several of these, a row is read as the first one
+whose column it has.
 
 Conversations are rendered with the tokenizer's chat template, and the assistant's answers are scored. With --thinking,
 the default, a Thinking model's generation prompt ends with `<think>`, and answers are scored from there on. Generate
@@ -63,11 +63,11 @@ class Settings:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("tokenizer", None, "Checkpoint folder that has the tokenizer and the chat template.")
-    flags.DEFINE_multi_string("input", [], "Files, .jsonl or .parquet: patterns, joined by | or given repeatedly.")
+    flags.DEFINE_string("tokenizer", None, "Model folder that has the tokenizer and the chat template.")
+    flags.DEFINE_multi_string("input", [], "Input files, .jsonl or .parquet: patterns, joined by | or repeated.")
     flags.DEFINE_string("output", None, "Folder to write.")
     flags.DEFINE_string("verify", None, "Folder of prepared data to verify; nothing is written.")
-    flags.DEFINE_integer("length", 10_000, "Tokens of a sequence.")
+    flags.DEFINE_integer("length", 10_000, "Tokens per sequence.")
     flags.DEFINE_string("messages", None, "Column of conversations; by default messages, else conversations.")
     flags.DEFINE_string("text", None, "Column of plain text; by default text, in rows without a conversation.")
     flags.DEFINE_string("question", None, "Column of questions, with --answer.")
@@ -76,9 +76,9 @@ def define_flags() -> None:
     flags.DEFINE_boolean("thinking", True, "Render the chat template with enable_thinking.")
     flags.DEFINE_enum("long", "error", LONG, "Documents longer than a sequence: stop, drop them, or split them.")
     flags.DEFINE_enum("malformed", "stop", MALFORMED, "Rows that are not documents: stop, or skip and count them.")
-    flags.DEFINE_integer("window", 64, "Sequences open at a time for documents to fit into; 1: one after the other.")
-    flags.DEFINE_integer("shard_sequences", 4096, "Sequences of a shard.")
-    flags.DEFINE_integer("threads", 0, "Cores of the tokenizer; 0: all.")
+    flags.DEFINE_integer("window", 64, "Sequences kept open for further documents; 1: one after the other.")
+    flags.DEFINE_integer("shard_sequences", 4096, "Sequences per shard.")
+    flags.DEFINE_integer("threads", 0, "Tokenizer threads; 0: all cores.")
     flags.DEFINE_boolean("overwrite", False, "Replace the output folder if it exists.")
 
 
@@ -112,11 +112,11 @@ def prepare(
     """Writes prepared data; returns its manifest.
 
     Args:
-      tokenizer: checkpoint folder.
+      tokenizer: model folder.
       paths: input files, read in this order.
       output: the new folder.
-      form: of the rows.
-      settings: of the sequences.
+      form: the form of the rows.
+      settings: how documents become sequences.
       overwrite: replace `output` if it exists.
 
     Raises:

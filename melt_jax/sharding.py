@@ -4,7 +4,7 @@ Every weight is declared with a logical name for each of its dimensions (`model.
 name to the mesh axis that splits such dimensions. The mesh has three axes:
 
     replica    whole copies of the state; the batch is split over it
-    fsdp       masters, moments and stored weights are split over it, and so is the batch
+    fsdp       weights and moments are split over it, and so is the batch
     tensor     heads, feed-forward, vocabulary, latents and KV entries are split over it
 """
 
@@ -53,7 +53,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, tuple[int, int]]:
     free = [axis for axis, (inner, _) in shape.items() if not inner]
     found = " · ".join(f"{axis} {inner or '?'}×{outer}" for axis, (inner, outer) in shape.items())
     if len(free) > 1:
-        raise ShardingError(f"mesh: expected at most one axis of 0 (all remaining devices), found {found}")
+        raise ShardingError(f"mesh: expected at most one axis set to 0 (all remaining devices), found {found}")
     if devices % known or (not free and devices != known):
         raise ShardingError(f"mesh: expected a product of {devices}, the number of devices, found {found} = {known}")
     rest = devices // known
@@ -95,7 +95,9 @@ def partition(names: Sequence[str | None]) -> jax.P:
     axes = [RULES[name] for name in names]
     used = [axis for axis in axes if axis]
     if clash := sorted({axis for axis in used if used.count(axis) > 1}):
-        raise ShardingError(f"logical axes {names}: expected {', '.join(clash)} to split only one, found {axes}")
+        raise ShardingError(
+            f"logical axes {names}: expected {', '.join(clash)} to split only one dimension, found {axes}"
+        )
     return jax.P(*axes)
 
 
@@ -141,7 +143,7 @@ def place_array(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def for_inference(model: Tree, dtype: Any) -> Tree:
-    """Casts a model and gathers its weights over the batch axes; they stay split over tensor, as inference expects."""
+    """Casts a model and gathers its weights over the batch axes, as inference expects; they stay split over tensor."""
     return jax.jit(lambda model: jax.tree.map(lambda x: _gather(x.astype(dtype)), model))(model)
 
 

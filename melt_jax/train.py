@@ -4,7 +4,7 @@
 
 Rerun the command to resume a killed run from its last checkpoint; the result is bitwise identical to an uninterrupted
 run. The workdir gets `config.json`, `results.json` (the evaluations), and a folder for each phase: `checkpoints/`
-(weights, moments, step), `metrics.jsonl`, TensorBoard files and, when the phase has ended, `model/`, a checkpoint
+(weights, moments, step), `metrics.jsonl`, TensorBoard files and, when the phase has ended, `model/`, a model
 folder for `melt_jax.generate`, `.evaluate` and `.convert`. When a phase's model is written, its checkpoints are
 deleted, except the last phase's. After SIGTERM the command saves a checkpoint and exits with status 75; after a stall
 of `run.stall_seconds` it exits with status 76. Rerun it in both cases (`melt_jax.training.preemption`).
@@ -73,7 +73,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
       The trained model, float32, split over the mesh.
 
     Raises:
-      InputError: config, teacher, data and devices do not match, or the folder holds a run with others.
+      InputError: config, teacher, data and devices do not match, or the folder holds a run with other ones.
       NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
@@ -160,10 +160,10 @@ def run_phase(
     """Trains one phase to its end, from its newest checkpoint if it has one, and writes its model.
 
     Args:
-      name: of the phase.
-      config: of the run.
-      mesh: the current one.
-      folder: the phase's.
+      name: the phase's name.
+      config: the run's config.
+      mesh: the current mesh.
+      folder: the phase's folder.
       params: float32 weights on the mesh from which the phase starts; donated.
       teacher: the frozen LoopLM; None in pretraining.
       console: where lines are printed.
@@ -187,7 +187,7 @@ def run_phase(
     start = checkpoints.latest() or 0
     if start:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        del state  # its memory is needed for the restored one
+        del state  # its memory is needed for the restored state
         state = checkpoints.restore(start, abstract)
         console.print(f"{name}: resumes from step {start}")
 

@@ -154,7 +154,7 @@ def test_missing_keys_and_non_groups_are_errors():
     del config.optimizer.clip
     assert errors(config) == [
         "data: expected a group of keys, found 'tokens.npz'",
-        "optimizer.clip: missing: a number, largest global norm of a gradient",
+        "optimizer.clip: missing: a number, global norm to which gradients are clipped",
     ]
 
 

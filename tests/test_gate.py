@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from melt_jax.model.gate import VARIANTS, Gate, update_latent
-from melt_jax.model.model import Initializer
+from melt_jax import run_sequence
+from melt_jax.analysis.flops import forward_flops
+from melt_jax.model.gate import VARIANTS, Gate, Variant, update_latent
+from melt_jax.model.model import Initializer, init_model
 from tests.helpers.tiny import TINY
 
 SHAPES = ((1, 1, 4), (2, 5, 16), (3, 2, 33))  # B, C, D
@@ -131,3 +133,14 @@ class GateTest(chex.TestCase):
         self.assertEqual((got.dtype, gate_openness.dtype), (jnp.bfloat16, jnp.float32))
         # Gate inputs, weights and the result are rounded to bfloat16: 2⁻⁹ of numbers up to about 4.
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-4)
+
+
+def test_variant_needs_only_its_entry(monkeypatch):
+    """A variant with weights, added to `VARIANTS` alone, has its gate in a model, runs and is counted."""
+    half = lambda gate, u, latent, loop: VARIANTS["elementwise"].z(gate, u, latent, loop) / 2
+    monkeypatch.setitem(VARIANTS, "half", Variant(half, None))
+    configs = {kind: dataclasses.replace(TINY, gate=kind) for kind in ("half", "elementwise")}
+    models = {kind: init_model(config, jax.random.key(0)) for kind, config in configs.items()}
+    hidden = {kind: run_sequence(model, jnp.ones((1, 4), jnp.int32), 4).hidden for kind, model in models.items()}
+    assert np.max(np.abs(hidden["half"] - hidden["elementwise"])) > 1e-6
+    assert forward_flops(configs["half"], 4).gate == forward_flops(configs["elementwise"], 4).gate > 0

@@ -6,6 +6,7 @@ from tests.golden import generate
 from tests.helpers.check_goldens import check_folder
 
 FOLDERS = generate.folders()
+MARKED = [pytest.param(f, marks=pytest.mark.slow) if f.name == "melt_tiny" else f for f in FOLDERS]
 
 
 def test_all_folders_exist():
@@ -26,7 +27,7 @@ def test_reference_data_can_be_recomputed(folder):
     assert not failed
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", MARKED, ids=lambda folder: folder.name)
 def test_package_matches_the_reference_data(folder):
     comparisons = list(check_folder(folder))
     failed = [str(comparison) for comparison in comparisons if not comparison.passed]

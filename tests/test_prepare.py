@@ -162,7 +162,7 @@ def test_unprompted_answer_starts_at_a_token_boundary(tokenizer, answer):
 def test_conversation_opened_by_the_assistant_is_malformed(tokenizer):
     messages = [{"role": "assistant", "content": "hello"}, *chat("1+1?", "<think>\n2")]
     found = only({"messages": messages}, tokenizer)
-    assert isinstance(found, Malformed) and "the assistant opens the conversation" in found.reason
+    assert isinstance(found, Malformed) and "the conversation starts with the assistant" in found.reason
     assert isinstance(only({"messages": messages}, tokenizer, Form(score="all")), Document)
     # After a system message the assistant does not open the conversation.
     system = [{"role": "system", "content": "be brief"}, *messages]
@@ -260,7 +260,7 @@ MALFORMED = {
     "messages[0]: expected an object, found": {"messages": ["a"]},
     "messages[0]: expected role and content, or from and value, found speaker": {"messages": [{"speaker": "a"}]},
     "messages[1]: expected content to be text, found null": {"messages": [*chat("a"), {"role": "assistant"}]},
-    "expected a turn of the assistant to score, found only the roles user": {"messages": chat("a")},
+    "expected an assistant's turn to score, found only the roles user": {"messages": chat("a")},
 }
 
 

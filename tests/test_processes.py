@@ -16,6 +16,8 @@ from tests.helpers.tiny import TINY, make_model
 from tests.long import processes
 from tests.long.kill_and_resume import differing, leaves
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the runs
+
 
 def start(folder, name, count, devices, *other):
     """Starts processes that train together and write their results to FOLDER/NAMEi.json."""

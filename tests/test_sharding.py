@@ -126,6 +126,7 @@ def test_placed_batch_is_the_global_batch():
     assert placed.sharding == sharding
 
 
+@pytest.mark.slow
 def test_steps_do_not_depend_on_the_mesh():
     """In float64: both phases, several meshes of eight devices, weights gathered once per step or at each use."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
@@ -133,5 +134,5 @@ def test_steps_do_not_depend_on_the_mesh():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     gaps = json.loads(done.stdout.splitlines()[-1])
-    assert len(gaps) == 7 and all(gap < 1e-12 for gap in gaps.values()), gaps
+    assert len(gaps) == 4 and all(gap < 1e-12 for gap in gaps.values()), gaps
     assert any(gap > 0 for gap in gaps.values())

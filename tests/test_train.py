@@ -89,6 +89,7 @@ def raises(error):
     return function
 
 
+@pytest.mark.slow
 def test_interrupted_runs_are_bitwise_identical(teacher, tmp_path, monkeypatch, capsys):
     """SIGTERM, a kill before the checkpoints are deleted, a failed evaluation, and a kill between two checkpoints."""
     uninterrupted, folder = train.run(tiny_run(teacher), tmp_path / "uninterrupted"), tmp_path / "interrupted"
@@ -188,7 +189,10 @@ def test_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
     train.run(config, tmp_path / "run")
     assert "data: 6 sequences, 0.33 epochs\n" in capsys.readouterr().out
     prepare(0)  # the same bytes
+    (tmp_path / "data").rename(tmp_path / "moved")
+    config.data.path = str(tmp_path / "moved")
     train.run(config, tmp_path / "run")
     prepare(1)
+    config.data.path = str(tmp_path / "data")
     with pytest.raises(ConfigError, match=r":\n  - manifest of data.path: expected sha256 \w+, found sha256 \w+$"):
         train.run(config, tmp_path / "run")

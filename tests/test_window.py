@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token, create_cache
+from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import reconfigure
 from melt_jax.model.sequence import chunk_sums, plain_chunk_sums
 from melt_jax.training.objectives import distillation_loss, distillation_sums, normalize, scored_tokens
@@ -118,8 +119,6 @@ def test_the_window_has_a_fixed_size():
 @pytest.mark.parametrize("seed", range(3))
 def test_entries_do_not_depend_on_the_cuts(seed):
     """A prompt run in chunks of random lengths, each within the identity, gives the entries that decoding makes."""
-    from melt_jax.model.loops import run_chunk
-
     window, sweeps = 2, 2
     model = melt(window, sweeps)
     rng, tokens = np.random.default_rng(seed), jnp.asarray(random_tokens(2, LENGTH))

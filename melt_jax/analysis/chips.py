@@ -15,7 +15,7 @@ class Chip:
       memory_bandwidth: HBM, bytes/s.
       link_bandwidth: bytes/s between chips over all links of a chip (ICI, NVLink), the sum of both directions. A chip
         sends at most at half of it, if the collective uses all links.
-      dimensions: of the torus that the links form; 0 if they form none.
+      dimensions: number of dimensions of the torus that the links form; 0 if they form none.
       devices: JAX devices that share the chip and its figures.
     """
 

@@ -17,6 +17,7 @@ that recomputes, executes more than the necessary FLOPs; `melt_jax.analysis.hlo`
 import dataclasses
 
 from melt_jax.config import PHASES, ModelConfig
+from melt_jax.model.gate import gate_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class StepFlops:
 
     @property
     def mfu_flops(self) -> float:
-        """FLOPs that model FLOPs utilisation counts: all but the recomputation.
+        """FLOPs that model FLOPs utilization counts: all but the recomputation.
 
         The teacher's pass is included, because distillation needs it.
         """
@@ -92,10 +93,9 @@ def forward_flops(
     passes = config.loops * config.layers
     streams = 2 if transition else 1
     gated = (config.loops - (config.first_loop == "copy")) * config.layers
-    outputs = {"elementwise": D, "scalar": 1}.get(config.gate, 0)
     return ForwardFlops(
         projections=passes * 2 * D * E * (2 * H + 2 * K * streams),
-        gate=gated * 2 * 2 * D * outputs,
+        gate=gated * 2 * 2 * D * gate_columns(config),
         attention=passes * 4 * H * E * entries,
         mlp=passes * 6 * D * config.feed_forward,
         head=(config.loops if logits is None else logits) * 2 * D * config.vocab,

@@ -234,10 +234,10 @@ class _Walk:
         """Adds the work of a computation.
 
         Args:
-          name: of the computation.
+          name: the computation's name.
           times: its executions.
           state: {index: integer}, elements of a loop's state that never change.
-          op_name: of the caller, for instructions without one.
+          op_name: the caller's, for instructions without one.
           fusion: the fusion `Instruction` that calls it.
           under_way: whether its collectives are counted elsewhere.
         """

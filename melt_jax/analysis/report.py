@@ -82,14 +82,14 @@ class Report:
 
     Attributes:
       title: the program and its machine.
-      chip: of the topology, or None if `chips` has no figures for it.
+      chip: the topology's chip, or None if `chips` has no figures for it.
       devices: in the mesh.
       compile_seconds: for compiling on this machine.
       memory: of one device.
       program: FLOPs and collectives.
       necessary_flops: FLOPs of all devices by `melt_jax.analysis.flops`.
       weights: those that the program may gather.
-      steps: of the phase; 0 if the program is not a training step.
+      steps: the phase's number of steps; 0 if the program is not a training step.
     """
 
     title: str

@@ -22,7 +22,7 @@ class ModelFolder(abc.ABC):
       form: "published" or "orbax".
       folder: its absolute path.
       raw: the dict in config.json.
-      config: of the model.
+      config: the model's config.
       shapes: {path: shape} of the weights, all layers stacked.
       dtypes: {path: dtype name} of the stored weights; None if the layers of a weight differ.
     """
@@ -79,7 +79,7 @@ def assemble(
     abstract = abstract_model(config, dtype)
     paths = [path for path, _ in module_leaves(abstract)]
     lacking = [f"{path}: expected for gate {config.gate!r}, found none" for path in paths if path not in source.shapes]
-    hint = f"melt_jax.convert --gate={config.gate} writes a checkpoint with fresh gates"
+    hint = f"melt_jax.convert --gate={config.gate} writes a checkpoint with new gates"
     raise_errors(source.folder, [*lacking, hint] if lacking else [])
     weights = source.load(paths, dtype, dict(module_leaves(shardings)) if shardings is not None else {})
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in paths])

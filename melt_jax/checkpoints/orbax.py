@@ -82,12 +82,12 @@ def open_folder(folder: str | pathlib.Path) -> ModelFolder:
     """Opens and checks a model folder of either form.
 
     Raises:
-      InputError: there is no such folder, or as `ModelFolder`.
+      InputError: there is no such folder; otherwise as in `ModelFolder`.
     """
     path = pathlib.Path(folder)
     if not path.is_dir():
         raise InputError(
-            f"{folder}: expected a model checkpoint, published or by melt_jax.convert, found no such folder"
+            f"{folder}: expected a model checkpoint, published or written by melt_jax.convert, found no such folder"
         )
     return OrbaxFolder(path) if (path / PARAMS).exists() else PublishedFolder(path)
 
@@ -115,7 +115,7 @@ def default_chunk(folder: str | pathlib.Path, config: ModelConfig) -> int:
 
     Args:
       folder: the model folder.
-      config: of the model as opened. A LoopLM's results do not depend on the chunk.
+      config: the opened model's config. A LoopLM's results do not depend on the chunk.
     """
     trained = None if config.gate == "none" else read_raw_config(folder).get("chunk_size")
     return CHUNK if trained is None else trained
@@ -129,7 +129,7 @@ def weights_digest(folder: str | pathlib.Path) -> str:
     through `training.processes.run_outside`: Orbax counts each process's reads and waits until all have the same count.
 
     Raises:
-      InputError: as `open_folder`.
+      InputError: as in `open_folder`.
     """
     digest = hashlib.sha256()
     source = open_folder(folder)

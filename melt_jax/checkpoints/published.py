@@ -1,4 +1,4 @@
-"""Published checkpoints: one table of names between published tensors and modules, for both directions.
+"""Published checkpoints: one table maps published tensors to module weights and back.
 
 A published folder holds config.json, one or several safetensors files and tokenizer files, as Ouro's do
 (arXiv 2510.25741). MELT's (arXiv 2605.07721) has the LoopLM's tensors and, in each layer, those of the gate. Weights
@@ -310,7 +310,7 @@ def write_weights(
     Args:
       file: path of the new file.
       abstract: a model with the shapes of all weights.
-      dtype: of the tensors in the file; other weights are cast.
+      dtype: of the tensors in the file; weights of another dtype are cast.
       leaves: (path, weight) pairs in any order, weights stacked over layers.
 
     Raises:

@@ -74,7 +74,9 @@ def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     file = pathlib.Path(folder) / "config.json"
     if not file.is_file():
-        raise InputError(f"{file}: expected a model checkpoint, published or by melt_jax.convert, found no such file")
+        raise InputError(
+            f"{file}: expected a model checkpoint, published or written by melt_jax.convert, found no such file"
+        )
     try:
         raw = json.loads(file.read_text())
     except ValueError as error:
@@ -88,7 +90,7 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
     """The model's config from a folder's config.json.
 
     Raises:
-      InputError: as `read_raw_config` and `parse_config`.
+      InputError: as in `read_raw_config` and `parse_config`.
     """
     return parse_config(read_raw_config(folder), pathlib.Path(folder) / "config.json")
 
@@ -127,7 +129,7 @@ def published_config(
     """The dict to write as config.json.
 
     Args:
-      config: of the model.
+      config: the model's config.
       dtype: name of the stored weights' dtype.
       source: the config.json that the model came from. If it already describes `config`, it is kept; otherwise only its
         harmless keys are.
@@ -153,7 +155,7 @@ def _describe(raw, config):
     """The dict, changed so that it describes `config`."""
     kind = "ouro" if config.gate == "none" else "melt"
     if raw.get("model_type") != kind:
-        raw.pop("auto_map", None)  # it refers to the code of the other kind
+        raw.pop("auto_map", None)  # it refers to the model code of the other type
         raw |= {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
     raw |= {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
     stale = ("rope_parameters", *(MELT_KEYS if kind == "ouro" else ()))

@@ -56,7 +56,7 @@ def tokenizer_files() -> dict[str, str]:
 
 
 def tokenizer_errors(folder: str | pathlib.Path) -> list[str]:
-    """The error of a checkpoint folder's tokenizer for the arithmetic task: at most one message.
+    """The error of a model folder's tokenizer for the arithmetic task: at most one message.
 
     Empty if it gives every token of `arithmetic.VOCABULARY` its id, or if the folder has no tokenizer.json.
     """

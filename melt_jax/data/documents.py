@@ -25,7 +25,7 @@ SCORES = ("assistant", "all")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 CONTEXT, ANSWER, ALL = "context", "answer", "all"  # kinds of pieces: not scored, scored up to the stop token, scored
 THINK = "<think>"
-BLOCK_BYTES = 2**21  # text per call of the tokenizer, which needs about thirty times that in memory
+BLOCK_BYTES = 2**21  # text per call of the tokenizer, which needs about thirty times as much memory
 BLOCK_ROWS = 4096
 BLOCKS_AHEAD = 2  # one is read and rendered while the other is tokenized
 Row = bytes | dict[str, Any]  # a jsonl line, or {column: value}
@@ -83,8 +83,8 @@ class Form:
     Attributes:
       messages: column of conversations.
       text: column of plain text.
-      question, answer: columns of one exchange. If several forms are given, a row takes the first that it has of
-        messages, question and text. The default is `MESSAGES` and `TEXT`.
+      question, answer: columns of one exchange. If several forms are given, a row is read as the first one whose column
+        it has, in the order messages, question, text. The default is `MESSAGES` and `TEXT`.
       score: "assistant": the assistant's turns of conversations are scored, or "all". Plain text is scored throughout.
       thinking: passed to the chat template as `enable_thinking`.
     """
@@ -317,11 +317,11 @@ def _answer_spans(messages, whole, render, tokenizer):
     spans, unprompted = [], False
     if not any(message["role"] == "assistant" for message in messages):
         found = ", ".join(sorted({message["role"] for message in messages}))
-        raise _Reason(f"expected a turn of the assistant to score, found only the roles {found}")
+        raise _Reason(f"expected an assistant's turn to score, found only the roles {found}")
     if messages[0]["role"] == "assistant":
         raise _Reason(
-            "the assistant opens the conversation, so there is no generation prompt to separate the template's header"
-            " from the answer; drop the turn or score all"
+            "the conversation starts with the assistant, so no generation prompt separates the template's header from"
+            " the answer; drop the turn or score all"
         )
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -339,7 +339,7 @@ def _answer_spans(messages, whole, render, tokenizer):
 
 
 def _answer_start(before, prompt, through, tokenizer):
-    """Start of the answer in the conversation `through`: after the tokens that its turn shares with the prompt."""
+    """Start of the answer in the text `through`: after the tokens that its turn shares with the generation prompt."""
     if through.startswith(prompt):
         if THINK in prompt[len(before) :] and through[len(prompt) :].lstrip().startswith(THINK):
             raise _Reason(f"{THINK} would be written twice, by the template and by the answer; use --nothinking")

@@ -10,7 +10,6 @@ own part of any step.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -23,6 +22,7 @@ from melt_jax.data.batch import Batch
 from melt_jax.data.documents import Document
 from melt_jax.data.text import Tokenizer
 from melt_jax.data.token_files import TokenSequences
+from melt_jax.files import write_text
 
 FORMAT = "melt_jax records 1"
 MANIFEST = "manifest.json"
@@ -127,10 +127,7 @@ class ShardWriter:
 
 def write_manifest(folder: str | pathlib.Path, manifest: dict) -> None:
     """Writes the manifest atomically. It comes last: without it a folder of shards is not prepared data."""
-    path = pathlib.Path(folder) / MANIFEST
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(pathlib.Path(folder) / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
 
 
 def read_manifest(folder: str | pathlib.Path) -> dict:
@@ -162,7 +159,7 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
 
 
 def open_records(folder: str | pathlib.Path) -> "RecordSequences":
-    """`RecordSequences` of prepared data; raises as `read_manifest`."""
+    """`RecordSequences` of prepared data; same errors as `read_manifest`."""
     return RecordSequences(folder, read_manifest(folder))
 
 
@@ -192,7 +189,7 @@ def record_errors(
       folder: the data.
       length: S, tokens of a sequence in the run.
       vocab: V of the model.
-      tokenizer: a checkpoint folder, or None. If it has a tokenizer, the data must have been written with it, and
+      tokenizer: a model folder, or None. If it has a tokenizer, the data must have been written with it, and
         conversations with its chat template.
     """
     try:
@@ -216,7 +213,7 @@ def record_errors(
 
 
 def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path) -> list[str]:
-    """At most one message: conversations were rendered with another `thinking` than those of `other`, from `folder`."""
+    """At most one message: `thinking` differs from that of `other`, the manifest of `folder`."""
     found, expected = manifest.get("thinking"), other.get("thinking")
     if None in (found, expected) or found == expected:
         return []
@@ -225,7 +222,7 @@ def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path
 
 
 def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[str]:
-    """At most one message: another tokenizer, chat template, or an unknown `thinking`."""
+    """At most one message: the tokenizer or chat template differs, or `thinking` is unknown."""
     if not (tokenizer / "tokenizer.json").is_file():
         return []
     part, expected, found = "tokenizer", sha256(tokenizer / "tokenizer.json"), manifest["tokenizer"]["sha256"]
@@ -234,7 +231,7 @@ def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[s
         try:
             opened = Tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            return [f"{folder}: expected the chat template it was written with, found an error in {tokenizer}: {error}"]
+            return [f"{folder}: expected a readable chat template in {tokenizer} to compare, found {error}"]
         part, expected, found = "chat template", opened.template_sha256 or "none", template
         if found == expected and opened.has_thinking and manifest.get("thinking") is None:
             return [

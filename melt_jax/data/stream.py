@@ -33,7 +33,7 @@ from melt_jax.data.token_files import TokenSequences, open_tokens, token_errors
 SOURCES = ("arithmetic", "tokens", "records")
 SCORES = ("completion", "all")
 SEED_LIMIT = 2**32
-# The step whose arithmetic batch is evaluated on. Training never reaches it, so evaluation may use the training seed.
+# The step of the arithmetic batch for evaluation. Training never reaches it, so evaluation may use the training seed.
 EVALUATION_STEP = 2**62
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
@@ -44,7 +44,7 @@ def data_errors(data: DataConfig, model: ModelConfig, tokenizer: str | pathlib.P
     Args:
       data: the configuration of the data. A token file is read once to check its ids.
       model: the configuration of the model.
-      tokenizer: a checkpoint folder. If it has a tokenizer, records must have been written with it, and arithmetic
+      tokenizer: a model folder. If it has a tokenizer, records must have been written with it, and arithmetic
         needs the tokenizer of that task.
     """
     errors = []
@@ -149,7 +149,7 @@ def evaluation_data(config: TrainConfig) -> DataConfig:
 
 
 def evaluation_batch(config: TrainConfig, rows: np.ndarray | None = None) -> Batch:
-    """The sequences on which a run is evaluated, a function of `evaluation.seed`; arguments and result as `batches`.
+    """The sequences on which a run is evaluated, a function of `evaluation.seed`; arguments and result as in `batches`.
 
     Arithmetic sequences are those of `EVALUATION_STEP`, which no run trains on, whatever its seed.
     """
@@ -179,7 +179,7 @@ def batches(data: DataConfig, seed: int, start: int, stop: int, rows: np.ndarray
     """The batches of steps start to stop − 1, in order, prefetched.
 
     Args:
-      data: without `data_errors`. The sequences of files are shuffled anew for each epoch.
+      data: a config for which `data_errors` finds no error. Sequences from files are shuffled anew for each epoch.
       seed: in [0, 2³²); it determines the arithmetic problems or the order of the sequences.
       start, stop: step numbers.
       rows: sorted indices of the sequences of the global batch to make, from `sharding.local_batch_indices`; None: all.
@@ -206,7 +206,7 @@ def batch_maker(data: DataConfig, seed: int, rows: np.ndarray | None = None) -> 
     if data.source == "arithmetic":
         return functools.partial(_arithmetic_step, data, seed, rows)
     if data.source in SOURCES:
-        # Grain hashes this seed before it adds the epoch; otherwise neighbouring seeds would share their orders.
+        # Grain hashes this seed before it adds the epoch; otherwise neighboring seeds would share orders.
         ordered = grain.MapDataset.source(_open_source(data)).seed(seed).shuffle().repeat()
         return functools.partial(_file_step, ordered, data.batch, rows)
     raise InputError(f"data.source: {_unknown(data.source, SOURCES)}")

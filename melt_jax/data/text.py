@@ -1,4 +1,4 @@
-"""Text and token ids: a checkpoint folder's own tokenizer and chat template, read only from its files."""
+"""Text and token ids: a model folder's own tokenizer and chat template, read only from its files."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder.
+    """The tokenizer of a model folder.
 
     Attributes:
-      folder: the checkpoint folder.
+      folder: the model folder.
       vocab: one more than the largest token id.
       stop_ids: sorted ids that end a text: the eos of generation_config.json and of the tokenizer, and the chat's end.
       eos: id of the tokenizer's own end token, or None.

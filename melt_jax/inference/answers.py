@@ -1,4 +1,4 @@
-"""Arithmetic problems that training does not see, and the exactness of a model's answers."""
+"""Newly drawn arithmetic problems, and the exactness of a model's answers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -49,7 +49,10 @@ class Answers:
 
 
 def fresh_problems(seed: int, count: int, low: int = 2, high: int = 5) -> list[arithmetic.Problem]:
-    """Problems that training does not see: the number of definitions cycles from low to high."""
+    """Problems of a random stream that training does not use; the number of definitions cycles from low to high.
+
+    A short problem may also occur in training by chance: there are few of them.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, PROBLEM_STREAM]))
     return [arithmetic.make_problem(rng, low + i % (high - low + 1)) for i in range(count)]
 

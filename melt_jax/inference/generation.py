@@ -1,9 +1,9 @@
 """Generation: a prefill in chunks, then one token at a time (MELT, arXiv 2605.07721).
 
-Prompts run in chunks of `prefill_chunk` tokens, generated tokens in chunks of one, which is the exact model. A block of
-generated tokens runs inside one compiled loop without the host; streaming is a block of one. Prefill, first token and
-decoding are compiled once each, before any of them runs, so that their times exclude compilation. The exit gate
-selects the loop whose logits are used. All loops run in any case, because later tokens need their KV entries.
+Prompts run in chunks of `prefill_chunk` tokens, generated tokens in chunks of one. A block of generated tokens runs
+inside one compiled loop without the host; streaming is a block of one. Prefill, first token and decoding are compiled
+once each, before any of them runs, so that their times exclude compilation. The exit gate selects the loop whose logits
+are used. All loops run in any case, because later tokens need their KV entries.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class GenerationOptions:
     """How to continue prompts.
 
     Attributes:
-      max_new_tokens: the most new tokens per prompt.
+      max_new_tokens: largest number of new tokens per prompt.
       prefill_chunk: C of the prefill. A MELT's result depends on it, a LoopLM's does not.
       sampling: how tokens are selected.
       stop: token ids that end a sequence.

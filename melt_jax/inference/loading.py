@@ -16,7 +16,7 @@ def open_for_inference(
     """Opens a model; arguments other than None replace the checkpoint's values.
 
     Args:
-      folder: checkpoint, published or of this package.
+      folder: model folder, in published or Orbax form.
       gate: a gate variant; "none": the LoopLM inside a MELT.
       dtype: of weights and KV entries.
       loops: T.

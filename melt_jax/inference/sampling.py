@@ -47,7 +47,7 @@ class SamplingRequest(NamedTuple):
       sampling: `Sampling` of arrays.
       indices: the index of each prompt, for its random key.
       stop: stop tokens; −1 is none.
-      limit: the most new tokens per sequence.
+      limit: largest number of new tokens per sequence.
     """
 
     sampling: Sampling

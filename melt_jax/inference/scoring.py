@@ -33,7 +33,7 @@ from melt_jax.sharding import (
 )
 from melt_jax.training.objectives import cross_entropy_per_loop, kl_per_loop
 
-PIECE_TOKENS = 512  # tokens of a sequence that a LoopLM runs as one chunk, and whose logits exist at a time
+PIECE_TOKENS = 512  # tokens of a sequence that a LoopLM runs as one chunk, and whose logits are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +160,9 @@ def comparison_sums(
 ) -> dict[str, Float[Array, " sums"]]:
     """Sums over the scored tokens of a batch, in memory linear in the sequence.
 
-    One scan over the chunks carries the caches of both models and adds up each chunk's sums, so that the hidden states
-    and logits of one piece exist at a time. A piece is several short chunks, up to `PIECE_TOKENS` tokens, or one long
-    chunk. A LoopLM teacher runs a piece as one chunk, because its result does not depend on the chunk.
+    One scan over the chunks carries the caches of both models and adds up each chunk's sums, so that only one piece's
+    hidden states and logits are in memory at a time. A piece is several short chunks, up to `PIECE_TOKENS` tokens, or
+    one long chunk. A LoopLM teacher runs a piece as one chunk, because its result does not depend on the chunk.
 
     Under a mesh, sequences are split over the batch axes, and weights that are split over fsdp are gathered at each
     use; weights from `sharding.for_inference` are whole already.
@@ -281,7 +281,7 @@ def score(
     Args:
       model: in any dtype, its weights split over the mesh in any way.
       teacher: the LoopLM to compare with; None: no sequence is scored.
-      config: of the run.
+      config: the run's config.
       before_piece: see `answers.BeforePiece`.
     """
     evaluation, data = config.evaluation, config.data
@@ -309,7 +309,7 @@ def score(
 def scoring_weights(model: LoopedTransformer, config: TrainConfig) -> LoopedTransformer:
     """A model in the dtype of the computation, with its weights split as in the training step (`config.gather`).
 
-    "step": whole over the batch axes. "layer": split as stored; `comparison_sums` gathers them at each use.
+    "step": not split over the batch axes. "layer": split as stored; `comparison_sums` gathers them at each use.
     """
     if config.gather == "step":
         return for_inference(model, config.dtype)

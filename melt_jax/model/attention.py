@@ -1,7 +1,7 @@
 """Softmax attention of a chunk over a long cache, one block of slots at a time.
 
-Only the scores of one block exist at a time, and only blocks that hold entries are visited, so a chunk early in a
-sequence costs less than a late one. The backward pass recomputes the scores from the log of their normaliser, as in
+Only one block's scores are in memory at a time, and only blocks that hold entries are visited, so a chunk early in a
+sequence costs less than a late one. The backward pass recomputes the scores from the log of their normalizer, as in
 flash attention (arXiv 2205.14135). Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G
 query heads per key/value head, E head width.
 """
@@ -22,10 +22,10 @@ SAVED = "attention"  # the `jax.checkpoint` name of the values that the backward
 
 
 class AttentionMask(NamedTuple):
-    """Which entry of each earlier token a query attends to: at most one, and none of another segment or of segment 0.
+    """The entries a query attends to: one for itself and each earlier token of its segment; for padding, only itself.
 
     Attributes:
-      segments: of the chunk's tokens.
+      segments: the segments of the chunk's tokens.
       cached: the segments of the cache's slots.
       start: the chunk's first slot; slots from there on are not read.
       width: W; a query attends to the W tokens before it through their entries of its own loop.
@@ -96,7 +96,7 @@ def blockwise_attention(
       near: the entries that `mask.near` covers, [B, N, K, E].
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
-      block: slots whose scores exist at a time; a shorter cache is one block.
+      block: slots whose scores are in memory at a time; a shorter cache is one block.
 
     Returns:
       The heads' results in the query's dtype; scores, softmax and sums are at least float32.

@@ -164,7 +164,7 @@ def create_cache(
     """
     melt = config.gate != "none"
     if transition and not melt:
-        raise InputError("gate: expected a gate variant for a transition, found 'none'; add a gate by `reconfigure`")
+        raise InputError("gate: expected a gate variant for a transition, found 'none'; add a gate with `reconfigure`")
     shape = (config.layers, batch, length, config.kv_heads, config.head_width)
     zeros = lambda *lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
     shared = KV(zeros(), zeros()) if melt else None

@@ -3,8 +3,12 @@
 z  = σ(u W_z + hᵗ⁻¹ U_z + b_z)
 hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u          z = 1 keeps, z = 0 overwrites
 
-A gate variant is a function `(gate, u, latent, loop) → z` in `VARIANTS`; z broadcasts against u.
+A gate variant is an entry of `VARIANTS`: a function `(gate, u, latent, loop) → z`, whose z broadcasts against u, and
+the columns of the gate's matrices that it uses.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +57,31 @@ def last_gate(gate: Gate | None, u: Float[Array, "B C D"], latent: Float[Array, 
     return jnp.zeros((1, 1, 1), accumulation_dtype(u.dtype))
 
 
+class Variant(NamedTuple):
+    """A gate variant.
+
+    Attributes:
+      z: `(gate, u, latent, loop) → z`, [B, C, D] or with sizes of 1.
+      columns: of W_z and U_z that z uses; None: all D; 0: the variant has no weights.
+    """
+
+    z: Callable[..., Float[Array, "B C D"]]
+    columns: int | None
+
+
 VARIANTS = {
-    "elementwise": elementwise_gate,
-    "scalar": scalar_gate,
-    "mean": mean_gate,
-    "ema": ema_gate,
-    "last": last_gate,
+    "elementwise": Variant(elementwise_gate, None),
+    "scalar": Variant(scalar_gate, 1),
+    "mean": Variant(mean_gate, 0),
+    "ema": Variant(ema_gate, 0),
+    "last": Variant(last_gate, 0),
 }
+
+
+def gate_columns(config: ModelConfig) -> int:
+    """The columns of W_z and U_z that the gate uses; 0 for a gate without weights and for a LoopLM."""
+    columns = 0 if config.gate == "none" else VARIANTS[config.gate].columns
+    return config.width if columns is None else columns
 
 
 def update_latent(
@@ -83,7 +105,7 @@ def update_latent(
     Returns:
       (hᵗ in u's dtype, gate openness: the mean of 1 − z over the components, at least float32).
     """
-    z = VARIANTS[kind](gate, u, latent, loop)
+    z = VARIANTS[kind].z(gate, u, latent, loop)
     if first_loop == "copy":
         z = jnp.where(loop == 1, 0.0, z)
     # hᵗ = z ⊙ hᵗ⁻¹ + (1 − z) ⊙ u

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.config import ModelConfig
 from melt_jax.model.cache import KV
-from melt_jax.model.gate import Gate
+from melt_jax.model.gate import Gate, gate_columns
 from melt_jax.model.layout import einsum, token_sharding, upcast
 
 RopeTable = tuple[Float[Array, "B C 1 R"], Float[Array, "B C 1 R"]]  # cosines and sines; R = E/2
@@ -58,7 +58,7 @@ class DecoderLayer(nnx.Module):
         self.gate_proj = init.normal((D, F), ("embed", "mlp"))
         self.up_proj = init.normal((D, F), ("embed", "mlp"))
         self.down_proj = init.normal((F, D), ("mlp", "embed"))
-        self.kv_gate = Gate(config, init) if config.gate in ("elementwise", "scalar") else None
+        self.kv_gate = Gate(config, init) if gate_columns(config) else None
 
     def project_kv(self, stream: Float[Array, "B C D"], rope: RopeTable) -> KV:
         """The KV entries of a stream: k = rope(stream W_K), v = stream W_V."""

@@ -47,7 +47,7 @@ def einsum(
 
 
 def token_sharding(x: Shaped[Array, "B C ..."]) -> jax.P | None:
-    """The spec of a [B, C, features] array with tokens split as in x and whole features; None without a mesh."""
+    """The spec of a [B, C, features] array with tokens split as in x and features not split; None without a mesh."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else jax.P(*sharding.spec[:2], None)
 
@@ -82,7 +82,7 @@ def _reshard_features(x, axis):
 def split_zeros(
     shape: Sequence[int], dtype: DTypeLike, batch_axis: int, batch_axes: Any, tensor_axis: int | None = None
 ) -> Shaped[Array, "..."]:
-    """Zeros with dimension `batch_axis` split over the mesh axes `batch_axes`, `tensor_axis` over the tensor axis.
+    """Zeros with dimension `batch_axis` split over the mesh axes `batch_axes`, and `tensor_axis` over tensor.
 
     Without a mesh, nothing is split.
     """

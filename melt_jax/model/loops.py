@@ -17,7 +17,7 @@ from melt_jax.model.model import LoopedTransformer
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(SAVED)
-# By `ModelConfig.remat`: the values of a layer, besides its inputs, that are kept for the backward pass.
+# For each `ModelConfig.remat`: the values of a layer, besides its inputs, that are kept for the backward pass.
 REMAT = {
     "products": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
     "layer": _attention,
@@ -90,7 +90,7 @@ def run_chunk(
       cache: only slots before `start` are read.
       start: the chunk's first slot, for the whole batch or per sequence.
       positions: for RoPE; by default the slots.
-      segments: tokens attend only to their own segment, and no token to segment 0. Ones by default.
+      segments: tokens attend only to their own segment; segment 0 is padding. Ones by default.
       alpha: the transition's α, for a cache with both sets of entries.
 
     Returns:
@@ -101,7 +101,7 @@ def run_chunk(
     """
     config, (batch, length) = model.config, tokens.shape
     if (alpha is None) != (cache.shared is None or cache.per_loop is None):
-        raise InputError(f"alpha: expected a number for shared and per-loop entries, else None, found {alpha}")
+        raise InputError(f"alpha: expected a number for a transition cache, else None, found {alpha}")
     start = jnp.asarray(start, jnp.int32)
     slots = jnp.reshape(start, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
     if positions is None:

@@ -19,7 +19,7 @@ from melt_jax.model.layout import einsum, split_features, token_sharding, upcast
 class Initializer:
     """Creates the weights that modules declare.
 
-    A weight is declared once: its shape, a logical axis name for each dimension, its initial values. Initialisation,
+    A weight is declared once: its shape, a logical axis name for each dimension, its initial values. Initialization,
     shardings and the contents of a checkpoint all follow from these declarations.
     """
 
@@ -37,7 +37,7 @@ class Initializer:
         self.declared = 0
 
     def stacked(self, length: int, axis: str) -> "Initializer":
-        """An initializer of `length` copies of each weight, along a new leading axis of that name."""
+        """An initializer that stacks `length` of each weight along a new leading axis called `axis`."""
         self.declared += 1
         key = jax.random.fold_in(self.key, self.declared)
         return Initializer(key, self.std, self.dtype, ((length, axis), *self.stack))
@@ -144,7 +144,7 @@ def init_model(
     dtype: DTypeLike = jnp.float32,
     embedding_std: float | None = None,
 ) -> LoopedTransformer:
-    """A model with fresh weights: normal with `std` (embeddings with `embedding_std`), norms one, biases zero."""
+    """A model with new weights: normal with `std` (embeddings with `embedding_std`), norms one, biases zero."""
     return LoopedTransformer(config, Initializer(key, std, dtype, embedding_std=embedding_std))
 
 
@@ -185,8 +185,8 @@ def reconfigure(
     turns a LoopLM into a MELT.
 
     Raises:
-      InputError: lists every invalid value, and every weight other than a gate that is missing or has another shape;
-        or gates are added without a key.
+      InputError: lists every invalid value and every missing or wrongly shaped weight, gates aside; or gates are added
+        without a key.
     """
     config = dataclasses.replace(model.config, **changes)
     if errors := model_errors(config):

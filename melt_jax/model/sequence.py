@@ -49,7 +49,7 @@ def run_sequence(
     Args:
       model: a LoopLM or a MELT.
       tokens: token ids.
-      chunk_size: C; the last chunk may be short. S or more is a single chunk.
+      chunk_size: C; the last chunk may be shorter. With S or more, the sequence is a single chunk.
       alpha: the transition's blend of shared and per-loop entries, in [0, 1]; None outside the transition.
       positions: for RoPE; by default counted from the first token of each segment.
       segments: a different id for each packed document; 0 is padding. Ones by default.
@@ -130,7 +130,7 @@ def plain_chunk_sums(
         and the `ChunkKV` and segments that the chunk adds to the cache. Static: it must not close over arrays.
       weights: a model, in the dtype of the computation.
       perturbation: zeros like the weights, in the dtype in which gradients are summed. The gradient with respect to
-        it is that with respect to the weights, in its dtype. None: differentiate with respect to the weights.
+        it equals that with respect to the weights, but in its dtype. None: differentiate with respect to the weights.
       cache: an empty `Cache` of N·C slots.
       data: a pytree that all chunks share, not differentiated.
       chunks: a pytree of [N, B, C, …] leaves, not differentiated.
@@ -150,7 +150,7 @@ def perturb_weights(weights: LoopedTransformer, perturbation: Any) -> LoopedTran
 def chunk_sums(
     step: ChunkStep, weights: LoopedTransformer, perturbation: Any, cache: Cache, data: Any, chunks: Any
 ) -> Any:
-    """`plain_chunk_sums` with the same gradient, exact and not truncated, in memory linear in the sequence.
+    """The sums and gradient of `plain_chunk_sums`, exact and not truncated, in memory linear in the sequence length.
 
     Final entries never change, so the cache after the last chunk, masked to the slots before a chunk, is the cache
     that this chunk read. Only the weights, the chunks, that one cache and the windows that the chunks read are kept for

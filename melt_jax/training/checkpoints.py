@@ -30,7 +30,7 @@ class Checkpoints:
     Args:
       folder: created if it is missing.
       every: steps between two checkpoints.
-      keep: checkpoints to keep. While one is being saved, there is one more.
+      keep: checkpoints to keep; one more exists while it is being saved.
     """
 
     def __init__(self, folder: pathlib.Path, every: int, keep: int) -> None:
@@ -44,11 +44,11 @@ class Checkpoints:
         self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint, or None. It may still be being written; see `wait_until_finished`."""
+        """The step of the newest checkpoint, or None. Its save may not be complete; see `wait_until_finished`."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, force: bool = False) -> bool:
-        """Saves the state after `step` steps in the background, if one is due or `force` is set; returns whether.
+        """Saves the state after `step` steps in the background if one is due or `force` is set; returns whether it did.
 
         Steps must increase, starting after the restored one.
         """

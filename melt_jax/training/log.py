@@ -48,10 +48,10 @@ class RunLog:
     """Writes one phase's metrics, as a context manager. Only process 0 writes.
 
     Args:
-      folder: the phase's.
+      folder: the phase's folder.
       phase: its name.
-      start: the step from which it resumes; lines of later steps are dropped, because those steps run again.
-      steps: of the phase.
+      start: the step from which the phase resumes; lines of later steps are dropped, because those steps run again.
+      steps: the phase's number of steps.
       console: where lines and the progress bar are printed; by default standard output.
     """
 
@@ -88,7 +88,7 @@ class RunLog:
         """Writes the line, the JSON record and the TensorBoard points of an interval of steps.
 
         Args:
-          step: the interval's last.
+          step: the interval's last step.
           interval: the steps' metrics, on the host.
           extra: further numbers of the interval.
         """

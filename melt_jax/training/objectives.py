@@ -55,7 +55,7 @@ def pretraining_sums(
       batch: with targets.
       chunk_size: C.
       perturbation: receives the gradient instead of the model; see `plain_chunk_sums`.
-      chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
+      chunk_sums: computes the sums over chunks and their gradient; `plain_chunk_sums` is the reference.
 
     Returns:
       Sums over scored tokens: cross_entropy [T] of each loop, nats; expected_cross_entropy [] under the exit
@@ -80,7 +80,7 @@ def distillation_sums(
     perturbation: LoopedTransformer | None = None,
     chunk_sums: Callable = chunk_sums,
 ) -> Sums:
-    """Sums over a batch of the differences between student and teacher; differentiable in the student alone.
+    """Sums over a batch of the differences between student and teacher, differentiable in the student's weights only.
 
     Args:
       student: a MELT, in the dtype of the computation.
@@ -90,7 +90,7 @@ def distillation_sums(
       alpha: the transition's blend; None in the alignment phase.
       align: also compare attention outputs.
       perturbation: receives the gradient instead of the student; see `plain_chunk_sums`.
-      chunk_sums: the gradient's mechanism; `plain_chunk_sums` is the reference.
+      chunk_sums: computes the sums over chunks and their gradient; `plain_chunk_sums` is the reference.
 
     Returns:
       Sums over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; gate_openness [T, L]; with `alpha`
@@ -113,7 +113,7 @@ def transition_loss(
     alpha: Alpha,
     chunk_size: int,
 ) -> Float[Array, ""]:
-    """L_KD of phase 1 (arXiv 2605.07721), nats; differentiable in the student alone.
+    """L_KD of phase 1 (arXiv 2605.07721), nats; differentiable in the student's weights only.
 
     The mean over loops and scored tokens of KL(teacher ‖ student), with shared and per-loop entries blended by α. Each
     sequence is one document.
@@ -131,7 +131,7 @@ def alignment_loss(
     beta: Float[Array, ""] | float,
     chunk_size: int,
 ) -> Float[Array, ""]:
-    """L_KD + β·L_align of phase 2 (arXiv 2605.07721); differentiable in the student alone.
+    """L_KD + β·L_align of phase 2 (arXiv 2605.07721); differentiable in the student's weights only.
 
     L_align is the mean over layers, loops and scored tokens of ‖o_student − o_teacher‖². Each sequence is one document.
     """
@@ -179,7 +179,7 @@ def kl_per_loop(
 ) -> Float[Array, " T"]:
     """KL(teacher's next-token distribution ‖ student's), nats, summed over the tokens of `mask`.
 
-    The logits [B, C, V] of only one loop exist at a time, in the backward pass too.
+    Only one loop's logits [B, C, V] are in memory at a time, in the backward pass too.
     """
 
     @jax.checkpoint
@@ -195,7 +195,7 @@ def kl_per_loop(
 def cross_entropy_per_loop(
     model: LoopedTransformer, hidden: Float[Array, "T B C D"], targets: Int[Array, "B C"]
 ) -> Float[Array, "T B C"]:
-    """−log of the targets' probability, nats. The logits of only one loop exist at a time."""
+    """−log of the targets' probability, nats. Only one loop's logits are in memory at a time."""
 
     @jax.checkpoint
     def one_loop(_, hidden):

@@ -22,9 +22,9 @@ class Performance:
     """Measures the steps between two readings, as a context manager.
 
     Args:
-      tokens: of a step's global batch, including padding.
-      flops: needed by one step on all devices together (`StepFlops.mfu_flops` of `melt_jax.analysis.flops`).
-      peak: FLOP/s of all devices together; None if unknown, and MFU is not reported.
+      tokens: tokens in a step's global batch, including padding.
+      flops: FLOPs that one step needs on all devices together (`StepFlops.mfu_flops` of `melt_jax.analysis.flops`).
+      peak: peak FLOP/s of all devices together; None if unknown; MFU is then not reported.
     """
 
     def __init__(self, tokens: int, flops: float, peak: float | None = None) -> None:
@@ -59,8 +59,8 @@ class Performance:
           {name: number}:
           `seconds_per_step`: from reading to reading, including data and checkpoints, without compilation;
           `tokens_per_second`: of all devices, computed from that time;
-          `mfu`: FLOPs that a step needs (the teacher's included, recomputation not, each document counted as long as
-            its sequence), divided by that time and the devices' bf16 peak;
+          `mfu`: FLOPs that a step needs (the teacher's included, recomputation not, each document counted as a
+            full sequence), divided by that time and the devices' bf16 peak;
           `data_seconds`: how long the loop waited for batches;
           `compile_seconds`: how long XLA compiled, if it did; normally in the first step of a phase only;
           `memory_bytes`: the peak of this process's fullest device so far, if the device reports it.
@@ -96,7 +96,7 @@ class StepProfiler:
     """Traces chosen steps for xprof and TensorBoard, as a context manager.
 
     Args:
-      folder: the phase's; traces are written to it.
+      folder: the phase's folder, to which traces are written.
       run: `profile_start`, the first step, counted from 1 (0: none), and `profile_steps` are used.
     """
 

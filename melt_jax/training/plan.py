@@ -17,12 +17,12 @@ CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments
 
 
 def plan(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> Iterator[str]:
-    """The lines to print: data, unless it is generated, and disk. A lack of either is not an error.
+    """The lines to print: data, unless it is generated, and disk. Too little of either is not an error.
 
     Args:
-      config: of the run.
-      model: of the trained model.
-      workdir: the run's, which need not exist.
+      config: the run's config.
+      model: the trained model's config.
+      workdir: the run's folder, which need not exist.
     """
     sequences = stream.dataset_size(config.data)
     if sequences is not None:

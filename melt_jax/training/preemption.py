@@ -81,5 +81,5 @@ class PreemptionNotice:
 
 
 def _all_reached() -> bool:
-    """Whether all processes stop at this call, the first that none had made when SIGTERM was received."""
+    """Whether all processes stop at this call, the first one that none of them had made when SIGTERM was received."""
     return multihost_utils.reached_preemption_sync_point(next(_questions))

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from melt_jax.config import InputError
 
 VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
-WAIT_SECONDS = 24 * 3600  # for process 0; if it dies, JAX ends the others within minutes
+WAIT_SECONDS = 24 * 3600  # how long others wait for process 0; if it dies, JAX ends them within minutes
 
 
 def initialize_distributed() -> None:
@@ -58,12 +58,12 @@ def broadcast_text_from_process_0(text: str) -> str:
     if size == 0:
         return ""
     if jax.process_index() > 0:
-        data = np.zeros(size, np.uint8)  # of process 0's shape
+        data = np.zeros(size, np.uint8)  # the shape of process 0's array
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
 
 
 def run_on_process_0(work: Callable[..., None], *args: object) -> None:
-    """Runs `work(*args)` on behalf of process 0 by `run_outside`, while the run's other processes wait for it.
+    """Runs `work(*args)` in process 0 through `run_outside`, while the run's other processes wait for it.
 
     Raises:
       InputError: in the other processes, if the work failed. Process 0 raises the work's own exception.
@@ -86,7 +86,7 @@ def run_on_process_0(work: Callable[..., None], *args: object) -> None:
 
 
 def run_outside(work: Callable[..., Any], *args: object) -> Any:
-    """`work(*args)` by one process of a run. If there are several, in a child process, on the CPU and outside the run.
+    """Runs `work(*args)` in one process of a run; if it has several, in a child process on the CPU, outside the run.
 
     Orbax coordinates its reads and writes among the processes of a run, so one of them cannot use it alone. The
     function, its arguments and its result must be picklable.
@@ -99,7 +99,7 @@ def run_outside(work: Callable[..., Any], *args: object) -> Any:
 
 
 def wait_for_process_0() -> None:
-    """Waits until all processes are here. A collective of devices would time out after minutes of work of process 0."""
+    """Waits until all processes are here. A device collective would time out if process 0 worked for minutes."""
     if jax.process_count() > 1:
         ocp.multihost.get_barrier_sync_fn()(key="melt_jax process 0", timeout_ms=WAIT_SECONDS * 1000)
 

@@ -53,7 +53,8 @@ def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
         dict(_flatten({key: value for key, value in values.items() if key not in RESUMABLE_KEYS}))
         for values in (old, new)
     )
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    moved = {"data.path"} if "manifest of data.path" in new else set()  # prepared data is compared by its manifest
+    changed = [key for key in sorted({*before, *now} - moved) if before.get(key) != now.get(key)]
     if changed:
         lines = [f"  - {key}: expected {before.get(key)}, found {now.get(key)}" for key in changed]
         return f"{workdir} holds a run with another config, teacher or data; use another workdir:\n" + "\n".join(lines)

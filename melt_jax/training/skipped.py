@@ -33,7 +33,7 @@ class SkippedSteps:
         """Reads the metrics of consecutive steps that end with `step`.
 
         Args:
-          step: of the phase.
+          step: the phase's step.
           interval: [{name: (sum, count)}] on the host, each with "skipped": (0 or 1, 1).
           latest: returns the step of the newest complete checkpoint, or None.
 

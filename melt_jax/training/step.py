@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     """The contents of a checkpoint.
 
     Attributes:
-      params: the model, float32 masters.
+      params: the model, with float32 weights.
       opt_state: the optimizer's moments.
       step: steps of the phase so far.
       skipped: consecutive skipped steps up to the last one.
@@ -54,7 +54,7 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The function that a phase minimises: `loss` of the normalised sums from `sums`.
+    """The function that a phase minimizes: `loss` of the normalized sums from `sums`.
 
     Attributes:
       sums: `(weights, teacher, batch, step, perturbation) → sums over scored tokens`.

@@ -38,15 +38,15 @@ class StepMonitor:
     """Monitors the steps of one phase, as a context manager.
 
     The host is never more than one step ahead: before step n + 1 is dispatched, step n − 1 has finished. So the run
-    reacts to SIGTERM within a step, and the device, which still has step n to run, does not wait for the host.
+    stops within about two steps of SIGTERM, and the device, which still has step n to run, does not wait for the host.
 
     Args:
-      name: of the phase.
-      config: of the run.
-      model: the trained model's.
-      folder: the phase's.
+      name: the phase's name.
+      config: the run's config.
+      model: the trained model's config.
+      folder: the phase's folder.
       start: where the phase starts.
-      checkpoints: of the phase.
+      checkpoints: the phase's checkpoints.
       console: where lines are printed.
     """
 
@@ -90,7 +90,7 @@ class StepMonitor:
         return self._preemption.came
 
     def enumerate(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Pairs of a step, counted from the phase's start, and its batch."""
+        """Yields (step, batch), with steps counted from 1 at the phase's start."""
         return enumerate(self._performance.timed(batches), self._start + 1)
 
     @contextlib.contextmanager

@@ -24,7 +24,7 @@ class Watchdog:
 
     Args:
       phase: its name, for the report.
-      folder: the phase's; the stacks of all threads are appended to `stall-process<i>.txt` in it.
+      folder: the phase's folder; the stacks of all threads are appended to `stall-process<i>.txt` in it.
       run: `stall_seconds` (0 disables the watchdog), `stall_first_seconds` and `stall_exits` are used.
     """
 

@@ -15,6 +15,8 @@ from tests.helpers.recipes import BASE, RECIPES, TEXTS, commented, recipe_text
 NOT_IN_BASE = (
     "gate",
     "first_loop",
+    "window",
+    "sweeps",
     "exit_threshold",
     "remat",
     "attention_block",

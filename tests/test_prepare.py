@@ -435,7 +435,7 @@ def test_data_of_another_chat_template_is_refused(tmp_path, folder):
     assert "sha256 none, found" in message
     (other / "tokenizer_config.json").unlink()
     (message,) = record_errors(tmp_path / "turns", 32, 300, other)
-    assert "expected the chat template" in message and "expected tokenizer_config.json" in message
+    assert "expected a readable chat template" in message and "expected tokenizer_config.json" in message
 
 
 def test_thinking_is_part_of_prepared_data(tmp_path, folder):

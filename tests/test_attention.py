@@ -68,7 +68,9 @@ def test_bfloat16_attention_differs_by_rounding():
     """Scores and sums are float32; the weights and the result are rounded to bfloat16, with relative errors of 2⁻⁹."""
     arguments = inputs(13, 11, dtype=jnp.bfloat16)
     got = blockwise_attention(*arguments, 4)
-    want = plain_attention(*jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments))
+    want = plain_attention(
+        *jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.result_type(x) == jnp.bfloat16 else x, arguments)
+    )
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-7 * np.abs(want).max())
 

@@ -64,6 +64,7 @@ def test_pieces_hold_whole_chunks(length, chunk, size):
     assert scoring._piece_size(length, chunk) == size
 
 
+@pytest.mark.slow
 def test_first_tokens_match_at_both_chunk_sizes(float64, monkeypatch):
     """Chunked scores and decoding match, each in several pieces; for a MELT the two differ."""
     monkeypatch.setattr(scoring, "PIECE_TOKENS", 4)

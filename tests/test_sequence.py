@@ -122,6 +122,7 @@ def test_gradient_equals_plain_differentiation(name):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 10])
 def test_perturbation_gets_float32_gradients_of_bfloat16_weights(chunk):
     """They have the direction of plain differentiation's gradients and of float32 gradients."""

@@ -112,6 +112,7 @@ def test_micro_batches_equal_the_whole_batch(name, phase):
     chex.assert_trees_all_close(part_metrics, metrics, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_training_brings_the_student_closer():
     teacher = make_model(LOOPLM)
     student = reconfigure(teacher, jax.random.key(0), gate="elementwise")
@@ -126,6 +127,7 @@ def test_training_brings_the_student_closer():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_on_float32_masters():
     teacher = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), make_model(LOOPLM))
     student = make_model()

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.student.window = 0  # W, tokens before a query that it sees through entries of its own loop
     config.student.sweeps = 1  # times that a chunk's loops run; from the second on they see final entries
     config.student.gate_std = 0.02  # standard deviation of new gate matrices
+    config.student.gate_bias = 0.0  # b_z of new gates; a positive bias keeps the old latent
 
     # The computation of a step.
     config.chunk_size = 500  # C, tokens that run in parallel
@@ -70,6 +71,13 @@ def get_config() -> ConfigDict:
     config.alignment.warmup_steps = 20  # updates of linear warm-up, before the cosine decay
     config.alignment.final_fraction = 0.1  # last learning rate, as a fraction of the peak
     config.alignment.beta = 0.1  # β, weight of the attention alignment
+    config.alignment.reduction = "sum"  # ‖o − o_teacher‖², or divided by the mean of ‖o_teacher‖²; one of sum, relative
+
+    # L_KD of both phases.
+    config.distillation = ConfigDict()
+    config.distillation.loops = "all"  # L_KD is the mean over all loops, or the last loop's KL; one of all, last
+    config.distillation.divergence = "forward"  # KL(teacher ‖ student), or the reverse; one of forward, reverse
+    config.distillation.gradient = "full"  # flows through all chunks, or stops at the chunk's start; one of full, chunk
 
     # Pretraining of a LoopLM; loss: expected cross-entropy − bonus · exit entropy. A LoopLM has no cache gate.
     config.pretraining = ConfigDict()

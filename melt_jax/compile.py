@@ -55,7 +55,7 @@ from melt_jax.sharding import (
     weight_shardings,
 )
 from melt_jax.training.optimizer import make_optimizer
-from melt_jax.training.step import init_state, make_train_step, phase_objective
+from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 
 TRAINING = ("transition", "alignment")
 PHASES = (*TRAINING, "evaluate", "prefill", "decode")
@@ -174,7 +174,7 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     optimizer = make_optimizer(config.phase(phase), config.optimizer, abstract_model(student))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), _placed(abstract_model(student), mesh))
     tokens: Any = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
-    objective = phase_objective(phase, config.phase(phase), config.chunk_size)
+    objective = OBJECTIVES[phase](config)
     return Program(
         make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather),
         (state, _placed(abstract_model(teacher, config.dtype), mesh), Batch(tokens, tokens, tokens)),

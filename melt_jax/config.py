@@ -25,6 +25,10 @@ CHOICES = {
     "remat": ("none", "products", "layer"),
     "dtype": ("float32", "bfloat16"),
     "gather": ("step", "layer"),
+    "reduction": ("sum", "relative"),
+    "distilled": ("all", "last"),
+    "divergence": ("forward", "reverse"),
+    "gradient": ("full", "chunk"),
 }
 
 Count = Annotated[int, Range(1)]
@@ -128,6 +132,16 @@ class AlignmentConfig(PhaseConfig):
     """Phase 2: the shared cache alone; loss L_KD + β·L_align."""
 
     beta: Annotated[PositiveOrZero, "β, weight of the attention alignment"]
+    reduction: Annotated[str, OneOf(CHOICES["reduction"]), "‖o − o_teacher‖², or divided by the mean of ‖o_teacher‖²"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """L_KD of both phases."""
+
+    loops: Annotated[str, OneOf(CHOICES["distilled"]), "L_KD is the mean over all loops, or the last loop's KL"]
+    divergence: Annotated[str, OneOf(CHOICES["divergence"]), "KL(teacher ‖ student), or the reverse"]
+    gradient: Annotated[str, OneOf(CHOICES["gradient"]), "flows through all chunks, or stops at the chunk's start"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +164,7 @@ class StudentConfig:
     window: Annotated[CountOrZero, "W, tokens before a query that it sees through entries of its own loop"]
     sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"]
     gate_std: Annotated[PositiveOrZero, "standard deviation of new gate matrices"]
+    gate_bias: Annotated[float, Range(-20, 20), "b_z of new gates; a positive bias keeps the old latent"]
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -213,6 +228,7 @@ class TrainConfig:
     pretraining: PretrainingConfig
     transition: TransitionConfig
     alignment: AlignmentConfig
+    distillation: DistillationConfig
     optimizer: OptimizerConfig
     log_every: Annotated[Count, "steps between log lines"]
     checkpoint_every: Annotated[Count, "steps between checkpoints; a phase's last step is always saved"]

@@ -21,9 +21,9 @@ from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.batch import Batch
 from melt_jax.model.model import init_model
 from melt_jax.model.sequence import chunk_sums, plain_chunk_sums
-from melt_jax.training.objectives import distillation_loss, distillation_sums, normalize, scored_tokens
+from melt_jax.training.objectives import Distillation, distillation_loss, distillation_sums, normalize, scored_tokens
 
-PHASES = {"transition": {"alpha": 0.5}, "alignment": {"align": True}}
+PHASES = {"transition": (None, 0.5), "alignment": ("sum", None)}  # (reduction, α)
 CHUNKS = (4, 8, 16, 20, 32)
 
 # Ouro's proportions at a sixteenth of its width: K·E = D and several layers, for the same share of KV entries.
@@ -49,7 +49,9 @@ def temporary_bytes(
     tokens: Any = jax.ShapeDtypeStruct((batch, chunk * chunks), jnp.int32)
 
     def loss(student, teacher, batch):
-        sums = distillation_sums(student, teacher, batch, chunk, chunk_sums=mechanism, **PHASES[phase])
+        reduction, alpha = PHASES[phase]
+        settings = Distillation(chunk, reduction)
+        sums = distillation_sums(student, teacher, batch, settings, alpha, chunk_sums=mechanism)
         return distillation_loss(normalize(sums, scored_tokens(batch)), beta=0.1)
 
     arguments = abstract(config), abstract(dataclasses.replace(config, gate="none")), Batch(tokens, tokens, tokens)

@@ -16,6 +16,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -43,7 +44,7 @@ from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
 from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
 from melt_jax.training.run_config import keep_config
-from melt_jax.training.step import init_state, make_train_step, phase_objective
+from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 
 
@@ -192,7 +193,7 @@ def run_phase(
         console.print(f"{name}: resumes from step {start}")
 
     # ---- step and data
-    objective = phase_objective(name, phase, config.chunk_size)
+    objective = OBJECTIVES[name](config)
     train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
     sharding, size = batch_sharding(mesh), config.data.batch
     indices = local_batch_indices(sharding, size)
@@ -224,7 +225,12 @@ def run_phase(
 def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array) -> LoopedTransformer:
     """The MELT that training starts from: the LoopLM's weights and new gates."""
     student = config.student
-    return reconfigure(looplm, key, student.gate_std, **student.changes)
+    melt = reconfigure(looplm, key, student.gate_std, **student.changes)
+    if student.gate_bias == 0:
+        return melt
+    is_bias = lambda path: any(getattr(part, "name", None) == "b_z" for part in path)
+    fill = lambda path, x: jnp.full_like(x, student.gate_bias) if is_bias(path) else x
+    return jax.tree_util.tree_map_with_path(fill, melt)
 
 
 def read_model(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:

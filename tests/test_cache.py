@@ -12,6 +12,7 @@ from melt_jax.config import InputError
 from melt_jax.model.attention import AttentionMask
 from melt_jax.model.cache import KV, ChunkKV, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
+from tests.helpers.marks import slow
 from tests.helpers.tiny import TINY, jit_run, make_model, random_tokens, run
 
 change = dataclasses.replace
@@ -20,6 +21,10 @@ B, S, CHUNK = 2, 11, 4
 
 float64 = pytest.mark.usefixtures("float64")
 by_kind = pytest.mark.parametrize("gate, alpha", KINDS.values(), ids=KINDS)
+# The fast tier checks the kind with most parts; the others have no code of their own.
+transition_first = pytest.mark.parametrize(
+    "gate, alpha", [(slow if kind != "transition" else pytest.param)(*KINDS[kind], id=kind) for kind in KINDS]
+)
 
 
 def cache_bytes(cache):
@@ -152,7 +157,7 @@ def test_later_tokens_do_not_affect_earlier_ones(gate, alpha):
         assert_equal_where(same, before, outputs(model, other, alpha))
 
 
-@by_kind
+@transition_first
 def test_gradient_of_a_token_is_causal(gate, alpha):
     """All tokens differ, so the gradient of an embedding is that of one token's input."""
     model, tokens = make_model(change(TINY, gate=gate)), np.arange(S)[None]
@@ -172,7 +177,7 @@ def test_gradient_of_a_token_is_causal(gate, alpha):
 
 
 @float64
-@by_kind
+@transition_first
 def test_sequences_do_not_influence_each_other(gate, alpha):
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
     other = tokens.copy()
@@ -185,7 +190,7 @@ def test_sequences_do_not_influence_each_other(gate, alpha):
 
 
 @float64
-@by_kind
+@transition_first
 def test_packed_documents_do_not_influence_each_other(gate, alpha):
     """Results are bitwise equal if another document changes, and equal to rounding if the document is alone."""
     model, tokens = make_model(change(TINY, gate=gate)), random_tokens(B, S)
@@ -200,7 +205,7 @@ def test_packed_documents_do_not_influence_each_other(gate, alpha):
         np.testing.assert_allclose(packed[name][:, 4:9], x, rtol=1e-11, atol=1e-11, err_msg=name)
 
 
-@by_kind
+@transition_first
 def test_no_token_attends_to_padding(gate, alpha):
     """Padding before, between and after documents affects no document and receives no gradient."""
     model = make_model(change(TINY, gate=gate))

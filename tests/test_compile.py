@@ -35,9 +35,8 @@ def compile_small(phase="alignment", model=MODEL, **changes):
     return command.compile_phase(config, model, make_mesh(config.mesh, topology_devices("v5e:2x2")), phase)
 
 
-@pytest.mark.parametrize(
-    ("phase", "chunk"), [("alignment", 128), pytest.param("transition", 64, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "chunk"), [("alignment", 128), ("transition", 64)])
 def test_weights_are_gathered_once_per_step(phase, chunk):
     """With gather "step" one copy of both models moves, in bfloat16, for any chunk size."""
     report = compile_small(phase, chunk_size=chunk)

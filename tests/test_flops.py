@@ -16,7 +16,7 @@ from melt_jax.data.batch import Batch
 from melt_jax.model.cache import create_cache
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import abstract_model, module_leaves
-from melt_jax.training.objectives import distillation_loss, distillation_sums, normalize, scored_tokens
+from melt_jax.training.objectives import Distillation, distillation_loss, distillation_sums, normalize, scored_tokens
 from tests.helpers.tiny import TINY as TINY_BLOCKS
 from tests.helpers.topology import topology_devices
 
@@ -97,7 +97,7 @@ def alignment_program(length, chunk):
     student = dataclasses.replace(TINY, first_loop="gated")
 
     def loss(student, teacher, batch):
-        sums = distillation_sums(student, teacher, batch, chunk, align=True)
+        sums = distillation_sums(student, teacher, batch, Distillation(chunk, "sum"))
         return distillation_loss(normalize(sums, scored_tokens(batch)), beta=0.1)
 
     tokens = jax.ShapeDtypeStruct((1, length), "int32")

@@ -135,6 +135,7 @@ class GateTest(chex.TestCase):
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-4)
 
 
+@pytest.mark.slow
 def test_variant_needs_only_its_entry(monkeypatch):
     """A variant with weights, added to `VARIANTS` alone, has its gate in a model, runs and is counted."""
     half = lambda gate, u, latent, loop: VARIANTS["elementwise"].z(gate, u, latent, loop) / 2

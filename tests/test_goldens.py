@@ -4,9 +4,10 @@ import pytest
 
 from tests.golden import generate
 from tests.helpers.check_goldens import check_folder
+from tests.helpers.marks import slow
 
 FOLDERS = generate.folders()
-MARKED = [pytest.param(f, marks=pytest.mark.slow) if f.name == "melt_tiny" else f for f in FOLDERS]
+MARKED = [f if f.name == "ouro_tiny" else slow(f) for f in FOLDERS]
 
 
 def test_all_folders_exist():

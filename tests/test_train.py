@@ -134,6 +134,7 @@ def test_interrupted_runs_are_bitwise_identical(teacher, tmp_path, monkeypatch, 
         assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_killed_save_of_the_model_is_resumed(teacher, tmp_path, monkeypatch, capsys):
     """The phase resumes from its last checkpoint; once the model is saved, damaged checkpoints are not read."""
     config = alignment_run(teacher, 2)
@@ -178,6 +179,7 @@ def test_errors_are_reported_together(teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
     def prepare(seed):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)

@@ -17,8 +17,8 @@ from melt_jax.model.model import init_model, reconfigure
 from melt_jax.training.checkpoints import Checkpoints, RestoreError
 from melt_jax.training.log import RunLog, add_up, scalars
 from melt_jax.training.optimizer import group_labels, group_norms, make_optimizer, matrices, schedule
-from melt_jax.training.step import Objective, init_state, make_train_step, phase_objective, transition_alpha
-from tests.helpers.tiny import ALIGNMENT, OPTIMIZER, TINY, TRANSITION, make_model, random_batch
+from melt_jax.training.step import Objective, init_state, make_train_step, transition_alpha
+from tests.helpers.tiny import ALIGNMENT, OPTIMIZER, TINY, TRANSITION, make_model, objective, random_batch
 
 LOOPLM = dataclasses.replace(TINY, gate="none")
 
@@ -95,6 +95,7 @@ def test_alpha_rises_from_zero_to_one():
     assert float(transition_alpha(4, 11, 0.5)) < 1 and float(transition_alpha(0, 1, 1.0)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name, phase", [("transition", TRANSITION), ("alignment", ALIGNMENT)])
 def test_micro_batches_equal_the_whole_batch(name, phase):
@@ -105,7 +106,7 @@ def test_micro_batches_equal_the_whole_batch(name, phase):
         loss_mask=batch.loss_mask * (np.arange(4) < 3)[:, None] * (np.arange(12) % (1 + np.arange(4)[:, None]) == 0)
     )
     optimizer = make_optimizer(phase, OPTIMIZER, student)
-    steps = (make_train_step(phase_objective(name, phase, 5), optimizer, parts, "float64") for parts in (1, 4))
+    steps = (make_train_step(objective(name, phase, 5), optimizer, parts, "float64") for parts in (1, 4))
     (whole, metrics), (parts, part_metrics) = (step(fresh_state(student, optimizer), teacher, batch) for step in steps)
     # Weights are left out: if a gradient is zero, rounding decides the sign of Adam's first update.
     chex.assert_trees_all_close(parts.opt_state, whole.opt_state, rtol=1e-10, atol=1e-14)
@@ -118,7 +119,7 @@ def test_training_brings_the_student_closer():
     student = reconfigure(teacher, jax.random.key(0), gate="elementwise")
     phase = dataclasses.replace(ALIGNMENT, steps=30, learning_rate=1e-2)
     optimizer = make_optimizer(phase, OPTIMIZER, student)
-    step = make_train_step(phase_objective("alignment", phase, 4), optimizer)
+    step = make_train_step(objective("alignment", phase, 4), optimizer)
     state, batch = fresh_state(student, optimizer), random_batch(4, 12)
     losses = []
     for _ in range(30):
@@ -132,11 +133,11 @@ def test_bfloat16_computes_on_float32_masters():
     teacher = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), make_model(LOOPLM))
     student = make_model()
     optimizer = make_optimizer(ALIGNMENT, OPTIMIZER, student)
-    step = make_train_step(phase_objective("alignment", ALIGNMENT, 4), optimizer, dtype="bfloat16")
+    step = make_train_step(objective("alignment", ALIGNMENT, 4), optimizer, dtype="bfloat16")
     state, metrics = step(fresh_state(student, optimizer), teacher, random_batch(2, 8))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("float32")}
-    exact = make_train_step(phase_objective("alignment", ALIGNMENT, 4), optimizer)
+    exact = make_train_step(objective("alignment", ALIGNMENT, 4), optimizer)
     _, wanted = exact(fresh_state(student, optimizer), make_model(LOOPLM), random_batch(2, 8))
     ratio = float(metrics["loss"][0] / wanted["loss"][0])
     assert ratio == pytest.approx(1, rel=2**-4) and ratio != 1  # bfloat16 rounds each of dozens of operations by 2⁻⁹
@@ -153,7 +154,7 @@ def test_step_that_is_not_finite_only_counts(where):
 
     params = {"w": jnp.arange(1.0, 4.0)}
     optimizer = make_optimizer(TRANSITION, OPTIMIZER, params)
-    step = make_train_step(Objective(sums, lambda metrics: metrics["kd"]), optimizer)
+    step = make_train_step(Objective(sums, lambda metrics: {"kd": metrics["kd"]}), optimizer)
     good = random_batch(2, 4)._replace(tokens=jnp.ones((2, 4), jnp.int32))
     bad = good._replace(tokens=jnp.zeros((2, 4), jnp.int32))
     runs = {}
@@ -198,6 +199,20 @@ def test_log_drops_lines_of_repeated_steps(tmp_path):
     assert [line["step"] for line in lines] == [10, 20]
     assert lines[1]["kd/loop2"] == 1.0 and lines[1]["alignment/loop2/layer3"] == 0.5
     assert [lines[1][f"alignment_to_kd/loop{t}"] for t in (1, 2)] == [0.5 / 0.5, 0.5 / 1.0]
+
+
+def test_log_warns_of_a_dominant_alignment(tmp_path):
+    """It does so once per phase, from the first step on; the ratio of the loss's two terms is always logged."""
+    one = np.float32(1)
+    terms = lambda ratio: {"loss/kd": (np.float32(2), one), "loss/alignment": (np.float32(2 * ratio), one)}
+    for ratio, warnings in ((9.0, 0), (12.0, 1)):
+        output = io.StringIO()
+        with RunLog(tmp_path / str(ratio), "alignment", 0, 30, Console(file=output, width=200)) as log:
+            log.write(1, [terms(ratio)])
+            log.write(10, [terms(ratio)])
+        assert output.getvalue().count("warning: β·L_align is 12 times L_KD") == warnings
+        lines = (tmp_path / str(ratio) / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["alignment_ratio"] for line in lines] == [ratio, ratio]
 
 
 class TestCheckpoints:

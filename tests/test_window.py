@@ -11,7 +11,8 @@ from melt_jax.model.cache import bytes_per_sequence, bytes_per_token, create_cac
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import reconfigure
 from melt_jax.model.sequence import chunk_sums, plain_chunk_sums
-from melt_jax.training.objectives import distillation_loss, distillation_sums, normalize, scored_tokens
+from melt_jax.training.objectives import Distillation, distillation_loss, distillation_sums, normalize, scored_tokens
+from tests.helpers.marks import slow
 from tests.helpers.tiny import TINY, make_model, packed_segments, random_batch, random_tokens, run
 
 LENGTH = 22
@@ -36,7 +37,9 @@ def outcome(model, chunk, alpha=None, packed=False):
 @float64
 @pytest.mark.parametrize("packed", (False, True), ids=("one document", "packed"))
 @pytest.mark.parametrize("alpha", (None, 0.3), ids=("MELT", "transition"))
-@pytest.mark.parametrize(("chunk", "window", "sweeps"), [(4, 3, 1), (3, 5, 1), (8, 3, 2), (6, 1, 3), (5, 0, 5)])
+@pytest.mark.parametrize(
+    ("chunk", "window", "sweeps"), [slow(4, 3, 1), slow(3, 5, 1), slow(8, 3, 2), (6, 1, 3), slow(5, 0, 5)]
+)
 def test_short_chunks_are_decoding(chunk, window, sweeps, alpha, packed):
     """A chunk of at most sweeps · (W + 1) tokens computes what chunks of one token do."""
     assert chunk <= sweeps * (window + 1)
@@ -45,6 +48,7 @@ def test_short_chunks_are_decoding(chunk, window, sweeps, alpha, packed):
 
 
 @float64
+@pytest.mark.slow
 def test_longer_chunks_are_not_decoding():
     """One token more than sweeps · (W + 1) differs, so that the identity says something."""
     for window, sweeps in ((3, 1), (1, 3)):
@@ -54,6 +58,7 @@ def test_longer_chunks_are_not_decoding():
 
 
 @float64
+@pytest.mark.slow
 def test_a_window_matters_and_sweeps_converge():
     decoding, *_ = outcome(melt(2), 1)
     assert np.max(np.abs(outcome(melt(0), 1)[0] - decoding)) > 1e-3
@@ -70,7 +75,7 @@ def test_a_window_of_the_whole_sequence_makes_all_chunks_equal():
 
 
 @float64
-@pytest.mark.parametrize(("window", "sweeps"), [(3, 1), (0, 2), (4, 3)])
+@pytest.mark.parametrize(("window", "sweeps"), [slow(3, 1), slow(0, 2), (4, 3)])
 def test_the_looplm_depends_on_neither(window, sweeps):
     """Nor does the transition at α = 0, for any chunk length."""
     looplm = melt(gate="none")
@@ -83,15 +88,15 @@ def test_the_looplm_depends_on_neither(window, sweeps):
 
 @float64
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ({"alpha": 0.4}, {"align": True}), ids=("transition", "alignment"))
+@pytest.mark.parametrize(("alpha", "reduction"), ((0.4, None), (None, "relative")), ids=("transition", "alignment"))
 @pytest.mark.parametrize(("chunk", "window", "sweeps"), [(5, 7, 1), (6, 2, 2)])
-def test_gradient_is_that_of_plain_differentiation(phase, chunk, window, sweeps):
+def test_gradient_is_that_of_plain_differentiation(alpha, reduction, chunk, window, sweeps):
     student, teacher = melt(window, sweeps), melt(gate="none")
-    batch = random_batch(2, LENGTH)
+    batch, settings = random_batch(2, LENGTH), Distillation(chunk, reduction)
 
     def gradient(mechanism):
         def loss(student):
-            sums = distillation_sums(student, teacher, batch, chunk, chunk_sums=mechanism, **phase)
+            sums = distillation_sums(student, teacher, batch, settings, alpha, chunk_sums=mechanism)
             return distillation_loss(normalize(sums, scored_tokens(batch)), 0.1)
 
         return jax.jit(jax.grad(loss))(student)

@@ -14,6 +14,8 @@ from tensorboardX import SummaryWriter
 
 from melt_jax.files import write_text
 
+ALIGNMENT_RATIO = 10.0  # of β·L_align to L_KD, above which a warning is printed
+
 StepMetrics: TypeAlias = Mapping[str, tuple[Any, Any]]  # {name: (sum, count)} of one step
 
 
@@ -58,7 +60,7 @@ class RunLog:
     def __init__(
         self, folder: pathlib.Path, phase: str, start: int, steps: int, console: Console | None = None
     ) -> None:
-        self.phase, self.steps = phase, steps
+        self.phase, self.steps, self._warned = phase, steps, False
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._path, self._board = folder / "metrics.jsonl", None
         if jax.process_index() == 0:
@@ -97,12 +99,23 @@ class RunLog:
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
         if "alignment" in metrics:
             metrics["alignment_to_kd"] = metrics["alignment"].mean(axis=1) / np.maximum(metrics["kd"], 1e-30)
+        if "loss/alignment" in metrics:
+            metrics["alignment_ratio"] = metrics["loss/alignment"] / np.maximum(metrics["loss/kd"], 1e-30)
+            self._warn_of_alignment(float(metrics["alignment_ratio"]))
         numbers = scalars(metrics)
         with self._path.open("a") as file:
             file.write(json.dumps({"phase": self.phase, "step": step, **numbers}) + "\n")
         for name, number in numbers.items():
             self._board.add_scalar(f"{self.phase}/{name}", number, step)
         self.console.print(self._line(step, metrics))
+
+    def _warn_of_alignment(self, ratio: float) -> None:
+        if ratio > ALIGNMENT_RATIO and not self._warned:
+            self._warned = True
+            self.console.print(
+                f"warning: β·L_align is {ratio:.0f} times L_KD; above {ALIGNMENT_RATIO:.0f} it hides L_KD; lower "
+                "alignment.beta or set alignment.reduction to 'relative'"
+            )
 
     def _line(self, step: int, metrics: Mapping[str, np.ndarray]) -> str:
         parts = [f"{self.phase} {step}/{self.steps}"]

@@ -6,6 +6,8 @@ change a loss or a metric. Letters in shapes: N chunks, T loops, L layers, B bat
 vocabulary.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +34,24 @@ from melt_jax.model.sequence import (
 Sums = dict[str, Float[Array, "..."]]
 Tokens = Int[Array | np.ndarray, "B S"]
 Mask = Real[Array | np.ndarray, "B S"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How a student is compared with its teacher.
+
+    Attributes:
+      chunk_size: C of the student.
+      reduction: of the alignment. "sum": ‖o_student − o_teacher‖² per token. "relative": the same, divided by the mean
+        of ‖o_teacher‖² over the scored tokens of the sequence, for each layer and loop. None: no alignment.
+      divergence: "forward", KL(teacher ‖ student), or "reverse", KL(student ‖ teacher).
+      gradient: "full", or "chunk", which treats the entries of earlier chunks as constants.
+    """
+
+    chunk_size: int
+    reduction: str | None = None
+    divergence: str = "forward"
+    gradient: str = "full"
 
 
 class Targets(NamedTuple):
@@ -74,9 +94,8 @@ def distillation_sums(
     student: LoopedTransformer,
     teacher: LoopedTransformer,
     batch: Batch,
-    chunk_size: int,
+    settings: Distillation,
     alpha: Alpha = None,
-    align: bool = False,
     perturbation: LoopedTransformer | None = None,
     chunk_sums: Callable = chunk_sums,
 ) -> Sums:
@@ -86,23 +105,24 @@ def distillation_sums(
       student: a MELT, in the dtype of the computation.
       teacher: the frozen LoopLM; it runs on its own stream over the same tokens, in the dtype of its weights.
       batch: `Batch`.
-      chunk_size: C of the student.
+      settings: chunk, alignment, divergence and gradient.
       alpha: the transition's blend; None in the alignment phase.
-      align: also compare attention outputs.
       perturbation: receives the gradient instead of the student; see `plain_chunk_sums`.
       chunk_sums: computes the sums over chunks and their gradient; `plain_chunk_sums` is the reference.
 
     Returns:
-      Sums over scored tokens: kd [T], KL(teacher ‖ student) of each loop in nats; gate_openness [T, L]; with `alpha`
-      also alpha []; with `align` also alignment [T, L], ‖o_student − o_teacher‖².
+      Sums over scored tokens: kd [T], the KL of each loop in nats; gate_openness [T, L]; with `alpha` also alpha [];
+      with a reduction also alignment [T, L].
     """
     teacher = jax.lax.stop_gradient(teacher)
-    batch, positions = _split(batch, chunk_size)
-    targets = teacher_targets(teacher, (batch.tokens, positions, batch.segments), align)
+    batch, positions = _split(batch, settings.chunk_size)
+    targets = teacher_targets(teacher, (batch.tokens, positions, batch.segments), settings.reduction is not None)
     if alpha is not None:
         alpha = jnp.asarray(alpha, accumulation_dtype(student.dtype))
-    chunks, data = (batch, positions, targets), (teacher, alpha)
-    return _sum_over_chunks(_distillation_step, student, chunks, data, alpha is not None, perturbation, chunk_sums)
+    power = _teacher_power(targets, jnp.asarray(batch.loss_mask)) if settings.reduction == "relative" else None
+    step = functools.partial(_distillation_step, settings)
+    chunks, data = (batch, positions, targets), (teacher, alpha, power)
+    return _sum_over_chunks(step, student, chunks, data, alpha is not None, perturbation, chunk_sums)
 
 
 def transition_loss(
@@ -119,8 +139,8 @@ def transition_loss(
     sequence is one document.
     """
     batch = whole_documents(tokens, loss_mask)
-    metrics = normalize(distillation_sums(student, teacher, batch, chunk_size, alpha), scored_tokens(batch))
-    return distillation_loss(metrics)
+    sums = distillation_sums(student, teacher, batch, Distillation(chunk_size), alpha)
+    return distillation_loss(normalize(sums, scored_tokens(batch)))
 
 
 def alignment_loss(
@@ -130,20 +150,40 @@ def alignment_loss(
     loss_mask: Mask,
     beta: Float[Array, ""] | float,
     chunk_size: int,
+    reduction: str = "sum",
 ) -> Float[Array, ""]:
     """L_KD + β·L_align of phase 2 (arXiv 2605.07721); differentiable in the student's weights only.
 
-    L_align is the mean over layers, loops and scored tokens of ‖o_student − o_teacher‖². Each sequence is one document.
+    L_align is the mean over layers, loops and scored tokens of ‖o_student − o_teacher‖², reduced as in `Distillation`.
+    Each sequence is one document.
     """
     batch = whole_documents(tokens, loss_mask)
-    metrics = normalize(distillation_sums(student, teacher, batch, chunk_size, align=True), scored_tokens(batch))
-    return distillation_loss(metrics, beta)
+    sums = distillation_sums(student, teacher, batch, Distillation(chunk_size, reduction))
+    return distillation_loss(normalize(sums, scored_tokens(batch)), beta)
+
+
+def distillation_terms(
+    metrics: Sums, beta: Float[Array, ""] | float = 0.0, loops: str = "all"
+) -> dict[str, Float[Array, ""]]:
+    """The terms of the loss: "kd", L_KD, and "alignment", β·L_align, if there is an alignment metric.
+
+    Args:
+      metrics: from `distillation_sums`, sums or means per scored token.
+      beta: β.
+      loops: "all": L_KD is the mean over the loops; "last": the last loop's KL alone.
+    """
+    terms = {"kd": jnp.mean(metrics["kd"]) if loops == "all" else metrics["kd"][-1]}
+    return terms | ({"alignment": beta * jnp.mean(metrics["alignment"])} if "alignment" in metrics else {})
 
 
 def distillation_loss(metrics: Sums, beta: Float[Array, ""] | float = 0.0) -> Float[Array, ""]:
     """L_KD + β·L_align from metrics per scored token; L_KD alone if there is no alignment metric."""
-    loss = jnp.mean(metrics["kd"])
-    return loss + beta * jnp.mean(metrics["alignment"]) if "alignment" in metrics else loss
+    return sum_terms(distillation_terms(metrics, beta))
+
+
+def sum_terms(terms: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+    """The loss: the sum of its terms."""
+    return functools.reduce(jnp.add, terms.values())
 
 
 def scored_tokens(batch: Batch) -> Float[Array, ""]:
@@ -179,7 +219,8 @@ def kl_per_loop(
 ) -> Float[Array, " T"]:
     """KL(teacher's next-token distribution ‖ student's), nats, summed over the tokens of `mask`.
 
-    Only one loop's logits [B, C, V] are in memory at a time, in the backward pass too.
+    With teacher and student exchanged it is the reverse KL. Only one loop's logits [B, C, V] are in memory at a time,
+    in the backward pass too.
     """
 
     @jax.checkpoint
@@ -208,30 +249,54 @@ def cross_entropy_per_loop(
 
 
 def _distillation_step(
-    student: LoopedTransformer, cache: Cache, start: Any, data: Any, chunk: Any
+    settings: Distillation, student: LoopedTransformer, cache: Cache, start: Any, data: Any, chunk: Any
 ) -> tuple[Sums, ChunkKV, Int[Array, "B C"]]:
-    (teacher, alpha), (batch, positions, targets) = data, chunk
+    (teacher, alpha, power), (batch, positions, targets) = data, chunk
+    if settings.gradient == "chunk":
+        cache = jax.lax.stop_gradient(cache)
     out = run_chunk(student, batch.tokens, cache, start, positions=positions, segments=batch.segments, alpha=alpha)
     mask = batch.loss_mask.astype(jnp.float32)
+    pairs = (teacher, targets.hidden), (student, out.hidden)
+    (p, p_hidden), (q, q_hidden) = pairs if settings.divergence == "forward" else pairs[::-1]
     with jax.named_scope("distillation"):
         sums = {
-            "kd": kl_per_loop(teacher, student, targets.hidden, out.hidden, mask),
+            "kd": kl_per_loop(p, q, p_hidden, q_hidden, mask),
             "gate_openness": jnp.sum(out.gate_openness * mask[None, None], axis=(2, 3)),
         }
     if alpha is not None:
         sums["alpha"] = alpha * jnp.sum(mask)
     if targets.attention_output is not None:
         with jax.named_scope("alignment"):
-            sums["alignment"] = _alignment(out.attention_output, targets.attention_output, mask)
+            sums["alignment"] = _alignment(out.attention_output, targets.attention_output, mask, power)
     return sums, out.kv, out.segments
 
 
 def _alignment(
-    student: Float[Array, "T L B C D"], teacher: Float[Array, "T L B C D"], mask: Float[Array, "B C"]
+    student: Float[Array, "T L B C D"],
+    teacher: Float[Array, "T L B C D"],
+    mask: Float[Array, "B C"],
+    power: Float[Array, "T L B"] | None,
 ) -> Float[Array, "T L"]:
-    """‖o_student − o_teacher‖², summed over the tokens of `mask`."""
+    """‖o_student − o_teacher‖², divided by `power` if it is given, summed over the tokens of `mask`."""
     gap = upcast(student) - upcast(teacher)
-    return jnp.sum(jnp.square(gap) * mask[None, None, ..., None], axis=(2, 3, 4))
+    if power is None:
+        return jnp.sum(jnp.square(gap) * mask[None, None, ..., None], axis=(2, 3, 4))
+    return jnp.sum(jnp.sum(jnp.square(gap) * mask[None, None, ..., None], axis=(3, 4)) / power, axis=2)
+
+
+def _teacher_power(targets: Targets, mask: Int[Array, "N B C"]) -> Float[Array, "T L B"]:
+    """The mean of ‖o_teacher‖² over the scored tokens of each sequence, at least 1e-8."""
+    assert targets.attention_output is not None
+    mask = mask.astype(jnp.float32)
+
+    def add_chunk(total, chunk):
+        output, mask = chunk
+        return total + jnp.sum(jnp.square(upcast(output)) * mask[None, None, ..., None], axis=(3, 4)), None
+
+    zeros = jnp.zeros_like(upcast(targets.attention_output[0, :, :, :, 0, 0]))
+    total = jax.lax.scan(add_chunk, zeros, (targets.attention_output, mask))[0]
+    count = jnp.maximum(jnp.sum(mask, axis=(0, 2)), 1.0)
+    return jnp.maximum(total / count[None, None], 1e-8)
 
 
 def _pretraining_step(

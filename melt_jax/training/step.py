@@ -1,5 +1,6 @@
 """One training step: gradients of a batch in micro-batches, one update, metrics as (sum, count) pairs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from melt_jax.config import AlignmentConfig, PhaseConfig, PretrainingConfig, TransitionConfig
+from melt_jax.config import TrainConfig
 from melt_jax.data.batch import Batch
 from melt_jax.model.layout import accumulation_dtype
 from melt_jax.model.model import LoopedTransformer
@@ -24,13 +25,15 @@ from melt_jax.sharding import (
     ungroup_batch,
 )
 from melt_jax.training.objectives import (
+    Distillation,
     Sums,
-    distillation_loss,
     distillation_sums,
+    distillation_terms,
     normalize,
     pretraining_loss,
     pretraining_sums,
     scored_tokens,
+    sum_terms,
 )
 from melt_jax.training.optimizer import group_norms
 
@@ -54,15 +57,15 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The function that a phase minimizes: `loss` of the normalized sums from `sums`.
+    """The function that a phase minimizes: the sum of the terms of the normalized sums.
 
     Attributes:
       sums: `(weights, teacher, batch, step, perturbation) → sums over scored tokens`.
-      loss: `metrics → scalar`, of sums or of means per scored token; it is linear.
+      terms: `metrics → {name: scalar}`, of sums or of means per scored token; each is linear.
     """
 
     sums: Callable[[LoopedTransformer, LoopedTransformer | None, Batch, Int[Array, ""], Any], Sums]
-    loss: Callable[[Sums], Float[Array, ""]]
+    terms: Callable[[Sums], dict[str, Float[Array, ""]]]
 
 
 def init_state(params: LoopedTransformer, optimizer: optax.GradientTransformation) -> TrainState:
@@ -84,44 +87,50 @@ def transition_alpha(step: Int[Array, ""] | int, steps: int, ramp: float) -> Flo
     return jnp.clip(step / max(ramp * (steps - 1), 1.0), 0.0, 1.0)
 
 
-def pretraining_objective(phase: PretrainingConfig, chunk_size: int) -> Objective:
+def pretraining_objective(config: TrainConfig) -> Objective:
     """Ouro's objective (arXiv 2510.25741)."""
 
     def sums(weights, teacher, batch, step, perturbation):
-        return pretraining_sums(weights, batch, chunk_size, perturbation)
+        return pretraining_sums(weights, batch, config.chunk_size, perturbation)
 
-    return Objective(sums, functools.partial(pretraining_loss, entropy_bonus=phase.entropy_bonus))
+    def terms(metrics):
+        return {"pretraining": pretraining_loss(metrics, config.pretraining.entropy_bonus)}
+
+    return Objective(sums, terms)
 
 
-def transition_objective(phase: TransitionConfig, chunk_size: int) -> Objective:
+def transition_objective(config: TrainConfig) -> Objective:
     """Phase 1 of MELT (arXiv 2605.07721): L_KD, with entries blended by the α of the step."""
+    phase, settings = config.transition, distillation_settings(config)
 
     def sums(weights, teacher, batch, step, perturbation):
         alpha = transition_alpha(step, phase.steps, phase.ramp)
-        return distillation_sums(weights, teacher, batch, chunk_size, alpha, perturbation=perturbation)
+        return distillation_sums(weights, teacher, batch, settings, alpha, perturbation)
 
-    return Objective(sums, distillation_loss)
+    return Objective(sums, functools.partial(distillation_terms, loops=config.distillation.loops))
 
 
-def alignment_objective(phase: AlignmentConfig, chunk_size: int) -> Objective:
+def alignment_objective(config: TrainConfig) -> Objective:
     """Phase 2 of MELT (arXiv 2605.07721): L_KD + β·L_align."""
+    phase = config.alignment
+    settings = dataclasses.replace(distillation_settings(config), reduction=phase.reduction)
 
     def sums(weights, teacher, batch, step, perturbation):
-        return distillation_sums(weights, teacher, batch, chunk_size, align=True, perturbation=perturbation)
+        return distillation_sums(weights, teacher, batch, settings, perturbation=perturbation)
 
-    return Objective(sums, functools.partial(distillation_loss, beta=phase.beta))
+    return Objective(sums, functools.partial(distillation_terms, beta=phase.beta, loops=config.distillation.loops))
 
 
-OBJECTIVES: dict[str, Callable[[Any, int], Objective]] = {
+OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretraining": pretraining_objective,
     "transition": transition_objective,
     "alignment": alignment_objective,
 }
 
 
-def phase_objective(name: str, phase: PhaseConfig, chunk_size: int) -> Objective:
-    """The objective of the phase called `name`, one of `OBJECTIVES`."""
-    return OBJECTIVES[name](phase, chunk_size)
+def distillation_settings(config: TrainConfig) -> Distillation:
+    """The settings common to both phases; without an alignment."""
+    return Distillation(config.chunk_size, None, config.distillation.divergence, config.distillation.gradient)
 
 
 def make_train_step(
@@ -144,7 +153,7 @@ def make_train_step(
     count zero.
 
     Args:
-      objective: from `phase_objective`.
+      objective: the phase's, one of `OBJECTIVES`.
       optimizer: from `make_optimizer`.
       micro_batches: number of parts; divides each device's share of the batch.
       dtype: of the computation.
@@ -164,7 +173,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             updated = optax.apply_updates(state.params, updates), opt_state
-        metrics = _step_metrics(sums, objective.loss(sums), count, gradients)
+        metrics = _step_metrics(sums, objective.terms(sums), count, gradients)
         return _skip_unless_finite(state, updated, metrics)
 
     return jax.jit(train_step, donate_argnums=0)
@@ -177,7 +186,7 @@ def _gradients_of_parts(objective, micro_batches, weights, teacher, parts, step,
     @functools.partial(jax.grad, has_aux=True)
     def part_gradients(perturbation, batch):
         sums = objective.sums(weights, teacher, batch, step, perturbation)
-        return objective.loss(normalize(sums, count)), sums
+        return sum_terms(objective.terms(normalize(sums, count))), sums
 
     def add_part(totals, part):
         return jax.tree.map(jnp.add, totals, part_gradients(perturbation, part)), None
@@ -208,9 +217,11 @@ def _gather_at_each_use(part_gradients, params, weights, teacher, parts, step, c
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
 
 
-def _step_metrics(sums: Sums, loss: Float[Array, ""], count: Float[Array, ""], gradients: Any) -> Metrics:
+def _step_metrics(sums: Sums, terms: Sums, count: Float[Array, ""], gradients: Any) -> Metrics:
     metrics = {name: (value, count) for name, value in sums.items()}
-    metrics["loss"] = (loss, count)
+    metrics["loss"] = (sum_terms(terms), count)
+    if len(terms) > 1:
+        metrics |= {f"loss/{name}": (value, count) for name, value in terms.items()}
     norms = group_norms(gradients)
     return metrics | {f"gradient_norm/{group}": (norm, jnp.float32(1)) for group, norm in norms.items()}
 

@@ -117,7 +117,7 @@ class StepMonitor:
         self._log.advance()
         self._interval.append(metrics)
         last = self._preemption.reached() or step == self._steps
-        if step % self._log_every == 0 or last:
+        if step == 1 or step % self._log_every == 0 or last:
             self._interval, self._unread = [], (step, self._interval)
         return last
 

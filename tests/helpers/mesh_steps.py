@@ -17,8 +17,8 @@ import numpy as np
 from melt_jax.config import MeshConfig, ModelConfig
 from melt_jax.sharding import batch_sharding, local_batch_indices, make_mesh, place_batch, place_weights
 from melt_jax.training.optimizer import make_optimizer
-from melt_jax.training.step import init_state, make_train_step, phase_objective
-from tests.helpers.tiny import ALIGNMENT, OPTIMIZER, TINY, TRANSITION, make_model, random_batch
+from melt_jax.training.step import init_state, make_train_step
+from tests.helpers.tiny import ALIGNMENT, OPTIMIZER, TINY, TRANSITION, make_model, objective, random_batch
 
 CONFIG = dataclasses.replace(TINY, vocab=32, heads=8, kv_heads=8, feed_forward=24, loops=2, remat="products",
                              attention_block=4)  # fmt: skip
@@ -38,7 +38,7 @@ def one_step(
     """
     student, teacher = make_model(config), make_model(dataclasses.replace(config, gate="none"), 1)
     optimizer = make_optimizer(PHASES[phase], OPTIMIZER, student)
-    step = make_train_step(phase_objective(phase, PHASES[phase], CHUNK), optimizer, parts, "float64", gather)
+    step = make_train_step(objective(phase, PHASES[phase], CHUNK), optimizer, parts, "float64", gather)
     student, batch = jax.tree.map(jnp.copy, student), random_batch(BATCH, LENGTH)  # `init_state` donates the weights
     with jax.set_mesh(mesh):
         sharding = batch_sharding(mesh)

@@ -3,6 +3,7 @@
 Models have JAX's default float type: float64 in a test that uses the `float64` fixture, else float32.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
+from configs import base
 from melt_jax import LoopedTransformer, ModelConfig, run_sequence, to_hf_tensors
-from melt_jax.config import AlignmentConfig, OptimizerConfig, TransitionConfig
+from melt_jax.config import AlignmentConfig, OptimizerConfig, PhaseConfig, TransitionConfig, freeze
 from melt_jax.data.batch import Batch
 from melt_jax.model.model import abstract_model, reconfigure
 from melt_jax.model.sequence import SequenceOutput
+from melt_jax.training.step import OBJECTIVES, Objective
 
 TINY = ModelConfig(
     vocab=29,
@@ -34,7 +37,13 @@ TRANSITION = TransitionConfig(
     steps=4, learning_rate=1e-3, gate_learning_rate=1e-2, warmup_steps=0, final_fraction=0.1, ramp=1.0
 )
 ALIGNMENT = AlignmentConfig(
-    steps=4, learning_rate=1e-3, gate_learning_rate=1e-2, warmup_steps=0, final_fraction=0.1, beta=0.1
+    steps=4,
+    learning_rate=1e-3,
+    gate_learning_rate=1e-2,
+    warmup_steps=0,
+    final_fraction=0.1,
+    beta=0.1,
+    reduction="sum",
 )
 
 jit_run = jax.jit(run_sequence, static_argnames="chunk_size")
@@ -91,3 +100,10 @@ def random_batch(batch: int, length: int, seed: int = 0, packed: bool = True) ->
     segments = packed_segments(batch, length, seed) if packed else np.ones((batch, length), np.int32)
     mask = ((rng.random((batch, length)) < 0.66) & (segments != 0)).astype(np.int32)
     return Batch(random_tokens(batch, length, seed), segments, mask, random_tokens(batch, length, seed + 1))
+
+
+def objective(name: str, phase: PhaseConfig, chunk_size: int) -> Objective:
+    """The objective of a phase, with the base configuration's other keys."""
+    config = base.get_config()
+    config.teacher = "unused"
+    return OBJECTIVES[name](dataclasses.replace(freeze(config), chunk_size=chunk_size, **{name: phase}))

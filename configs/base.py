@@ -136,6 +136,7 @@ def get_config() -> ConfigDict:
     config.evaluation.decoding_tokens = 512  # leading tokens of each sequence on which decoding is measured; 0: none
     config.evaluation.path = ""  # tokens, records: held-out sequences, with the source and length of data
     config.evaluation.seed = 1  # of the problems and the sequences
+    config.evaluation.baselines = True  # also of the teacher, and of the teacher with one shared KV entry, untrained
     config.evaluation.sample = False  # print one worked answer
 
     return config

@@ -192,6 +192,7 @@ class EvaluationConfig:
     decoding_tokens: Annotated[CountOrZero, "leading tokens of each sequence on which decoding is measured; 0: none"]
     path: Annotated[str, "tokens, records: held-out sequences, with the source and length of data"]
     seed: Annotated[Seed, "of the problems and the sequences"]
+    baselines: Annotated[bool, "also of the teacher, and of the teacher with one shared KV entry, untrained"]
     sample: Annotated[bool, "print one worked answer"]
 
 

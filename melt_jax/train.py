@@ -114,8 +114,10 @@ def _run(
     if not pretraining:
         teacher = open_model(config.teacher, dtype=config.dtype, shardings=shardings)
         teacher = reconfigure(teacher, attention_block=config.attention_block)
-        results.measure("teacher", lambda: teacher, teacher, config)
-        results.measure("single shared KV entry, untrained", lambda: reconfigure(teacher, gate="last"), teacher, config)
+        if config.evaluation.baselines:
+            untrained = lambda: reconfigure(teacher, gate="last")
+            results.measure("teacher", lambda: teacher, teacher, config)
+            results.measure("single shared KV entry, untrained", untrained, teacher, config)
 
     # ---- phases that an earlier run has ended; their evaluation may be missing
     ended = [name for name in config.phases if broadcast_from_process_0((workdir / name / "model").exists())]

@@ -51,7 +51,7 @@ class Results:
         settings = dataclasses.asdict(evaluation) | {"chunk_size": config.chunk_size}
         if manifest := stream.fingerprints(config).get("evaluation.path"):
             settings["manifest"] = manifest
-        del settings["sample"]
+        del settings["sample"], settings["baselines"]
         measured = self._rows.get(name, {}).get("settings") == settings
         if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(measured):
             return

@@ -92,6 +92,16 @@ def test_table_shows_what_was_compared():
     assert melt.split()[5:8] == ["0.2500", "0.1250", "0.3750"]
 
 
+def test_comparison_states_the_difference_to_decoding():
+    """The two are compared on the same tokens."""
+    whole = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.25), loop_scores(1, 0.375))
+    line = "KL to the teacher 0.2500 nats per token in chunks of 8"
+    assert str(whole) == f"{line}, 0.3750 in decoding, difference +0.1250"
+    first = dataclasses.replace(whole, chunked_start=loop_scores(8, 0.5, 10))
+    assert str(first) == f"{line}; on the first tokens 0.5000, 0.3750 in decoding, difference -0.1250"
+    assert str(Comparison(loop_scores(8, 0.25), None, None)) == line
+
+
 def test_progress_prints_at_intervals_and_asks_for_preemption(monkeypatch):
     now, asked = [0.0], []
     monkeypatch.setattr(results.time, "monotonic", lambda: now[0])

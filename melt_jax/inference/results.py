@@ -59,6 +59,8 @@ class Results:
         progress = Progress(f"evaluating {name}", console)
         model = make_model()
         scores = scoring.score(model, None if model is teacher else teacher, config, progress)
+        if comparison := scores.comparison:
+            console.print(f"{name}: {comparison}", markup=False, highlight=False, soft_wrap=True)
         self._rows[name] = dataclasses.asdict(scores) | {"settings": settings}
         if jax.process_index() == 0:
             write_text(self._path, json.dumps(self._rows, indent=1))

@@ -69,6 +69,19 @@ class Comparison:
     chunked_start: LoopScores | None
     decoding: LoopScores | None
 
+    def __str__(self) -> str:
+        """One line: the KL of the last loops with the training chunk, in decoding, and their difference."""
+        of = lambda scores: "–" if scores.final_kl is None else f"{scores.final_kl:.4f}"
+        line = f"KL to the teacher {of(self.chunked)} nats per token in chunks of {self.chunked.chunk}"
+        if self.decoding is None or self.chunked_start is None:
+            return line
+        if self.chunked_start != self.chunked:
+            line += f"; on the first tokens {of(self.chunked_start)}"
+        line += f", {of(self.decoding)} in decoding"
+        if self.decoding.final_kl is None or self.chunked_start.final_kl is None:
+            return line
+        return f"{line}, difference {self.decoding.final_kl - self.chunked_start.final_kl:+.4f}"
+
 
 def compare(
     model: LoopedTransformer,

@@ -52,6 +52,17 @@ def test_perplexity_and_kl_match_the_distributions(float64):
     assert scores.tokens == BATCH.loss_mask.sum()
 
 
+@pytest.mark.slow
+def test_sweeps_bring_chunks_to_decoding(float64):
+    """KL(decoding ‖ chunks) follows its definition, falls with every sweep, and is 0 once C ≤ sweeps · (W + 1)."""
+    model = lambda sweeps: make_model(dataclasses.replace(TINY, window=1, sweeps=sweeps))
+    found = [scoring.kl_to_decoding(model(sweeps), BATCH, 6, 9) for sweeps in (1, 2, 3)]
+    start = Batch(*(field[:, :9] for field in BATCH))
+    wanted = kl(log_probabilities(model(1), start, 1), log_probabilities(model(1), start, 6), start)[-1]
+    assert found[0] == pytest.approx(wanted, rel=1e-9)
+    assert found[0] > found[1] > 1e-9 and abs(found[2]) < 1e-13
+
+
 def test_scores_do_not_depend_on_rows(float64):
     """With 2 rows the last piece is one sequence and one of padding; 16 rows are more than the batch has."""
     two, all_at_once = (scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=n) for n in (2, 16))

@@ -118,6 +118,7 @@ def perplexity_and_kl(
     chunk_size: int,
     rows: int = 16,
     before_piece: BeforePiece = silent,
+    teacher_chunk: int | None = None,
 ) -> LoopScores:
     """Perplexity of a model over a batch and its KL to a teacher, per loop.
 
@@ -128,9 +129,10 @@ def perplexity_and_kl(
       model: the model to score.
       teacher: a model with the same vocabulary, run over the same tokens with all its loops; or None.
       batch: [B, S] host arrays with targets, the same in every process.
-      chunk_size: C of the model, and of a teacher that is a MELT.
+      chunk_size: C of the model.
       rows: sequences run at a time; under a mesh a multiple of its batch groups.
       before_piece: see `answers.BeforePiece`.
+      teacher_chunk: C of a teacher that is a MELT; a divisor of `chunk_size`; None: the same.
 
     Raises:
       InputError: the vocabularies differ, or no token is scored.
@@ -146,11 +148,34 @@ def perplexity_and_kl(
         last = min(first + rows, total_rows)
         before_piece(f"chunk {chunk_size}, {length} tokens of sequences {first + 1} to {last} of {total_rows}")
         piece = _place(Batch(*(np.asarray(field)[first:last] for field in batch)), rows)
-        sums = comparison_sums(model, teacher, piece, min(chunk_size, length))
+        sums = comparison_sums(model, teacher, piece, min(chunk_size, length), teacher_chunk)
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
     perplexity = np.exp(totals["cross_entropy"] / count).tolist()
     kl = (totals["kl"] / count).tolist() if teacher is not None else []
     return LoopScores(chunk_size, count, perplexity, kl[:-1], kl[-1] if kl else None)
+
+
+def kl_to_decoding(
+    model: LoopedTransformer,
+    batch: Batch,
+    chunk_size: int,
+    decoding_tokens: int,
+    rows: int = 16,
+    before_piece: BeforePiece = silent,
+) -> float:
+    """KL(decoding ‖ chunks) between a model's own last loops, nats per token.
+
+    It is 0 up to rounding if C ≤ sweeps · (W + 1). Otherwise it measures by how much a prefill in chunks of C tokens
+    differs from token-by-token decoding, and so how far the outcome depends on where a prompt is cut.
+
+    Args:
+      model, batch, chunk_size, rows, before_piece: see `perplexity_and_kl`.
+      decoding_tokens: tokens at the start of each sequence on which it is measured.
+    """
+    start = Batch(*(np.asarray(field)[:, :decoding_tokens] for field in batch))
+    kl = perplexity_and_kl(model, model, start, chunk_size, rows, before_piece, teacher_chunk=1).final_kl
+    assert kl is not None
+    return kl
 
 
 def check_vocabularies(model: LoopedTransformer, teacher: LoopedTransformer | None) -> None:
@@ -167,9 +192,13 @@ def rows_at_a_time(config: TrainConfig) -> int:
     return config.data.batch // config.micro_batches
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size",))
+@functools.partial(jax.jit, static_argnames=("chunk_size", "teacher_chunk"))
 def comparison_sums(
-    model: LoopedTransformer, teacher: LoopedTransformer | None, batch: Batch, chunk_size: int
+    model: LoopedTransformer,
+    teacher: LoopedTransformer | None,
+    batch: Batch,
+    chunk_size: int,
+    teacher_chunk: int | None = None,
 ) -> dict[str, Float[Array, " sums"]]:
     """Sums over the scored tokens of a batch, in memory linear in the sequence.
 
@@ -184,7 +213,8 @@ def comparison_sums(
       model: the model to score.
       teacher: a model with the same vocabulary, or None.
       batch: [B, S], with targets; under a mesh split by `sharding.batch_sharding`.
-      chunk_size: C of the model and of a MELT teacher; static.
+      chunk_size: C of the model; static.
+      teacher_chunk: C of a MELT teacher, a divisor of `chunk_size`; static; None: the same.
 
     Returns:
       cross_entropy [T], nats; with a teacher kl [n + 1], nats: KL(teacher ‖ model) of each of the n loops that both
@@ -196,7 +226,10 @@ def comparison_sums(
     count, rows, _ = pieces[0].tokens.shape
     axes = batch_axes(batch.tokens)
     empty = lambda m: create_cache(m.config, rows, count * piece_size, m.dtype, batch_axes=axes)
-    teacher_chunk = piece_size if teacher is not None and teacher.config.gate == "none" else chunk_size
+    if teacher is not None and teacher.config.gate == "none":
+        teacher_chunk = piece_size
+    elif teacher_chunk is None:
+        teacher_chunk = chunk_size
 
     def piece_sums(caches, xs):
         start, (piece, positions) = xs

@@ -24,13 +24,13 @@ def get_config() -> ConfigDict:
     config.data.length = 72
     config.data.batch = 32
 
-    config.transition.steps = 100
+    config.transition.steps = 60
     config.transition.learning_rate = 1e-3
     config.transition.gate_learning_rate = 1e-2
-    config.alignment.steps = 300
+    config.alignment.steps = 180
     config.alignment.learning_rate = 1e-3
     config.alignment.gate_learning_rate = 1e-2
-    config.alignment.beta = 0.001
+    config.alignment.reduction = "relative"
 
     config.log_every = 20
     config.evaluation.problems = 256

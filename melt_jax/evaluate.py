@@ -31,7 +31,7 @@ from melt_jax.inference import scoring
 from melt_jax.inference.answers import Answers, BeforePiece, exact_answers, fresh_problems, problem_batch, silent
 from melt_jax.inference.loading import open_for_inference
 from melt_jax.inference.results import Progress, render
-from melt_jax.model.cache import bytes_per_token
+from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer, reconfigure
 
 FLAGS = flags.FLAGS
@@ -260,11 +260,13 @@ def answer_table(answers: Mapping[int, Answers], model: LoopedTransformer) -> st
         out.add_column(f"{definitions} ({count})", justify="right")
     out.add_column(f"all ({len(most.definitions)})", justify="right")
     out.add_column("cache bytes/token", justify="right")
+    out.add_column("bytes/sequence", justify="right")
     for loops, scores in answers.items():
         cells = [f"{exact:.1%} ({whole:.1%})" for _, _, exact, whole in scores.by_definitions()]
         cells.append(f"{scores.answer_exact.mean():.1%} ({scores.completion_exact.mean():.1%})")
-        size = bytes_per_token(dataclasses.replace(model.config, loops=loops), model.dtype.itemsize)
-        out.add_row(str(loops), *cells, f"{size:,}")
+        config = dataclasses.replace(model.config, loops=loops)
+        sizes = (size(config, model.dtype.itemsize) for size in (bytes_per_token, bytes_per_sequence))
+        out.add_row(str(loops), *cells, *(f"{size:,}" for size in sizes))
     return render(out)
 
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from absl import flags
 
 from melt_jax import command_line
@@ -22,7 +21,7 @@ from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
 from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, generate
 from melt_jax.inference.loading import open_for_inference
-from melt_jax.model.cache import bytes_per_token
+from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer
 
 FLAGS = flags.FLAGS
@@ -184,12 +183,13 @@ def most_new_tokens(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> in
 def summarize(generation: Generation, model: LoopedTransformer) -> str:
     """Tokens, tokens per second, size of the KV cache and mean exit loop, in two lines."""
     exits = [loop for loops in generation.exit_loops for loop in loops]
-    per_token = bytes_per_token(model.config, jnp.dtype(model.dtype).itemsize)
+    itemsize = model.dtype.itemsize
     return (
         f"{generation.prompt_tokens} prompt tokens at {generation.prefill_speed:,.0f}/s, "
         f"{generation.new_tokens} new tokens at {generation.decode_speed:,.1f}/s; "
         f"{generation.compile_seconds:.1f} s of compilation excluded\n"
-        f"KV cache {generation.cache_bytes:,} bytes, {per_token:,} bytes per token; {generation.loops} loops, "
+        f"KV cache {generation.cache_bytes:,} bytes: {bytes_per_token(model.config, itemsize):,} per token, "
+        f"{bytes_per_sequence(model.config, itemsize):,} per sequence; {generation.loops} loops, "
         f"mean exit loop {sum(exits) / len(exits):.2f}"
     )
 

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from melt_jax import command_line
+from melt_jax.analysis import figures
 from melt_jax.config import InputError
 
-FORMATS = (".png", ".svg", ".pdf")
 GRAY = "0.55"
 GROUP_COLORS = {"backbone": "0.25", "gate": "tab:red", "alpha": GRAY}
 
@@ -190,23 +190,21 @@ def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path) -> None:
 
     Args:
       workdir: the run's folder.
-      output: the file, whose suffix is one of `FORMATS`; its folder is created.
+      output: the file, whose suffix is one of `figures.FORMATS`; its folder is created.
 
     Raises:
       InputError: the suffix is unsupported, the workdir holds no run, or nothing has been logged yet.
     """
-    output = pathlib.Path(output)
-    if output.suffix not in FORMATS:
-        raise InputError(f"--output: expected a name that ends in {', '.join(FORMATS)}, found {output.name!r}")
-    figure = draw(read_run(workdir))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    figures.check_name(output)
+    figures.save(draw(read_run(workdir)), output)
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string("workdir", None, "Folder of a run of melt_jax.train.", required=True)
-    flags.DEFINE_string("output", None, f"File to write: a name that ends in {', '.join(FORMATS)}.", required=True)
+    flags.DEFINE_string(
+        "output", None, f"File to write: a name that ends in {', '.join(figures.FORMATS)}.", required=True
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -18,7 +18,7 @@ from melt_jax.config import InputError, TrainConfig
 from melt_jax.data import arithmetic, stream
 from melt_jax.data.batch import Batch
 from melt_jax.inference.answers import BeforePiece, exact_answers, fresh_problems, silent
-from melt_jax.model.cache import Cache, bytes_per_token, create_cache
+from melt_jax.model.cache import Cache, bytes_per_sequence, bytes_per_token, create_cache
 from melt_jax.model.layout import batch_axes
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer
@@ -260,6 +260,7 @@ class Scores:
       problems: number of problems.
       comparison: with the teacher; None if it was not measured.
       cache_bytes_per_token: in the dtype of the computation.
+      cache_bytes_per_sequence: the same for what a sequence needs whatever its length, the window.
       loops: T.
     """
 
@@ -268,6 +269,7 @@ class Scores:
     problems: int
     comparison: Comparison | None
     cache_bytes_per_token: int
+    cache_bytes_per_sequence: int
     loops: int
 
 
@@ -296,12 +298,14 @@ def score(
         model, teacher = scoring_weights(model, config), scoring_weights(teacher, config)
         tokens, rows = evaluation.decoding_tokens, rows_at_a_time(config)
         comparison = compare(model, teacher, batch, config.chunk_size, tokens, rows, before_piece)
+    itemsize = jnp.dtype(config.dtype).itemsize
     return Scores(
         None if answers is None else float(answers.answer_exact.mean()),
         None if answers is None else float(answers.completion_exact.mean()),
         evaluation.problems,
         comparison,
-        bytes_per_token(model.config, jnp.dtype(config.dtype).itemsize),
+        bytes_per_token(model.config, itemsize),
+        bytes_per_sequence(model.config, itemsize),
         model.config.loops,
     )
 

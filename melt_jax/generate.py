@@ -17,10 +17,10 @@ from absl import flags
 
 from melt_jax import command_line
 from melt_jax.checkpoints.orbax import default_chunk
-from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
+from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
 from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, generate
-from melt_jax.inference.loading import open_for_inference
+from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer
 
@@ -40,12 +40,7 @@ class Settings:
       max_new_tokens: per prompt; None: 512, or as many as the model has positions for.
       sampling: how tokens are selected.
       prefill_chunk: C of the prefill; None: the chunk that a MELT was trained with, or 512.
-      loops: T.
-      exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
-      window: W of a MELT.
-      sweeps: of a MELT.
-      gate: a gate variant; "none": the LoopLM inside a MELT.
-      dtype: of weights and KV entries.
+      changes: values that replace the checkpoint's.
     """
 
     checkpoint: str
@@ -55,12 +50,7 @@ class Settings:
     max_new_tokens: int | None = None
     sampling: Sampling = GREEDY
     prefill_chunk: int | None = None
-    loops: int | None = None
-    exit_threshold: float | None = None
-    window: int | None = None
-    sweeps: int | None = None
-    gate: str | None = None
-    dtype: str | None = None
+    changes: ModelChanges = UNCHANGED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +84,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill chunk. Default: a MELT's training chunk, or 512.")
     flags.DEFINE_integer("loops", None, "Number of loops, T. Default: the checkpoint's.")
-    flags.DEFINE_float(
-        "exit_threshold",
-        None,
-        "Cumulative exit probability at which a loop's logits are used; 1: the last loop's. Default: the checkpoint's.",
-    )
-    flags.DEFINE_integer("window", None, "W of a MELT. Default: the checkpoint's.")
-    flags.DEFINE_integer("sweeps", None, "Sweeps of a MELT's chunks. Default: the checkpoint's.")
-    flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
-    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
+    define_model_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -114,9 +96,9 @@ def main(argv: list[str]) -> None:
     if not prompts:
         raise InputError("--prompt, --prompts_file: expected at least one prompt, found none")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    names = {field.name for field in dataclasses.fields(Settings)} - {"prompts", "sampling"}
+    names = {field.name for field in dataclasses.fields(Settings)} - {"prompts", "sampling", "changes"}
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    settings = Settings(prompts=prompts, sampling=sampling, **values)
+    settings = Settings(prompts=prompts, sampling=sampling, changes=read_model_flags(FLAGS.loops), **values)
     streams = len(prompts) == 1
     texts = generate_text(settings, _write if streams else None)
     if streams:
@@ -140,15 +122,7 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
     """
     if on_text and len(settings.prompts) != 1:
         raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
-    model = open_for_inference(
-        settings.checkpoint,
-        settings.gate,
-        settings.dtype,
-        settings.loops,
-        settings.exit_threshold,
-        settings.window,
-        settings.sweeps,
-    )
+    model = open_for_inference(settings.checkpoint, settings.changes)
     tokenizer = Tokenizer(settings.checkpoint)
     prompts = [encode_prompt(tokenizer, text, settings.chat, settings.thinking) for text in settings.prompts]
     new_tokens, chunk = settings.max_new_tokens, settings.prefill_chunk

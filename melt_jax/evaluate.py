@@ -1,4 +1,4 @@
-"""Scores a model folder: exact answers to arithmetic problems; perplexity and KL to a teacher per loop.
+"""Scores a model folder: exact answers to arithmetic problems; perplexity and KL to a teacher; openness of gates.
 
     python -m melt_jax.evaluate --checkpoint=runs/nano/alignment/model --teacher=melt_jax/assets/ouro_nano
     python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=F.npz --rows=1
@@ -153,6 +153,8 @@ def evaluate_checkpoint(
         comparisons[loops] = scoring.compare(changed, teacher, batch, chunk, tokens, rows, before_piece)
         if show:
             show(loop_table(comparisons[loops], loops, tokens))
+            if changed.config.gate != "none":
+                show(gate_table(comparisons[loops].decoding or comparisons[loops].chunked))
     return Evaluation(answers, comparisons)
 
 
@@ -264,6 +266,18 @@ def loop_table(comparison: scoring.Comparison, loops: int, decoding_tokens: int)
     if chunked.final_kl is not None:
         add("KL of the last loops", "", lambda scores: scores.final_kl)
     return render(out)
+
+
+def gate_table(scores: scoring.LoopScores) -> str:
+    """Gate openness: a row per loop, a column per layer."""
+    title = f"gate openness, mean of 1 − z, chunk {scores.chunk}, {scores.tokens} tokens; columns: layers"
+    out = Table(title=title, box=None, title_justify="left", pad_edge=False)
+    out.add_column("loop")
+    for layer in range(len(scores.gate_openness[0])):
+        out.add_column(str(layer + 1), justify="right")
+    for loop, layers in enumerate(scores.gate_openness):
+        out.add_row(str(loop + 1), *(f"{value:.2f}" for value in layers))
+    return render(out, width=8 + 7 * len(scores.gate_openness[0]))
 
 
 if __name__ == "__main__":

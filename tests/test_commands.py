@@ -139,7 +139,7 @@ def test_evaluate_reads_what_prepare_writes(tmp_path):
 
 
 def test_evaluate_takes_several_numbers_of_loops(tmp_path):
-    """Each has a table of scores; a number that guidance excludes is an error."""
+    """Each has a table of scores and one of the gates; a number that guidance excludes is an error."""
     data = tmp_path / "tokens.npy"
     np.save(data, np.arange(24, dtype=np.int32).reshape(2, 12) % 7)
     flags = (f"--data={data}", "--task=tokens", "--loops=1,3", "--decoding_tokens=0")
@@ -148,4 +148,5 @@ def test_evaluate_takes_several_numbers_of_loops(tmp_path):
     lines = evaluated[1].splitlines()
     assert evaluated[0] == 0, evaluated
     assert [line.split()[0] for line in lines if " loops, 22 scored tokens" in line] == ["1", "3"]
+    assert sum(line.startswith("gate openness") for line in lines) == 2
     assert guided[:2] == [1, ""] and "guidance: expected 0 with one loop, found 0.2" in guided[2]

@@ -271,13 +271,13 @@ def loop_table(comparison: scoring.Comparison, loops: int, decoding_tokens: int)
 def gate_table(scores: scoring.LoopScores) -> str:
     """Gate openness: a row per loop, a column per layer."""
     title = f"gate openness, mean of 1 − z, chunk {scores.chunk}, {scores.tokens} tokens; columns: layers"
-    out = Table(title=title, box=None, title_justify="left", pad_edge=False)
+    out = Table(box=None, pad_edge=False)
     out.add_column("loop")
     for layer in range(len(scores.gate_openness[0])):
         out.add_column(str(layer + 1), justify="right")
     for loop, layers in enumerate(scores.gate_openness):
         out.add_row(str(loop + 1), *(f"{value:.2f}" for value in layers))
-    return render(out, width=8 + 7 * len(scores.gate_openness[0]))
+    return f"{title}\n{render(out, width=8 + 7 * len(scores.gate_openness[0]))}"
 
 
 if __name__ == "__main__":

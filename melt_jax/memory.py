@@ -77,13 +77,13 @@ def size_table(models: Sequence[Model], length: int) -> str:
 
 def grid_table(title: str, models: Sequence[Model], columns: Sequence[str], value: Callable[[Model, int], str]) -> str:
     """A table with a row per model; `value(model, i)` is the cell of column i."""
-    out = Table(title=title, box=None, title_justify="left", pad_edge=False)
+    out = Table(box=None, pad_edge=False)
     out.add_column("model")
     for heading in columns:
         out.add_column(heading, justify="right")
     for model in models:
         out.add_row(model.name, *(value(model, i) for i in range(len(columns))))
-    return render(out)
+    return f"{title}\n{render(out)}"
 
 
 def tables(models: Sequence[Model], length: int, loops: Sequence[int], lengths: Sequence[int]) -> str:

@@ -148,5 +148,5 @@ def test_evaluate_takes_several_numbers_of_loops(tmp_path):
     lines = evaluated[1].splitlines()
     assert evaluated[0] == 0, evaluated
     assert [line.split()[0] for line in lines if " loops, 22 scored tokens" in line] == ["1", "3"]
-    assert sum(line.startswith("gate openness") for line in lines) == 2
+    assert sum(line.startswith("gate openness, mean of 1 − z, chunk ") for line in lines) == 2
     assert guided[:2] == [1, ""] and "guidance: expected 0 with one loop, found 0.2" in guided[2]

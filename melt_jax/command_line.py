@@ -78,6 +78,18 @@ def config_overrides() -> list[tuple[str, str]]:
     return [(key, text) for key, _, text in (override.partition("=") for override in overrides)]
 
 
+def read_numbers(name: str) -> list[int]:
+    """The values of a list flag whose elements are integers, at least 1.
+
+    Raises:
+      InputError: the list is empty or an element is something else.
+    """
+    words: list[str] = flags.FLAGS[name].value or []
+    if not words or not all(re.fullmatch(r"0*[1-9]\d*", word) for word in words):
+        raise InputError(f"--{name}: expected integers, at least 1, such as 1,2,4, found {','.join(words)!r}")
+    return [int(word) for word in words]
+
+
 def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """The ConfigDict of a recipe's `get_config()`, with overrides.
 

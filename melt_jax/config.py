@@ -69,6 +69,9 @@ class ModelConfig:
     window: Annotated[CountOrZero, "W, tokens before a query that it sees through entries of its own loop"] = 0
     sweeps: Annotated[Count, "times that a chunk's loops run; from the second on they see final entries"] = 1
     exit_threshold: Annotated[PositiveOrZero, "cumulative exit probability that ends the loops; 1: loop T"] = 1.0
+    guidance: Annotated[
+        PositiveOrZero, "w of LoopCD: generation takes z_T + w (z_T − z_1), logits of loops; 0: off"
+    ] = 0.0
     bos: Annotated[int | None, Range(0), "token id that begins a sequence, for config.json"] = None
     eos: Annotated[int | None, Range(0), "token id that ends a sequence, for config.json"] = None
     pad: Annotated[int | None, Range(0), "token id of padding, for config.json"] = None
@@ -305,6 +308,14 @@ def _head_width_is_even(values):
         yield f"model.head_width: expected an even number, because RoPE pairs components, found {found}"
 
 
+def _guidance_has_two_loops(values):
+    loops, threshold = values["model.loops"], values["model.exit_threshold"]
+    if (guidance := values["model.guidance"]) and loops == 1:
+        yield f"model.guidance: expected 0 with one loop, found {guidance}"
+    if guidance and threshold < 1:
+        yield f"model.guidance: expected 0 with an early exit (exit_threshold {threshold}), found {guidance}"
+
+
 CHECKS = (
     _phases_are_in_order,
     _teacher_is_given,
@@ -316,6 +327,7 @@ CHECKS = (
     _warmup_ends_within_the_phase,
     _kv_heads_divide_heads,
     _head_width_is_even,
+    _guidance_has_two_loops,
 )
 
 

@@ -1,4 +1,4 @@
-"""Scores a model folder: exact answers to arithmetic problems; perplexity and KL to a teacher per loop.
+"""Scores a model folder: exact answers to arithmetic problems; perplexity and KL to a teacher; openness of gates.
 
     python -m melt_jax.evaluate --checkpoint=runs/nano/alignment/model --teacher=melt_jax/assets/ouro_nano
     python -m melt_jax.evaluate --checkpoint=DIR --teacher=DIR --task=tokens --data=F.npz --rows=1
@@ -6,7 +6,7 @@
 
 Perplexity and KL are measured with chunks of --chunk_size tokens over whole sequences, and in decoding (chunk 1) over
 the first --decoding_tokens of each. The difference between the two on the same tokens is the training-inference gap.
---all_loops also answers the problems with 1, 2, … T loops.
+--loops=1,2,4,8 evaluates the model with each of these numbers of loops.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from melt_jax import command_line
 from melt_jax.checkpoints.orbax import default_chunk, open_model
-from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
+from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.arithmetic import NAMES, VOCABULARY, Problem
 from melt_jax.data.arithmetic_tokenizer import tokenizer_errors
 from melt_jax.data.batch import Batch
@@ -29,9 +29,9 @@ from melt_jax.data.records import open_records, read_manifest, record_errors
 from melt_jax.data.token_files import open_tokens, token_errors
 from melt_jax.inference import scoring
 from melt_jax.inference.answers import Answers, BeforePiece, exact_answers, fresh_problems, problem_batch, silent
-from melt_jax.inference.loading import open_for_inference
+from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
 from melt_jax.inference.results import Progress, render
-from melt_jax.model.cache import bytes_per_token
+from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer, reconfigure
 
 FLAGS = flags.FLAGS
@@ -55,13 +55,8 @@ class Settings:
       low, high: fewest and most definitions per problem.
       seed: of the problems.
       chunk_size: C of prefill and scoring; None: the chunk that a MELT was trained with, or 512.
-      loops: T.
-      all_loops: answer the problems with 1, 2, … T loops.
-      exit_threshold: cumulative exit probability at which answers use a loop's logits; 1: the last loop's.
-      window: W of a MELT.
-      sweeps: of a MELT.
-      gate: a gate variant; "none": the LoopLM inside a MELT.
-      dtype: of weights and KV entries.
+      loops: numbers of loops, T, with each of which the model is evaluated; None: the checkpoint's.
+      changes: other values that replace the checkpoint's; exit threshold and guidance affect answers only.
     """
 
     checkpoint: str
@@ -77,25 +72,20 @@ class Settings:
     high: int = 5
     seed: int = 1
     chunk_size: int | None = None
-    loops: int | None = None
-    all_loops: bool = False
-    exit_threshold: float | None = None
-    window: int | None = None
-    sweeps: int | None = None
-    gate: str | None = None
-    dtype: str | None = None
+    loops: Sequence[int] | None = None
+    changes: ModelChanges = UNCHANGED
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The scores of a checkpoint: {loops: `Answers`}, empty for the task "tokens", and perplexity and KL."""
+    """The scores of a checkpoint by number of loops: `Answers` (none for the task "tokens"), and perplexity and KL."""
 
     answers: dict[int, Answers]
-    comparison: scoring.Comparison
+    comparisons: dict[int, scoring.Comparison]
 
 
 def define_flags() -> None:
-    """Defines the command's flags: one for each field of `Settings`, with its default."""
+    """Defines the command's flags: those of the model, and one for each other field of `Settings`, with its default."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
     integer = lambda name, text: flags.DEFINE_integer(name, defaults[name], text)
     flags.DEFINE_string("checkpoint", None, "Model folder, in published or Orbax form.", required=True)
@@ -111,24 +101,20 @@ def define_flags() -> None:
     integer("high", "Most definitions per problem.")
     integer("seed", "Seed of the problems.")
     integer("chunk_size", "Tokens per chunk of prefill and scoring. Default: a MELT's training chunk, or 512.")
-    integer("loops", "Number of loops, T. Default: the checkpoint's.")
-    flags.DEFINE_boolean("all_loops", False, "Answer the problems with 1, 2, … T loops.")
-    flags.DEFINE_float(
-        "exit_threshold",
-        None,
-        "Cumulative exit probability at which answers use a loop's logits; 1: loop T's. Default: the checkpoint's.",
+    flags.DEFINE_list(
+        "loops", None, "Numbers of loops, T, with each of which the model is evaluated. Default: the checkpoint's."
     )
-    flags.DEFINE_integer("window", None, "W of a MELT. Default: the checkpoint's.")
-    flags.DEFINE_integer("sweeps", None, "Sweeps of a MELT's chunks. Default: the checkpoint's.")
-    flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
-    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
+    define_model_flags()
 
 
 def main(argv: list[str]) -> None:
     """Reads the flags, evaluates and prints."""
     del argv
-    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
-    evaluate_checkpoint(Settings(**values), show=print, before_piece=Progress("evaluating", Console(stderr=True)))
+    names = {field.name for field in dataclasses.fields(Settings)} - {"loops", "changes"}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    loops = None if FLAGS.loops is None else command_line.read_numbers("loops")
+    settings = Settings(loops=loops, changes=read_model_flags(), **values)
+    evaluate_checkpoint(settings, show=print, before_piece=Progress("evaluating", Console(stderr=True)))
 
 
 def evaluate_checkpoint(
@@ -146,32 +132,30 @@ def evaluate_checkpoint(
     """
     if errors := settings_errors(settings):
         raise InputError("\n".join(errors))
-    model = open_for_inference(
-        settings.checkpoint,
-        settings.gate,
-        settings.dtype,
-        settings.loops,
-        settings.exit_threshold,
-        settings.window,
-        settings.sweeps,
-    )
-    teacher = open_model(settings.teacher, dtype=settings.dtype) if settings.teacher else None
+    model = open_for_inference(settings.checkpoint, settings.changes)
+    models = {loops: reconfigure(model, loops=loops) for loops in settings.loops or (model.config.loops,)}
+    teacher = open_model(settings.teacher, dtype=settings.changes.dtype) if settings.teacher else None
     scoring.check_vocabularies(model, teacher)
     chunk = settings.chunk_size
     chunk = default_chunk(settings.checkpoint, model.config) if chunk is None else chunk
-    answers = {}
+    answers, comparisons = {}, {}
     if settings.task == "arithmetic":
         problems = read_problems(settings, model.config)
-        answers = answer_problems(model, problems, chunk, settings.all_loops, before_piece)
+        for loops, changed in models.items():
+            answers[loops] = exact_answers(changed, problems, chunk, before_piece=before_piece)
         if show:
             show(answer_table(answers, model))
         batch = problem_batch(problems[: settings.sequences])
     else:
         batch = read_batch(settings, model.config)
-    comparison = scoring.compare(model, teacher, batch, chunk, settings.decoding_tokens, settings.rows, before_piece)
-    if show:
-        show(loop_table(comparison, settings.decoding_tokens))
-    return Evaluation(answers, comparison)
+    tokens, rows = settings.decoding_tokens, settings.rows
+    for loops, changed in models.items():
+        comparisons[loops] = scoring.compare(changed, teacher, batch, chunk, tokens, rows, before_piece)
+        if show:
+            show(loop_table(comparisons[loops], loops, tokens))
+            if changed.config.gate != "none":
+                show(gate_table(comparisons[loops].decoding or comparisons[loops].chunked))
+    return Evaluation(answers, comparisons)
 
 
 def settings_errors(settings: Settings) -> list[str]:
@@ -235,21 +219,6 @@ def read_batch(settings: Settings, config: ModelConfig) -> Batch:
     return Batch(*(np.stack(field) for field in zip(*first)))
 
 
-def answer_problems(
-    model: LoopedTransformer,
-    problems: Sequence[Problem],
-    chunk_size: int,
-    all_loops: bool,
-    before_piece: BeforePiece = silent,
-) -> dict[int, Answers]:
-    """{loops: answers} of a model with its own number of loops, or with 1, 2, … T loops if `all_loops` is set."""
-    most = model.config.loops
-    return {
-        loops: exact_answers(reconfigure(model, loops=loops), problems, chunk_size, before_piece=before_piece)
-        for loops in (range(1, most + 1) if all_loops else (most,))
-    }
-
-
 def answer_table(answers: Mapping[int, Answers], model: LoopedTransformer) -> str:
     """Exact answers by number of definitions, a row per number of loops."""
     title = "exact answers (whole completions), greedy, by definitions (problems)"
@@ -260,18 +229,20 @@ def answer_table(answers: Mapping[int, Answers], model: LoopedTransformer) -> st
         out.add_column(f"{definitions} ({count})", justify="right")
     out.add_column(f"all ({len(most.definitions)})", justify="right")
     out.add_column("cache bytes/token", justify="right")
+    out.add_column("bytes/sequence", justify="right")
     for loops, scores in answers.items():
         cells = [f"{exact:.1%} ({whole:.1%})" for _, _, exact, whole in scores.by_definitions()]
         cells.append(f"{scores.answer_exact.mean():.1%} ({scores.completion_exact.mean():.1%})")
-        size = bytes_per_token(dataclasses.replace(model.config, loops=loops), model.dtype.itemsize)
-        out.add_row(str(loops), *cells, f"{size:,}")
+        config = dataclasses.replace(model.config, loops=loops)
+        sizes = (size(config, model.dtype.itemsize) for size in (bytes_per_token, bytes_per_sequence))
+        out.add_row(str(loops), *cells, *(f"{size:,}" for size in sizes))
     return render(out)
 
 
-def loop_table(comparison: scoring.Comparison, decoding_tokens: int) -> str:
-    """Perplexity and KL per loop: chunked, in decoding, and the gap between the two on the same tokens."""
+def loop_table(comparison: scoring.Comparison, loops: int, decoding_tokens: int) -> str:
+    """Perplexity and KL per loop of a model with T loops: chunked, in decoding, and the gap on the same tokens."""
     chunked, start, decoding = comparison.chunked, comparison.chunked_start, comparison.decoding
-    title = f"per loop, {chunked.tokens} scored tokens"
+    title = f"{loops} loops, {chunked.tokens} scored tokens"
     columns = {f"chunk {chunked.chunk}": chunked}
     if start is not None and decoding is not None:
         if start != chunked:
@@ -295,6 +266,18 @@ def loop_table(comparison: scoring.Comparison, decoding_tokens: int) -> str:
     if chunked.final_kl is not None:
         add("KL of the last loops", "", lambda scores: scores.final_kl)
     return render(out)
+
+
+def gate_table(scores: scoring.LoopScores) -> str:
+    """Gate openness: a row per loop, a column per layer."""
+    title = f"gate openness, mean of 1 − z, chunk {scores.chunk}, {scores.tokens} tokens; columns: layers"
+    out = Table(box=None, pad_edge=False)
+    out.add_column("loop")
+    for layer in range(len(scores.gate_openness[0])):
+        out.add_column(str(layer + 1), justify="right")
+    for loop, layers in enumerate(scores.gate_openness):
+        out.add_row(str(loop + 1), *(f"{value:.2f}" for value in layers))
+    return f"{title}\n{render(out, width=8 + 7 * len(scores.gate_openness[0]))}"
 
 
 if __name__ == "__main__":

@@ -13,16 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from absl import flags
 
 from melt_jax import command_line
 from melt_jax.checkpoints.orbax import default_chunk
-from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
+from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
 from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, generate
-from melt_jax.inference.loading import open_for_inference
-from melt_jax.model.cache import bytes_per_token
+from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
+from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer
 
 FLAGS = flags.FLAGS
@@ -41,12 +40,7 @@ class Settings:
       max_new_tokens: per prompt; None: 512, or as many as the model has positions for.
       sampling: how tokens are selected.
       prefill_chunk: C of the prefill; None: the chunk that a MELT was trained with, or 512.
-      loops: T.
-      exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
-      window: W of a MELT.
-      sweeps: of a MELT.
-      gate: a gate variant; "none": the LoopLM inside a MELT.
-      dtype: of weights and KV entries.
+      changes: values that replace the checkpoint's.
     """
 
     checkpoint: str
@@ -56,12 +50,7 @@ class Settings:
     max_new_tokens: int | None = None
     sampling: Sampling = GREEDY
     prefill_chunk: int | None = None
-    loops: int | None = None
-    exit_threshold: float | None = None
-    window: int | None = None
-    sweeps: int | None = None
-    gate: str | None = None
-    dtype: str | None = None
+    changes: ModelChanges = UNCHANGED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +84,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("prefill_chunk", None, "Tokens per prefill chunk. Default: a MELT's training chunk, or 512.")
     flags.DEFINE_integer("loops", None, "Number of loops, T. Default: the checkpoint's.")
-    flags.DEFINE_float(
-        "exit_threshold",
-        None,
-        "Cumulative exit probability at which a loop's logits are used; 1: the last loop's. Default: the checkpoint's.",
-    )
-    flags.DEFINE_integer("window", None, "W of a MELT. Default: the checkpoint's.")
-    flags.DEFINE_integer("sweeps", None, "Sweeps of a MELT's chunks. Default: the checkpoint's.")
-    flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
-    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
+    define_model_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -115,9 +96,9 @@ def main(argv: list[str]) -> None:
     if not prompts:
         raise InputError("--prompt, --prompts_file: expected at least one prompt, found none")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
-    names = {field.name for field in dataclasses.fields(Settings)} - {"prompts", "sampling"}
+    names = {field.name for field in dataclasses.fields(Settings)} - {"prompts", "sampling", "changes"}
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    settings = Settings(prompts=prompts, sampling=sampling, **values)
+    settings = Settings(prompts=prompts, sampling=sampling, changes=read_model_flags(FLAGS.loops), **values)
     streams = len(prompts) == 1
     texts = generate_text(settings, _write if streams else None)
     if streams:
@@ -141,15 +122,7 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
     """
     if on_text and len(settings.prompts) != 1:
         raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
-    model = open_for_inference(
-        settings.checkpoint,
-        settings.gate,
-        settings.dtype,
-        settings.loops,
-        settings.exit_threshold,
-        settings.window,
-        settings.sweeps,
-    )
+    model = open_for_inference(settings.checkpoint, settings.changes)
     tokenizer = Tokenizer(settings.checkpoint)
     prompts = [encode_prompt(tokenizer, text, settings.chat, settings.thinking) for text in settings.prompts]
     new_tokens, chunk = settings.max_new_tokens, settings.prefill_chunk
@@ -184,12 +157,13 @@ def most_new_tokens(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> in
 def summarize(generation: Generation, model: LoopedTransformer) -> str:
     """Tokens, tokens per second, size of the KV cache and mean exit loop, in two lines."""
     exits = [loop for loops in generation.exit_loops for loop in loops]
-    per_token = bytes_per_token(model.config, jnp.dtype(model.dtype).itemsize)
+    itemsize = model.dtype.itemsize
     return (
         f"{generation.prompt_tokens} prompt tokens at {generation.prefill_speed:,.0f}/s, "
         f"{generation.new_tokens} new tokens at {generation.decode_speed:,.1f}/s; "
         f"{generation.compile_seconds:.1f} s of compilation excluded\n"
-        f"KV cache {generation.cache_bytes:,} bytes, {per_token:,} bytes per token; {generation.loops} loops, "
+        f"KV cache {generation.cache_bytes:,} bytes: {bytes_per_token(model.config, itemsize):,} per token, "
+        f"{bytes_per_sequence(model.config, itemsize):,} per sequence; {generation.loops} loops, "
         f"mean exit loop {sum(exits) / len(exits):.2f}"
     )
 

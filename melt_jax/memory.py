@@ -1,116 +1,167 @@
-"""Compares the temporary memory of the training gradient with that of plain differentiation, as reported by XLA.
+"""Prints the memory of generation: weights and KV cache of Ouro, its MELTs and Qwen3, or of a model folder.
 
-Plain differentiation of the scan over chunks keeps a copy of the cache for every chunk, so its memory grows with the
-square of the sequence length; `model.sequence.chunk_sums` keeps one copy. Both gradients are compiled, not run, and
-include the teacher's pass.
+    python -m melt_jax.memory                                     at 32,000 tokens, beside the MELT paper's figures
+    python -m melt_jax.memory --length=10000 --windows=16,256 --output=memory.png
+    python -m melt_jax.memory --checkpoint=FOLDER                 a LoopLM or MELT of your own, beside the other
 
-    python -m melt_jax.memory                    both phases, 4 to 32 chunks, about two minutes
-    python -m melt_jax.memory --chunks=4,8 --phases=alignment --remat=layer
+The figures are for one sequence and 2 bytes per number. They are computed from configs: no model is loaded, and a
+sequence may be longer than the model's positions. The activations of a step are left out.
 """
 
-import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from absl import flags
+from matplotlib.figure import Figure
+from rich.table import Table
 
 from melt_jax import command_line
-from melt_jax.config import InputError, ModelConfig
-from melt_jax.data.batch import Batch
-from melt_jax.model.model import init_model
-from melt_jax.model.sequence import chunk_sums, plain_chunk_sums
-from melt_jax.training.objectives import Distillation, distillation_loss, distillation_sums, normalize, scored_tokens
+from melt_jax.analysis import figures
+from melt_jax.analysis.memory import PAPER, PAPER_LENGTH, Model, looplm_and_melts, published_models
+from melt_jax.checkpoints.published_config import read_config
+from melt_jax.config import InputError
+from melt_jax.inference.results import render
 
-PHASES = {"transition": (None, 0.5), "alignment": ("sum", None)}  # (reduction, α)
-CHUNKS = (4, 8, 16, 20, 32)
-
-# Ouro's proportions at a sixteenth of its width: K·E = D and several layers, for the same share of KV entries.
-MINIATURE = ModelConfig(
-    vocab=512, width=128, layers=6, loops=4, heads=4, kv_heads=4, head_width=32, feed_forward=352, gate="elementwise"
-)
+FLAGS = flags.FLAGS
+LOOPS = (1, 2, 4, 8, 16)
+LENGTHS = (1_000, 4_000, 16_000, 32_000, 64_000, 128_000)
+WINDOWS = (50, 128)
 
 
-def temporary_bytes(
-    config: ModelConfig, phase: str, batch: int, chunk: int, chunks: int, mechanism: Callable[..., Any] = chunk_sums
-) -> int:
-    """The bytes that the compiled gradient of a phase's loss needs besides its arguments and results.
+def models_of(checkpoint: str | None, windows: Sequence[int]) -> list[Model]:
+    """The models of the tables: Ouro, its MELTs and Qwen3; or a folder's model as a LoopLM and as a MELT.
 
     Args:
-      config: `ModelConfig` of the student, with a gate; the teacher is the LoopLM of the same shapes. Both are float32.
-      phase: a key of `PHASES`.
-      batch: B, sequences.
-      chunk: C, tokens.
-      chunks: number of chunks in a sequence.
-      mechanism: `chunk_sums` or `plain_chunk_sums`.
-    """
-    abstract = lambda config: jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    tokens: Any = jax.ShapeDtypeStruct((batch, chunk * chunks), jnp.int32)
-
-    def loss(student, teacher, batch):
-        reduction, alpha = PHASES[phase]
-        settings = Distillation(chunk, reduction)
-        sums = distillation_sums(student, teacher, batch, settings, alpha, chunk_sums=mechanism)
-        return distillation_loss(normalize(sums, scored_tokens(batch)), beta=0.1)
-
-    arguments = abstract(config), abstract(dataclasses.replace(config, gate="none")), Batch(tokens, tokens, tokens)
-    analysis: Any = jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis()
-    return analysis.temp_size_in_bytes
-
-
-def print_table(config: ModelConfig, phases: Sequence[str], batch: int, chunk: int, counts: Sequence[int]) -> None:
-    """Compiles and prints a line per phase and number of chunks.
-
-    Args:
-      config: `ModelConfig` of the student.
-      phases: keys of `PHASES`.
-      batch: B, sequences.
-      chunk: C, tokens.
-      counts: numbers of chunks.
+      checkpoint: a model folder, in published or Orbax form, or None.
+      windows: W of the MELTs with a window. That of a folder's MELT is added.
 
     Raises:
-      InputError: a phase is unknown or a number is below 1.
+      InputError: the folder holds no model.
     """
-    if unknown := [phase for phase in phases if phase not in PHASES]:
-        raise InputError(f"phases: expected some of {', '.join(PHASES)}, found {', '.join(unknown)}")
-    if not counts or min(batch, chunk, *counts) < 1:
-        raise InputError(f"chunks, chunk_size, batch: expected at least 1, found {[*counts]}, {chunk} and {batch}")
-    print(
-        f"temporary memory of one gradient, MB (1e6 bytes), float32: {config.layers} layers, {config.loops} loops, "
-        f"width {config.width}, chunks of {chunk} tokens, {batch} sequence(s), remat {config.remat!r}"
+    if checkpoint is None:
+        return published_models(sorted(windows))
+    config = read_config(checkpoint)
+    gate = "elementwise" if config.gate == "none" else config.gate
+    return looplm_and_melts(config, ("LoopLM", "MELT"), sorted({*windows, config.window} - {0}), gate)
+
+
+def unit_of(models: Sequence[Model], length: int) -> tuple[str, float]:
+    """The unit of sizes and its bytes: GB (10⁹), or MB (10⁶) for small models."""
+    return ("GB", 1e9) if max(model.total(length) for model in models) >= 1e9 else ("MB", 1e6)
+
+
+def size_table(models: Sequence[Model], length: int) -> str:
+    """Bytes per token and sequence, cache, weights and total at a length, beside the paper's figures."""
+    unit, size = unit_of(models, length)
+    has_paper = any(model.name in PAPER for model in models)
+    out = Table(title=f"one sequence of {length:,} tokens", box=None, title_justify="left", pad_edge=False)
+    out.add_column("model")
+    headings = ["loops", "bytes/token", "bytes/sequence", f"cache, {unit}", f"weights, {unit}", f"total, {unit}"]
+    if has_paper:
+        headings += [f"paper at {PAPER_LENGTH:,}: MB/token", "cache, GB", "weights, GB", "total, GB"]
+    for heading in headings:
+        out.add_column(heading, justify="right")
+    for model in models:
+        cells = [str(model.config.loops), f"{model.per_token:,}", f"{model.per_sequence:,}"]
+        cells += [
+            f"{model.cache(length) / size:.2f}",
+            f"{model.weights / size:.3f}",
+            f"{model.total(length) / size:.2f}",
+        ]
+        if has_paper:
+            paper = PAPER.get(model.name)
+            cells += [f"{value:g}" for value in paper] if paper else ["–"] * 4
+        out.add_row(model.name, *cells)
+    return render(out)
+
+
+def grid_table(title: str, models: Sequence[Model], columns: Sequence[str], value: Callable[[Model, int], str]) -> str:
+    """A table with a row per model; `value(model, i)` is the cell of column i."""
+    out = Table(box=None, pad_edge=False)
+    out.add_column("model")
+    for heading in columns:
+        out.add_column(heading, justify="right")
+    for model in models:
+        out.add_row(model.name, *(value(model, i) for i in range(len(columns))))
+    return f"{title}\n{render(out)}"
+
+
+def tables(models: Sequence[Model], length: int, loops: Sequence[int], lengths: Sequence[int]) -> str:
+    """Three tables: sizes at a length; the total against T; the total against the length.
+
+    Args:
+      models: see `models_of`.
+      length: S of the first two tables, in tokens.
+      loops: T of each column of the second table; the others have each model's own T.
+      lengths: S of each column of the third table, in tokens.
+    """
+    unit, size = unit_of(models, length)
+    by_loops = grid_table(
+        f"weights and cache, {unit}, at {length:,} tokens, by loops",
+        models,
+        [str(count) for count in loops],
+        lambda model, i: f"{model.with_loops(loops[i]).total(length) / size:.2f}",
     )
-    print(f"{'phase':<12}{'chunks':>8}{'tokens':>8}{'plain':>12}{'melt_jax':>12}{'of plain':>10}{'growth':>9}")
-    for phase in phases:
-        before: dict[float, int] = {}
-        for count in counts:
-            plain = temporary_bytes(config, phase, batch, chunk, count, plain_chunk_sums)
-            ours = before[count] = temporary_bytes(config, phase, batch, chunk, count)
-            growth = f"x {ours / before[count / 2]:.2f}" if count / 2 in before else ""
-            sizes = f"{plain / 1e6:>12.1f}{ours / 1e6:>12.1f}{ours / plain:>10.1%}"
-            print(f"{phase:<12}{count:>8}{count * chunk:>8}{sizes}{growth:>9}", flush=True)
-    print("growth: melt_jax's memory over that at half the chunks; 2 is linear in the sequence")
+    by_length = grid_table(
+        f"weights and cache, {unit}, by tokens",
+        models,
+        [f"{count:,}" for count in lengths],
+        lambda model, i: f"{model.total(lengths[i]) / size:.2f}",
+    )
+    return "\n\n".join((size_table(models, length), by_loops, by_length))
+
+
+def draw(models: Sequence[Model], length: int, loops: Sequence[int], lengths: Sequence[int]) -> Figure:
+    """Weights and cache against T and against the length; the arguments are those of `tables`."""
+    unit, size = unit_of(models, length)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counts, tokens = range(min(loops), max(loops) + 1), [0, *sorted(lengths)]
+    family = lambda model: model.name.partition(",")[0]
+    families = list(dict.fromkeys(map(family, models)))
+    windows = sorted({model.config.window for model in models})
+    for model in models:
+        line = ("-", "--", ":", "-.")[windows.index(model.config.window) % 4]
+        style = {"label": model.name, "color": f"C{families.index(family(model))}", "linestyle": line}
+        left.plot(counts, [model.with_loops(count).total(length) / size for count in counts], **style)
+        right.plot(tokens, [model.total(count) / size for count in tokens], **style)
+    left.set(xlabel="loops", title=f"{length:,} tokens")
+    right.set(xlabel="tokens", title="each model's own loops")
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for axes in (left, right):
+        axes.set_ylabel(f"weights and cache of one sequence, {unit}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    return figure
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_list("chunks", list(map(str, CHUNKS)), "Numbers of chunks in a sequence.")
-    flags.DEFINE_integer("chunk_size", 32, "Tokens per chunk.")
-    flags.DEFINE_integer("batch", 1, "Sequences.")
-    flags.DEFINE_list("phases", list(PHASES), f"Some of {', '.join(PHASES)}.")
-    flags.DEFINE_enum("remat", "none", ["none", "products", "layer"], "See ModelConfig.")
+    text = lambda numbers: list(map(str, numbers))
+    flags.DEFINE_integer("length", PAPER_LENGTH, "Tokens of the sequence.")
+    flags.DEFINE_list("loops", text(LOOPS), "Numbers of loops of the second table and the figure.")
+    flags.DEFINE_list("lengths", text(LENGTHS), "Tokens of the third table and the figure.")
+    flags.DEFINE_list("windows", text(WINDOWS), "Windows W of the MELTs, in tokens.")
+    flags.DEFINE_string("checkpoint", None, "Model folder to show instead of Ouro, its MELTs and Qwen3.")
+    flags.DEFINE_string("output", None, f"File of the figure: a name that ends in {', '.join(figures.FORMATS)}.")
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags and prints the table."""
+    """Reads the flags, prints the tables and draws the figure."""
     del argv
-    options = flags.FLAGS
-    try:
-        counts = [int(word) for word in options.chunks]
-    except ValueError as error:
-        raise InputError(f"chunks: expected integers such as 4,8, found {','.join(options.chunks)}") from error
-    config = dataclasses.replace(MINIATURE, remat=options.remat)
-    print_table(config, options.phases, options.batch, options.chunk_size, counts)
+    if FLAGS.length < 1:
+        raise InputError(f"--length: expected at least 1, found {FLAGS.length}")
+    if FLAGS.output:
+        figures.check_name(FLAGS.output)
+    loops, lengths, windows = (command_line.read_numbers(name) for name in ("loops", "lengths", "windows"))
+    models = models_of(FLAGS.checkpoint, windows)
+    print(tables(models, FLAGS.length, loops, lengths))
+    if FLAGS.output:
+        figures.save(draw(models, FLAGS.length, loops, lengths), pathlib.Path(FLAGS.output))
+        print(f"\nwrote {FLAGS.output}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Draws the curves of a run from its logs, all phases on one axis of steps.
 
     python -m melt_jax.plot --workdir=runs/nano --output=curves.png
+    python -m melt_jax.plot --workdir=runs/nano --output=gates.png --gates
 
 A distillation (MELT, arXiv 2605.07721) has curves of the KL to the teacher, the attention alignment, the gate openness
 with the transition's α, and the gradient norms; pretraining (Ouro, arXiv 2510.25741) has cross-entropy and exit
-probabilities instead. An unfinished run is drawn up to its last logged step.
+probabilities instead. An unfinished run is drawn up to its last logged step. --gates draws the gate openness of every
+loop and layer at the last logged step of each phase instead.
 """
 
 import collections
@@ -15,15 +17,16 @@ import re
 from typing import Any
 
 import matplotlib
+import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from melt_jax import command_line
+from melt_jax.analysis import figures
 from melt_jax.config import InputError
 
-FORMATS = (".png", ".svg", ".pdf")
 GRAY = "0.55"
 GROUP_COLORS = {"backbone": "0.25", "gate": "tab:red", "alpha": GRAY}
 
@@ -75,11 +78,7 @@ def read_run(workdir: str | pathlib.Path) -> Run:
     Raises:
       InputError: the folder holds no run, or nothing has been logged yet.
     """
-    workdir = pathlib.Path(workdir)
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise InputError(f"{workdir}: expected the workdir of a run of melt_jax.train, found no config.json")
-    config = json.loads(file.read_text())
+    workdir, config = pathlib.Path(workdir), read_config(workdir)
     phases, curves, start = {}, {}, 0
     for name in config["phases"]:
         phases[name] = (start, start + config[name]["steps"])
@@ -93,6 +92,14 @@ def read_run(workdir: str | pathlib.Path) -> Run:
         logs = ", ".join(f"{name}/metrics.jsonl" for name in phases)
         raise InputError(f"{workdir}: expected lines in {logs}, found none; wait until the run has logged a step")
     return Run(phases, curves)
+
+
+def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+    """The config of the run in a workdir; raises InputError if the folder holds no run."""
+    file = pathlib.Path(workdir) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{workdir}: expected the workdir of a run of melt_jax.train, found no config.json")
+    return json.loads(file.read_text())
 
 
 def read_log(path: pathlib.Path) -> list[dict[str, float]]:
@@ -185,33 +192,73 @@ def natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path) -> None:
-    """Draws the curves of a run into a file.
+def read_gates(workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """{phase, with its last logged step: gate openness [T, L]} of the run in a workdir.
+
+    Raises:
+      InputError: the folder holds no run, or no gate openness has been logged.
+    """
+    gates = {}
+    for name in read_config(workdir)["phases"]:
+        for record in read_log(pathlib.Path(workdir) / name / "metrics.jsonl")[-1:]:
+            values = {
+                (int(match[1]), int(match[2])): value
+                for key, value in record.items()
+                if (match := re.fullmatch(r"gate_openness/loop(\d+)/layer(\d+)", key))
+            }
+            if values:
+                openness = np.full(max(values), np.nan)
+                for (loop, layer), value in values.items():
+                    openness[loop - 1, layer - 1] = value
+                gates[f"{name}, step {record['step']}"] = openness
+    if not gates:
+        raise InputError(f"{workdir}: expected gate_openness in the logs, found none; a LoopLM has no gates")
+    return gates
+
+
+def draw_gates(gates: dict[str, np.ndarray]) -> Figure:
+    """A heat map for each entry of `read_gates`: rows are loops, columns layers."""
+    figure = Figure(figsize=(10, 0.8 + 2.2 * len(gates)), layout="constrained")
+    panels = figure.subplots(len(gates), 1, squeeze=False)[:, 0]
+    for axes, (title, openness) in zip(panels, gates.items()):
+        loops, layers = openness.shape
+        image = axes.imshow(
+            openness, vmin=0, vmax=1, aspect="auto", origin="lower", extent=(0.5, layers + 0.5, 0.5, loops + 0.5)
+        )
+        axes.set(xlabel="layer", ylabel="loop", yticks=range(1, loops + 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(title, fontsize=10, loc="left")
+        figure.colorbar(image, ax=axes, label="openness, mean of 1 − z")
+    return figure
+
+
+def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path, gates: bool = False) -> None:
+    """Draws the curves of a run, or with `gates` the openness of its gates, into a file.
 
     Args:
       workdir: the run's folder.
-      output: the file, whose suffix is one of `FORMATS`; its folder is created.
+      output: the file, whose suffix is one of `figures.FORMATS`; its folder is created.
+      gates: see `draw_gates`.
 
     Raises:
-      InputError: the suffix is unsupported, the workdir holds no run, or nothing has been logged yet.
+      InputError: the suffix is unsupported, the workdir holds no run, or nothing to draw has been logged yet.
     """
-    output = pathlib.Path(output)
-    if output.suffix not in FORMATS:
-        raise InputError(f"--output: expected a name that ends in {', '.join(FORMATS)}, found {output.name!r}")
-    figure = draw(read_run(workdir))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    figures.check_name(output)
+    figures.save(draw_gates(read_gates(workdir)) if gates else draw(read_run(workdir)), output)
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string("workdir", None, "Folder of a run of melt_jax.train.", required=True)
-    flags.DEFINE_string("output", None, f"File to write: a name that ends in {', '.join(FORMATS)}.", required=True)
+    flags.DEFINE_string(
+        "output", None, f"File to write: a name that ends in {', '.join(figures.FORMATS)}.", required=True
+    )
+    flags.DEFINE_boolean("gates", False, "Draw the gate openness of every loop and layer instead of the curves.")
 
 
 def main(argv: list[str]) -> None:
     """Reads the flags and draws."""
-    plot_run(flags.FLAGS.workdir, flags.FLAGS.output)
+    plot_run(flags.FLAGS.workdir, flags.FLAGS.output, flags.FLAGS.gates)
     print(f"wrote {flags.FLAGS.output}")
 
 

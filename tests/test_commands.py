@@ -36,7 +36,7 @@ BAD_VALUES = {
     "convert": ("to", "paper"),
     "generate": ("top_k", "many"),
     "evaluate": ("task", "sleeping"),
-    "memory": ("remat", "all"),
+    "memory": ("loops", "many"),
     "plot": ("output", "curves.doc"),
 }
 MISSING_FILES = {
@@ -46,6 +46,7 @@ MISSING_FILES = {
     "convert": "input",
     "generate": "checkpoint",
     "evaluate": "checkpoint",
+    "memory": "checkpoint",
     "plot": "workdir",
 }
 
@@ -98,7 +99,7 @@ def test_bad_input_ends_with_one_message(outcomes, command, kind):
 
 
 def test_every_command_has_cases():
-    assert set(VALID) == set(BAD_VALUES) == {*MISSING_FILES, "memory"} == set(COMMANDS)
+    assert set(VALID) == set(BAD_VALUES) == set(MISSING_FILES) == set(COMMANDS)
 
 
 def test_train_reports_all_config_errors():
@@ -135,3 +136,17 @@ def test_evaluate_reads_what_prepare_writes(tmp_path):
     damaged, with_length = run_commands([evaluate, [*evaluate, "--length=32"]])
     assert damaged[0] == 1 and "00000.arrayrecord: expected" in damaged[2] and "Traceback" not in damaged[2]
     assert with_length[0] == 1 and "--length" in with_length[2] and "Traceback" not in with_length[2]
+
+
+def test_evaluate_takes_several_numbers_of_loops(tmp_path):
+    """Each has a table of scores and one of the gates; a number that guidance excludes is an error."""
+    data = tmp_path / "tokens.npy"
+    np.save(data, np.arange(24, dtype=np.int32).reshape(2, 12) % 7)
+    flags = (f"--data={data}", "--task=tokens", "--loops=1,3", "--decoding_tokens=0")
+    case = command_line("evaluate", *flags, checkpoint="tests/golden/melt_tiny_gqa")
+    evaluated, guided = run_commands([case, [*case, "--guidance=0.2"]])
+    lines = evaluated[1].splitlines()
+    assert evaluated[0] == 0, evaluated
+    assert [line.split()[0] for line in lines if " loops, 22 scored tokens" in line] == ["1", "3"]
+    assert sum(line.startswith("gate openness, mean of 1 − z, chunk ") for line in lines) == 2
+    assert guided[:2] == [1, ""] and "guidance: expected 0 with one loop, found 0.2" in guided[2]

@@ -18,6 +18,7 @@ NOT_IN_BASE = (
     "window",
     "sweeps",
     "exit_threshold",
+    "guidance",
     "remat",
     "attention_block",
 )  # of `model`, set from other keys
@@ -221,6 +222,14 @@ def test_all_model_errors_are_listed():
         "model.kv_heads: expected a divisor of heads, 16, found 3",
         "model.head_width: expected an even number, because RoPE pairs components, found 15",
     ]
+
+
+@pytest.mark.parametrize("values, expected", [({"loops": 1}, "with one loop"), ({"exit_threshold": 0.5}, "early exit")])
+def test_guidance_needs_two_loops_that_run(values, expected):
+    """It contrasts the last loop with the first; with an early exit the last loop differs by token."""
+    (line,) = model_errors(ModelConfig(guidance=0.2, **values))
+    assert line.startswith("guidance: expected 0 with ") and expected in line
+    assert model_errors(ModelConfig(guidance=0.2)) == model_errors(ModelConfig(**values)) == []
 
 
 def test_defaults_are_valid():

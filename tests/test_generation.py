@@ -220,6 +220,29 @@ def test_exit_threshold_selects_the_reference_loop(threshold):
     np.testing.assert_allclose(logits, want, atol=10 * width * np.finfo(np.float32).eps * width * scale)
 
 
+@pytest.mark.parametrize("gate", ["elementwise", "none"])
+@pytest.mark.parametrize("options", [OPTIONS, sampled()], ids=["greedy", "sampled"])
+def test_guidance_of_zero_changes_nothing(gate, options):
+    model = reconfigure(make_model(), gate=gate)
+    again = generate(reconfigure(model, guidance=0.0), PROMPTS, options)
+    assert again.tokens == generate(model, PROMPTS, options).tokens
+    hidden = prefill(model, PROMPTS, NEW, CHUNK)[1]
+    assert np.array_equal(next_logits(model, hidden)[0], model.logits(hidden[-1]))
+
+
+@pytest.mark.parametrize("gate", ["elementwise", "none"])
+def test_guidance_contrasts_the_loops(gate):
+    """Each token is the most likely one by z_T + w (z_T − z₁), of a run without generation."""
+    model, weight = reconfigure(make_model(), gate=gate), 1.5
+    result = generate(reconfigure(model, guidance=weight), PROMPTS, GenerationOptions(NEW, 1))
+    tokens, prompt = result.tokens[-1], PROMPTS[-1]
+    hidden = run(model, np.array([prompt + tokens]), chunk_size=1).hidden[:, 0, len(prompt) - 1 : -1]
+    first, last = np.asarray(model.logits(hidden[0])), np.asarray(model.logits(hidden[-1]))
+    assert tokens == np.argmax(last + weight * (last - first), axis=-1).tolist()
+    assert tokens != np.argmax(last, axis=-1).tolist()
+    assert result.exit_loops[-1] == [TINY.loops] * NEW
+
+
 def test_generate_tokens_is_greedy():
     tokens = generate_tokens(make_model(), PROMPTS, NEW, CHUNK)
     assert tokens.dtype == np.int32

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from melt_jax import plot
@@ -76,6 +77,24 @@ def test_unfinished_run_is_drawn_so_far(tmp_path):
     run = plot.read_run(tmp_path)
     assert run.curves["kd"]["loop1"][0] == [10, 20]
     assert run.phases["alignment"] == (40, 80)
+
+
+def test_gates_are_drawn_by_loop_and_layer(tmp_path):
+    """A heat map per phase, of its last logged step: rows are loops, columns layers."""
+    gates = plot.read_gates(write_run(tmp_path, (4, 2)))
+    assert list(gates) == ["transition, step 40", "alignment, step 20"]
+    want = np.array([[0.1 * t + 0.2 * layer for layer in range(1, L + 1)] for t in range(1, T + 1)])
+    images = [axes.images[0] for axes in plot.draw_gates(gates).axes if axes.images]
+    assert len(images) == 2
+    for image in images:
+        np.testing.assert_allclose(image.get_array(), want)
+        assert image.get_extent() == [0.5, L + 0.5, 0.5, T + 0.5] and image.origin == "lower"
+
+
+def test_run_without_gates_is_named(tmp_path):
+    write_run(tmp_path, (0,), ("pretraining",))
+    with pytest.raises(InputError, match="expected gate_openness in the logs, found none"):
+        plot.plot_run(tmp_path, tmp_path / "gates.png", gates=True)
 
 
 def test_folder_without_a_run_is_named(tmp_path):

@@ -82,6 +82,8 @@ def declared_flags(source):
     names = {name.lstrip("-") for name in first if isinstance(name, str)} | {"help"}
     if any(callee(call) == "define_config_flag" for call in calls):
         names.add("config")
+    if any(callee(call) == "define_model_flags" for call in calls):
+        names |= declared_flags(ROOT / "melt_jax/inference/loading.py")
     return names | {f"no{name}" for name in names}
 
 

@@ -30,7 +30,7 @@ def measured(monkeypatch):
     def score(model, teacher, config, before_piece):
         before_piece("a piece")
         calls.append(teacher)
-        return Scores(0.5, 0.25, 2, None, 64, 4)
+        return Scores(0.5, 0.25, 2, None, 64, 0, 4)
 
     monkeypatch.setattr(scoring, "score", score)
     return calls
@@ -66,6 +66,7 @@ def test_run_is_scored_on_both_tasks(tmp_path):
     row = json.loads((tmp_path / "results.json").read_text())["student"]
     assert row["problems"] == 2 and 0 <= row["answers"] <= 1 and row["loops"] == 2
     assert row["cache_bytes_per_token"] == 2 * TINY.kv_heads * TINY.head_width * 4
+    assert row["cache_bytes_per_sequence"] == 0
     assert row["comparison"]["decoding"]["chunk"] == 1
     assert 0 < row["comparison"]["decoding"]["tokens"] <= row["comparison"]["chunked"]["tokens"]
     assert f"{row['comparison']['decoding']['final_kl']:.4f}" in rows.table()
@@ -80,13 +81,16 @@ def test_table_shows_what_was_compared():
     """Unmeasured values are dashes, −0 prints as 0, and first tokens have columns only if there are fewer."""
     asdict = dataclasses.asdict
     same = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.25), loop_scores(1, -1e-9))
-    rows = {"teacher": asdict(Scores(None, None, 0, None, 128, 4)), "melt": asdict(Scores(0.5, 0.5, 8, same, 32, 4))}
+    rows = {
+        "teacher": asdict(Scores(None, None, 0, None, 128, 0, 4)),
+        "melt": asdict(Scores(0.5, 0.5, 8, same, 32, 96, 4)),
+    }
     heading, teacher, melt = table(rows).splitlines()
-    assert teacher.split() == ["teacher", "4", "–", "–", "–", "128"]
-    assert melt.split() == ["melt", "4", "50.0%", "of", "8", "0.2500", "0.0000", "32"]
+    assert teacher.split() == ["teacher", "4", "–", "–", "–", "128", "0"]
+    assert melt.split() == ["melt", "4", "50.0%", "of", "8", "0.2500", "0.0000", "32", "96"]
     assert "first tokens" not in heading
     fewer = Comparison(loop_scores(8, 0.25), loop_scores(8, 0.125, 10), loop_scores(1, 0.375, 10))
-    rows["melt"] = asdict(Scores(0.5, 0.5, 8, fewer, 32, 4))
+    rows["melt"] = asdict(Scores(0.5, 0.5, 8, fewer, 32, 96, 4))
     heading, _, melt = table(rows).splitlines()
     assert "first tokens, chunked" in heading and "first tokens, decoding" in heading
     assert melt.split()[5:8] == ["0.2500", "0.1250", "0.3750"]

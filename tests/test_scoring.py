@@ -63,6 +63,15 @@ def test_sweeps_bring_chunks_to_decoding(float64):
     assert found[0] > found[1] > 1e-9 and abs(found[2]) < 1e-13
 
 
+def test_gate_openness_is_the_mean_over_scored_tokens(float64):
+    """Per loop and layer; the first loop copies its input, so its gate is open. A LoopLM has none."""
+    scores = scoring.perplexity_and_kl(make_model(), None, BATCH, CHUNK, rows=2)
+    openness = run(make_model(), BATCH.tokens, chunk_size=CHUNK, segments=BATCH.segments).gate_openness
+    np.testing.assert_allclose(scores.gate_openness, mean(openness, BATCH), rtol=1e-10)
+    assert scores.gate_openness[0] == pytest.approx([1.0] * TINY.layers)
+    assert scoring.perplexity_and_kl(teacher(), None, BATCH, CHUNK, rows=2).gate_openness == []
+
+
 def test_scores_do_not_depend_on_rows(float64):
     """With 2 rows the last piece is one sequence and one of padding; 16 rows are more than the batch has."""
     two, all_at_once = (scoring.perplexity_and_kl(make_model(), teacher(), BATCH, CHUNK, rows=n) for n in (2, 16))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from melt_jax import init_model, run_sequence
-from melt_jax.memory import temporary_bytes
+from melt_jax.analysis.gradient_memory import temporary_bytes
 from melt_jax.model.sequence import chunk_sums, join_chunks, plain_chunk_sums, segment_positions, split_chunks
 from melt_jax.training.objectives import (
     Distillation,

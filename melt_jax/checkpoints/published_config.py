@@ -136,7 +136,8 @@ def published_config(
       chunk_size: tokens of the chunk that a MELT was trained with; None: as in `source`.
     """
     raw = dict(source or {})
-    config = dataclasses.replace(config, remat=ModelConfig.remat, attention_block=ModelConfig.attention_block)
+    of_a_run = ("remat", "attention_block", "guidance")  # not stored
+    config = dataclasses.replace(config, **{name: getattr(ModelConfig, name) for name in of_a_run})
     if source is None or parse_config(source) != config:
         raw = _describe(raw, config)
     if chunk_size is not None and config.gate != "none":

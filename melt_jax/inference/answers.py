@@ -67,7 +67,7 @@ def exact_answers(
     """Answers problems greedily and compares the answers with the correct ones.
 
     Args:
-      model: its config sets `loops` and `exit_threshold`.
+      model: its config sets `loops`, `exit_threshold` and `guidance`.
       problems: at least one.
       prefill_chunk: C of the prefill.
       batch: problems answered at a time.

@@ -110,9 +110,19 @@ class DecodeState(NamedTuple):
 def next_logits(
     model: LoopedTransformer, hidden: Float[Array, "T B D"]
 ) -> tuple[Float[Array, "B V"], Int[Array, " B"]]:
-    """The logits of the loop that the exit gate selects by `exit_threshold`, and that loop, counted from 0."""
-    chosen = exit_loop(model.exit_pdf(hidden[:, :, None])[:, 0], model.config.exit_threshold)
-    return model.logits(jnp.take_along_axis(hidden, chosen[None, :, None], axis=0)[0]), chosen
+    """The logits of the loop that the exit gate selects by `exit_threshold`, and that loop, counted from 0.
+
+    With `guidance` w they are moved away from those of loop 1 (LoopCD, arXiv 2610.02185, in logit space, without a
+    plausibility filter). The head is linear and the final norm closes every loop, so guiding the normed hidden states
+    would give the same.
+    """
+    config = model.config
+    chosen = exit_loop(model.exit_pdf(hidden[:, :, None])[:, 0], config.exit_threshold)
+    logits = model.logits(jnp.take_along_axis(hidden, chosen[None, :, None], axis=0)[0])
+    if config.guidance:
+        # z_T + w (z_T − z₁)
+        logits = logits + config.guidance * (logits - model.logits(hidden[0]))
+    return logits, chosen
 
 
 @functools.partial(jax.jit, donate_argnums=1)
@@ -261,7 +271,7 @@ def generate(
     """Continues prompts until each has reached a stop token or `max_new_tokens`.
 
     Args:
-      model: its config sets `loops` and `exit_threshold`; `reconfigure` changes them.
+      model: its config sets `loops`, `exit_threshold` and `guidance`; `reconfigure` changes them.
       prompts: token ids, of any lengths. A prompt's result does not depend on the other prompts.
       options: see `GenerationOptions`.
       indices: the index of each prompt in a larger set, for its random key; 0, 1, … by default.
@@ -308,9 +318,9 @@ def generate(
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the KV entries of a cache."""
+    """Bytes of the KV entries of a cache, or of a cache of shapes and dtypes."""
     entries = (cache.shared, cache.per_loop, cache.window and cache.window.kv)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(entries))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(entries))
 
 
 def generate_tokens(

@@ -1,31 +1,71 @@
-"""Opens a checkpoint's model for generation and evaluation."""
+"""Opens a checkpoint's model for generation and evaluation; the flags that replace values of its config."""
+
+import dataclasses
+
+from absl import flags
 
 from melt_jax.checkpoints.orbax import open_model
+from melt_jax.config import CHOICES, GATES
 from melt_jax.model.model import LoopedTransformer, reconfigure
 
 
-def open_for_inference(
-    folder: str,
-    gate: str | None = None,
-    dtype: str | None = None,
-    loops: int | None = None,
-    exit_threshold: float | None = None,
-    window: int | None = None,
-    sweeps: int | None = None,
-) -> LoopedTransformer:
-    """Opens a model; arguments other than None replace the checkpoint's values.
+@dataclasses.dataclass(frozen=True)
+class ModelChanges:
+    """Values that replace a checkpoint's; None: the checkpoint's. `ModelConfig` states their ranges.
 
-    Args:
-      folder: model folder, in published or Orbax form.
-      gate: a gate variant; "none": the LoopLM inside a MELT.
-      dtype: of weights and KV entries.
+    Attributes:
       loops: T.
       exit_threshold: cumulative exit probability at which a loop's logits are used; 1: the last loop's.
-      window, sweeps: of a MELT; see `ModelConfig`.
+      guidance: w of LoopCD guidance; 0: none.
+      window: W of a MELT.
+      sweeps: of a MELT.
+      gate: a gate variant; "none": the LoopLM inside a MELT.
+      dtype: of weights and KV entries.
+    """
+
+    loops: int | None = None
+    exit_threshold: float | None = None
+    guidance: float | None = None
+    window: int | None = None
+    sweeps: int | None = None
+    gate: str | None = None
+    dtype: str | None = None
+
+
+UNCHANGED = ModelChanges()
+
+
+def define_model_flags() -> None:
+    """Defines a flag for each field of `ModelChanges` but `loops`."""
+    flags.DEFINE_float(
+        "exit_threshold",
+        None,
+        "Cumulative exit probability at which a loop's logits are used; 1: the last loop's. Default: the checkpoint's.",
+    )
+    flags.DEFINE_float(
+        "guidance",
+        None,
+        "w of LoopCD guidance (arXiv 2610.02185): tokens are selected from z_T + w (z_T − z_1), where z_t are the "
+        "logits of loop t; 0: none, the default.",
+    )
+    flags.DEFINE_integer("window", None, "W of a MELT. Default: the checkpoint's.")
+    flags.DEFINE_integer("sweeps", None, "Sweeps of a MELT's chunks. Default: the checkpoint's.")
+    flags.DEFINE_enum("gate", None, GATES, "Replaces the checkpoint's gate; none: the LoopLM inside a MELT.")
+    flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of weights and KV entries. Default: as stored.")
+
+
+def read_model_flags(loops: int | None = None) -> ModelChanges:
+    """The flags of `define_model_flags`, with T."""
+    names = [field.name for field in dataclasses.fields(ModelChanges) if field.name != "loops"]
+    return ModelChanges(loops, **{name: flags.FLAGS[name].value for name in names})
+
+
+def open_for_inference(folder: str, changes: ModelChanges) -> LoopedTransformer:
+    """Opens a model folder, in published or Orbax form, and changes the model.
 
     Raises:
       InputError: a value is invalid, or the checkpoint cannot be opened.
     """
-    changes = {"loops": loops, "exit_threshold": exit_threshold, "window": window, "sweeps": sweeps}
-    model = open_model(folder, dtype=dtype, gate=gate)
-    return reconfigure(model, **{name: value for name, value in changes.items() if value is not None})
+    values = {name: value for name, value in dataclasses.asdict(changes).items() if value is not None}
+    model = open_model(folder, dtype=values.pop("dtype", None), gate=values.pop("gate", None))
+    return reconfigure(model, **values)

@@ -96,16 +96,17 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         }
     out = Table(box=None, pad_edge=False)
     out.add_column("model")
-    for heading in ("loops", "exact answers", *columns.values(), "cache bytes/token"):
+    for heading in ("loops", "exact answers", *columns.values(), "cache bytes/token", "bytes/sequence"):
         out.add_column(heading, justify="right")
     for name, row in rows.items():
         answers = "–" if row["answers"] is None else f"{row['answers']:.1%} of {row['problems']}"
         kl = [_kl_text((row["comparison"] or {}).get(column)) for column in columns]
-        out.add_row(name, str(row["loops"]), answers, *kl, f"{row['cache_bytes_per_token']:,}")
+        sizes = (f"{row[key]:,}" for key in ("cache_bytes_per_token", "cache_bytes_per_sequence"))
+        out.add_row(name, str(row["loops"]), answers, *kl, *sizes)
     return render(out)
 
 
-def render(renderable: RenderableType, width: int = 120) -> str:
+def render(renderable: RenderableType, width: int = 160) -> str:
     """A rich renderable as plain text."""
     console = Console(width=width, color_system=None, force_terminal=False, highlight=False)
     with console.capture() as capture:

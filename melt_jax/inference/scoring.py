@@ -18,7 +18,7 @@ from melt_jax.config import InputError, TrainConfig
 from melt_jax.data import arithmetic, stream
 from melt_jax.data.batch import Batch
 from melt_jax.inference.answers import BeforePiece, exact_answers, fresh_problems, silent
-from melt_jax.model.cache import Cache, bytes_per_token, create_cache
+from melt_jax.model.cache import Cache, bytes_per_sequence, bytes_per_token, create_cache
 from melt_jax.model.layout import batch_axes
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer
@@ -46,6 +46,7 @@ class LoopScores:
       perplexity: exp of the mean cross-entropy, per loop.
       kl: nats per token, per loop that both models have; empty without a teacher.
       final_kl: nats per token, between the last loops of both; None without a teacher.
+      gate_openness: the gate's mean 1 − z over the same tokens, per loop and layer; empty for a LoopLM.
     """
 
     chunk: int
@@ -53,6 +54,7 @@ class LoopScores:
     perplexity: list[float]
     kl: list[float]
     final_kl: float | None
+    gate_openness: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,8 @@ def perplexity_and_kl(
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
     perplexity = np.exp(totals["cross_entropy"] / count).tolist()
     kl = (totals["kl"] / count).tolist() if teacher is not None else []
-    return LoopScores(chunk_size, count, perplexity, kl[:-1], kl[-1] if kl else None)
+    openness = (totals["gate_openness"] / count).tolist() if model.config.gate != "none" else []
+    return LoopScores(chunk_size, count, perplexity, kl[:-1], kl[-1] if kl else None, openness)
 
 
 def kl_to_decoding(
@@ -199,7 +202,7 @@ def comparison_sums(
     batch: Batch,
     chunk_size: int,
     teacher_chunk: int | None = None,
-) -> dict[str, Float[Array, " sums"]]:
+) -> dict[str, Float[Array, "..."]]:
     """Sums over the scored tokens of a batch, in memory linear in the sequence.
 
     One scan over the chunks carries the caches of both models and adds up each chunk's sums, so that only one piece's
@@ -218,7 +221,7 @@ def comparison_sums(
 
     Returns:
       cross_entropy [T], nats; with a teacher kl [n + 1], nats: KL(teacher ‖ model) of each of the n loops that both
-      have, then of the last loop of each.
+      have, then of the last loop of each; for a MELT gate_openness [T, L].
     """
     model, teacher = gather_at_use(model), gather_at_use(teacher)
     piece_size = _piece_size(batch.tokens.shape[1], chunk_size)
@@ -233,14 +236,16 @@ def comparison_sums(
 
     def piece_sums(caches, xs):
         start, (piece, positions) = xs
-        cache, hidden = _run_piece(model, caches[0], piece, positions, start, chunk_size)
+        cache, hidden, openness = _run_piece(model, caches[0], piece, positions, start, chunk_size)
         mask = piece.loss_mask.astype(jnp.float32)
         with jax.named_scope("cross_entropy"):
             cross_entropy = cross_entropy_per_loop(model, hidden, piece.targets)
             sums = {"cross_entropy": jnp.sum(cross_entropy * mask[None], axis=(1, 2))}
+        if model.config.gate != "none":
+            sums["gate_openness"] = jnp.sum(openness * mask[None, None], axis=(2, 3))
         if teacher is None:
             return (cache, None), sums
-        teacher_cache, teacher_hidden = _run_piece(teacher, caches[1], piece, positions, start, teacher_chunk)
+        teacher_cache, teacher_hidden, _ = _run_piece(teacher, caches[1], piece, positions, start, teacher_chunk)
         with jax.named_scope("distillation"):
             common = min(len(hidden), len(teacher_hidden))
             of_teacher, of_model = (jnp.concatenate([x[:common], x[-1:]]) for x in (teacher_hidden, hidden))
@@ -267,18 +272,22 @@ def _run_piece(
     positions: Int[Array, "B P"],
     start: Int[Array, ""],
     chunk_size: int,
-) -> tuple[Cache, Float[Array, "T B P D"]]:
-    """Runs consecutive tokens from slot `start` on, chunk by chunk; returns (the cache with them, hidden states)."""
+) -> tuple[Cache, Float[Array, "T B P D"], Float[Array, "T L B P"]]:
+    """Runs consecutive tokens from slot `start` on, chunk by chunk.
+
+    Returns:
+      (the cache with them, hidden states, gate openness).
+    """
     chunks = split_chunks((batch.tokens, positions, batch.segments), chunk_size)
 
     def one_chunk(cache, xs):
         start, (tokens, positions, segments) = xs
         out = run_chunk(model, tokens, cache, start, positions=positions, segments=segments)
-        return cache.write(out.kv, out.segments, start), out.hidden
+        return cache.write(out.kv, out.segments, start), (out.hidden, out.gate_openness)
 
     starts = start + jnp.arange(len(chunks[0]), dtype=jnp.int32) * chunk_size
-    cache, hidden = jax.lax.scan(one_chunk, cache, (starts, chunks))
-    return cache, join_chunks(hidden, 2)
+    cache, (hidden, openness) = jax.lax.scan(one_chunk, cache, (starts, chunks))
+    return cache, join_chunks(hidden, 2), join_chunks(openness, 3)
 
 
 def _place(batch: Batch, rows: int) -> Batch:
@@ -306,6 +315,7 @@ class Scores:
       problems: number of problems.
       comparison: with the teacher; None if it was not measured.
       cache_bytes_per_token: in the dtype of the computation.
+      cache_bytes_per_sequence: the same for what a sequence needs whatever its length, the window.
       loops: T.
     """
 
@@ -314,6 +324,7 @@ class Scores:
     problems: int
     comparison: Comparison | None
     cache_bytes_per_token: int
+    cache_bytes_per_sequence: int
     loops: int
 
 
@@ -342,12 +353,14 @@ def score(
         model, teacher = scoring_weights(model, config), scoring_weights(teacher, config)
         tokens, rows = evaluation.decoding_tokens, rows_at_a_time(config)
         comparison = compare(model, teacher, batch, config.chunk_size, tokens, rows, before_piece)
+    itemsize = jnp.dtype(config.dtype).itemsize
     return Scores(
         None if answers is None else float(answers.answer_exact.mean()),
         None if answers is None else float(answers.completion_exact.mean()),
         evaluation.problems,
         comparison,
-        bytes_per_token(model.config, jnp.dtype(config.dtype).itemsize),
+        bytes_per_token(model.config, itemsize),
+        bytes_per_sequence(model.config, itemsize),
         model.config.loops,
     )
 

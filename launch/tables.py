@@ -66,7 +66,7 @@ class Experiment:
 
     title: str
     rows: dict[str, str]
-    config: str = "configs/nano.py"
+    config: str = "configs/nano_small.py"
     seeds: int = 3
 
     def runs(self) -> list[tuple[str, int, str]]:
@@ -84,6 +84,7 @@ def chunk_rows(length: int) -> dict[str, str]:
     return rows
 
 
+ONE_PHASE = "transition.steps=160 alignment.steps=160"  # the steps of both phases
 EXACT = "chunk_size=16 student.window=15"  # C = W + 1: training computes what decoding computes
 TABLES = {
     "default": Experiment("the embedded default", {"configs/nano.py": ""}, "configs/nano.py", 5),
@@ -93,19 +94,19 @@ TABLES = {
         seeds=5,
     ),
     "recipe": Experiment(
-        "parts of the recipe removed (the paper's Table 4)",
+        "parts of the recipe removed, with 160 steps in all (the paper's Table 4)",
         {
             "full": "",
-            "no alignment": "phases=transition",
-            "no alignment, no transition (first phase with α = 1)": "phases=alignment alignment.beta=0",
-            "… and the last loop's KL only": "phases=alignment alignment.beta=0 distillation.loops=last",
-            "… and one chunk": "phases=alignment alignment.beta=0 distillation.loops=last chunk_size=500",
-            "no transition": "phases=alignment",
+            "no alignment": f"phases=transition {ONE_PHASE}",
+            "… no transition: α = 1": f"phases=alignment {ONE_PHASE} alignment.beta=0.0",
+            "… the last loop's KL only": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last",
+            "… one chunk": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last chunk_size=72",
+            "no transition": f"phases=alignment {ONE_PHASE}",
             "the last loop's KL only": "distillation.loops=last",
-            "one chunk": "chunk_size=500",
+            "one chunk": "chunk_size=72",
         },
     ),
-    "chunks": Experiment("chunk C, window W and sweeps s", chunk_rows(500)),
+    "chunks": Experiment("chunk C, window W and sweeps s", chunk_rows(72)),
     "questions": Experiment(
         "choices that the paper does not state",
         {

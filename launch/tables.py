@@ -98,9 +98,9 @@ TABLES = {
         {
             "full": "",
             "no alignment": f"phases=transition {ONE_PHASE}",
-            "… no transition: α = 1": f"phases=alignment {ONE_PHASE} alignment.beta=0.0",
-            "… the last loop's KL only": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last",
-            "… one chunk": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last chunk_size=72",
+            "and no transition: α = 1": f"phases=alignment {ONE_PHASE} alignment.beta=0.0",
+            "and the last loop's KL only": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last",
+            "and one chunk": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last chunk_size=72",
             "no transition": f"phases=alignment {ONE_PHASE}",
             "the last loop's KL only": "distillation.loops=last",
             "one chunk": "chunk_size=72",

@@ -78,10 +78,17 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The scores of a checkpoint by number of loops: `Answers` (none for the task "tokens"), and perplexity and KL."""
+    """The scores of a checkpoint by number of loops.
+
+    Attributes:
+      answers: none for the task "tokens".
+      comparisons: perplexity and KL.
+      gaps: `scoring.kl_to_decoding` of a MELT, if decoding is measured.
+    """
 
     answers: dict[int, Answers]
     comparisons: dict[int, scoring.Comparison]
+    gaps: dict[int, float]
 
 
 def define_flags() -> None:
@@ -138,7 +145,7 @@ def evaluate_checkpoint(
     scoring.check_vocabularies(model, teacher)
     chunk = settings.chunk_size
     chunk = default_chunk(settings.checkpoint, model.config) if chunk is None else chunk
-    answers, comparisons = {}, {}
+    answers, comparisons, gaps = {}, {}, {}
     if settings.task == "arithmetic":
         problems = read_problems(settings, model.config)
         for loops, changed in models.items():
@@ -155,7 +162,11 @@ def evaluate_checkpoint(
             show(loop_table(comparisons[loops], loops, tokens))
             if changed.config.gate != "none":
                 show(gate_table(comparisons[loops].decoding or comparisons[loops].chunked))
-    return Evaluation(answers, comparisons)
+        if tokens and changed.config.gate != "none":
+            gaps[loops] = scoring.kl_to_decoding(changed, batch, chunk, tokens, rows, before_piece)
+            if show:
+                show(f"KL(decoding ‖ chunks of {chunk}) of the model itself: {gaps[loops]:.6f} nats per token")
+    return Evaluation(answers, comparisons, gaps)
 
 
 def settings_errors(settings: Settings) -> list[str]:

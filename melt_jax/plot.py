@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from melt_jax import command_line
 from melt_jax.analysis import figures
@@ -225,8 +225,9 @@ def draw_gates(gates: dict[str, np.ndarray]) -> Figure:
         image = axes.imshow(
             openness, vmin=0, vmax=1, aspect="auto", origin="lower", extent=(0.5, layers + 0.5, 0.5, loops + 0.5)
         )
-        axes.set(xlabel="layer", ylabel="loop", yticks=range(1, loops + 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(
+            xlabel="layer", ylabel="loop", yticks=range(1, loops + 1), xticks=range(1, layers + 1, -(-layers // 24))
+        )
         axes.set_title(title, fontsize=10, loc="left")
         figure.colorbar(image, ax=axes, label="openness, mean of 1 − z")
     return figure

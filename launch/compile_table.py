@@ -50,17 +50,12 @@ WINDOWS = (  # window, chunk, topology, phase, sequences, tensor, micro-batches
     (50, 500, "v5e:4x4", "alignment", 4, 4, 1),
     (50, 51, "v5e:4x4", "alignment", 4, 4, 1),
     (128, 128, "v5e:4x4", "transition", 4, 8, 2),
-    (0, 500, "v6e:4x4", "alignment", 8, 4, 2),
-    (50, 500, "v6e:4x4", "alignment", 8, 4, 2),
     (128, 128, "v6e:4x4", "alignment", 8, 4, 2),
     (128, 128, "v6e:4x4", "alignment", 8, 4, 1),
     (128, 128, "v6e:4x4", "alignment", 16, 4, 1),
-    (50, 51, "v6e:4x4", "alignment", 16, 4, 1),
-    (0, 500, "v6e:4x4", "transition", 8, 4, 2),
     (50, 500, "v6e:4x4", "transition", 8, 4, 2),
     (128, 128, "v6e:4x4", "transition", 8, 4, 2),
     (128, 128, "v5p:2x2x2", "alignment", 8, 1, 1),
-    (128, 128, "v5p:2x2x2", "alignment", 16, 1, 1),
     (128, 128, "v5p:2x2x2", "transition", 8, 1, 1),
 )
 RECIPE_BATCH = 32  # sequences per step of the recipe; chip-hours are scaled to it

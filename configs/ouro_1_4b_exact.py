@@ -15,8 +15,9 @@ chunks: GB per chip, FLOPs / necessary, and the least chip-hours of the phase (l
     v6e:4x4   transition      26.3 GB  1.10  19 h     26.1 GB  1.08  12 h
     v6e:4x4   alignment       13.4 GB  1.10  11 h     13.1 GB  1.09   7 h
 
-Products cost the same. Short chunks read the weights more often, which is slower on these chips than the products; on
-v5p it is not, and both recipes have the same least chip-hours.
+Products cost the same. Short chunks read the weights more often, which takes these chips longer than the products,
+unless several sequences run at once: with `micro_batches` 2 the alignment runs four, in 30.2 GB, and its least
+chip-hours are those of the long chunks. The transition fits only one. A run may change `micro_batches` when it resumes.
 """
 
 from ml_collections import ConfigDict

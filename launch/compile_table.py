@@ -2,6 +2,7 @@
 
     python launch/compile_table.py                       steps on several TPU topologies: two tables with the same rows
     python launch/compile_table.py --levers              one step with several choices
+    python launch/compile_table.py --windows             steps with windows, chunk lengths and sequences at a time
     python launch/compile_table.py --only='v6e|2.6B'     only rows whose names match a regular expression
     python launch/compile_table.py --records=FILE        stores each result in FILE; a rerun compiles only missing rows
 
@@ -44,13 +45,32 @@ LEVERS = {
     "tensor 16": {"mesh.tensor": 16},
     "remat 'layer', tensor 2, 8 sequences": {"remat": "layer", "mesh.tensor": 2, "data.batch": 8},
 }
+WINDOWS = (  # window, chunk, topology, phase, sequences, tensor, micro-batches
+    (128, 128, "v5e:4x4", "alignment", 4, 4, 1),
+    (50, 500, "v5e:4x4", "alignment", 4, 4, 1),
+    (50, 51, "v5e:4x4", "alignment", 4, 4, 1),
+    (128, 128, "v5e:4x4", "transition", 4, 8, 2),
+    (128, 128, "v6e:4x4", "alignment", 8, 4, 2),
+    (128, 128, "v6e:4x4", "alignment", 8, 4, 1),
+    (128, 128, "v6e:4x4", "alignment", 16, 4, 1),
+    (50, 500, "v6e:4x4", "transition", 8, 4, 2),
+    (128, 128, "v6e:4x4", "transition", 8, 4, 2),
+    (128, 128, "v5p:2x2x2", "alignment", 8, 1, 1),
+    (128, 128, "v5p:2x2x2", "transition", 8, 1, 1),
+)
 RECIPE_BATCH = 32  # sequences per step of the recipe; chip-hours are scaled to it
 
 WHERE = ("model", "topology", "phase", "sequences", "tensor", "micro-batches")
-MEMORY = ("GB a device", "temporaries, GB")
-WORK = ("FLOPs / necessary", "weights gathered, copies", "collectives, GB", "seconds at peak: products + collectives")
+SHAPE = ("window", "chunk", *WHERE[1:])
+TOTAL, RATIO, SECONDS = "GB a device", "FLOPs / necessary", "seconds at peak: products + collectives"
+MEMORY = (TOTAL, "temporaries, GB")
+WORK = (RATIO, "weights gathered, copies", "collectives, GB", SECONDS)
 HOURS, COMPILED = "chip-hours", "compiled in, s"
-
+COLUMNS = {  # of each table: the columns of names, the other columns
+    "topologies": (WHERE, (*MEMORY, HOURS, COMPILED)),
+    "levers": (("choice",), (*MEMORY, *WORK, COMPILED)),
+    "windows": (SHAPE, ("at once", TOTAL, RATIO, SECONDS, "reading weights, s", HOURS, COMPILED)),
+}
 
 Names = tuple[str, ...]
 Record = dict[str, Any] | None  # None: the step exceeds the chip's memory
@@ -61,7 +81,11 @@ class StepFailedError(Exception):
 
 
 def compile_step(config: str, topology: str, phase: str, **overrides: Any) -> Record:
-    """Compiles a step; returns the record of `melt_jax.compile` plus "batch", or None if the step exceeds the memory.
+    """Compiles a step.
+
+    Returns:
+      The record of `melt_jax.compile` plus "batch", "tensor" and "micro_batches", or None if the step exceeds the
+      memory.
 
     Raises:
       StepFailedError: the command failed for another reason; the message contains its output.
@@ -71,7 +95,8 @@ def compile_step(config: str, topology: str, phase: str, **overrides: Any) -> Re
     done = subprocess.run(command, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith("{"):
-            return json.loads(line) | {"batch": overrides["data.batch"]}
+            split = {"batch": "data.batch", "tensor": "mesh.tensor", "micro_batches": "micro_batches"}
+            return json.loads(line) | {name: overrides[key] for name, key in split.items()}
     if "DOES NOT FIT" in done.stderr:
         return None
     output = f"{done.stdout}{done.stderr}"[-4000:]
@@ -104,15 +129,18 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
     total = f"{giga('total')} of {giga('memory')}"
     moved = sum(size for _, size in record["collectives"].values()) / 1e9
     products, collectives = record["compute_seconds"], record["collective_seconds"]
+    groups = record["devices"] // record["tensor"]
     return {
-        "GB a device": total if record["fits"] else f"**{total}**",
+        "at once": f"{record['batch'] // record['micro_batches'] // groups}",
+        TOTAL: total if record["fits"] else f"**{total}**",
         "temporaries, GB": giga("temporaries"),
         HOURS: f"{record['chip_hours'] * RECIPE_BATCH / record['batch']:.0f}",
         COMPILED: f"{record['compile_seconds']:.0f}",
-        "FLOPs / necessary": f"{record['flops_ratio']:.2f}",
+        RATIO: f"{record['flops_ratio']:.2f}",
         "weights gathered, copies": _gathered(record),
         "collectives, GB": f"{moved:.0f}",
-        "seconds at peak: products + collectives": f"{products:.2f} + {collectives:.2f}",
+        SECONDS: f"{products:.2f} + {collectives:.2f}",
+        "reading weights, s": f"{record['read_seconds']:.2f}",
     }
 
 
@@ -141,32 +169,42 @@ def line(words: Names) -> str:
     return "| " + " | ".join(words) + " |"
 
 
-def steps(levers: bool, only: str) -> list[tuple[Names, dict[str, Any]]]:
+def steps(table: str, only: str) -> list[tuple[Names, dict[str, Any]]]:
     """Returns [(names of the row, arguments of `compile_step`)] of the rows of a table whose names match `only`."""
-    if levers:
+    if table == "levers":
         found = [((name,), {"config": SMALL} | BASE | changes) for name, changes in LEVERS.items()]
-    else:
+    elif table == "windows":
         found = [
             (
-                ("1.4B" if config == SMALL else "2.6B", topology, phase, str(batch), str(tensor), str(parts)),
-                {"config": config, "topology": topology, "phase": phase, "data.batch": batch, "mesh.tensor": tensor,
-                 "micro_batches": parts},
+                tuple(map(str, row)),
+                {"config": SMALL} | _step(*row[2:]) | {"student.window": row[0], "chunk_size": row[1]},
             )
-            for config, topology, phase, batch, tensor, parts in TOPOLOGIES
-        ]  # fmt: skip
+            for row in WINDOWS
+        ]
+    else:
+        found = [
+            (("1.4B" if row[0] == SMALL else "2.6B", *map(str, row[1:])), {"config": row[0]} | _step(*row[1:]))
+            for row in TOPOLOGIES
+        ]
     return [(names, step) for names, step in found if re.search(only, " ".join(names))]
+
+
+def _step(topology, phase, batch, tensor, parts):
+    return {"topology": topology, "phase": phase, "data.batch": batch, "mesh.tensor": tensor, "micro_batches": parts}
 
 
 def main() -> None:
     """Prints a table row by row. The table of topologies has many columns and is printed in two halves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levers", action="store_true", help="print the table of choices")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--levers", action="store_true", help="print the table of choices")
+    other.add_argument("--windows", action="store_true", help="print the table of windows")
     parser.add_argument("--only", default="", metavar="REGEX", help="only rows whose names, joined by spaces, match")
     parser.add_argument("--records", metavar="FILE", help="file of records; rows with a record are not compiled again")
     args = parser.parse_args()
-    names = ("choice",) if args.levers else WHERE
-    columns = (*MEMORY, *WORK, COMPILED) if args.levers else (*MEMORY, HOURS, COMPILED)
-    chosen, records = steps(args.levers, args.only), Records(args.records)
+    table = "levers" if args.levers else "windows" if args.windows else "topologies"
+    names, columns = COLUMNS[table]
+    chosen, records = steps(table, args.only), Records(args.records)
     if not chosen:
         parser.error(f"--only: no row matches {args.only!r}")
     print(head(names, columns), flush=True)
@@ -176,7 +214,7 @@ def main() -> None:
             rows.append((named, records.compile(step)))
             print(row(named, columns, rows[-1][1]), flush=True)
     finally:  # if a step fails, the rows so far still get their second half
-        if rows and not args.levers:
+        if rows and table == "topologies":
             print("\n" + head(WHERE[:3], WORK))
             print(*(row(named[:3], WORK, record) for named, record in rows), sep="\n", flush=True)
 

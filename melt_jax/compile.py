@@ -33,7 +33,7 @@ from flax import nnx
 
 from melt_jax import command_line
 from melt_jax.analysis.chips import find_chip
-from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops
+from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops, weight_reads
 from melt_jax.analysis.hlo import analyse, innermost
 from melt_jax.analysis.report import SCOPES, Memory, Report, StoredWeights
 from melt_jax.analysis.topology import OFFLINE, describe_devices
@@ -75,6 +75,7 @@ class Program(NamedTuple):
       trips: mean trips of loops with a traced bound, for `hlo.analyse`.
       gathered: configs of the models whose weights it gathers.
       description: of its inputs, for the report's title.
+      read: bytes of weights that a device reads from its memory at least; 0 if not computed.
     """
 
     function: Any
@@ -83,6 +84,7 @@ class Program(NamedTuple):
     trips: Mapping[str, float] | Callable[[str], float | None]
     gathered: tuple[ModelConfig, ...]
     description: str
+    read: float = 0
 
 
 def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Report:
@@ -131,6 +133,7 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
         program.necessary_flops,
         _stored_weights(program.gathered, mesh, config.dtype),
         config.phase(phase).steps if phase in TRAINING else 0,
+        program.read,
     )
 
 
@@ -175,6 +178,7 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     state = jax.eval_shape(lambda params: init_state(params, optimizer), _placed(abstract_model(student), mesh))
     tokens: Any = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
     objective = OBJECTIVES[phase](config)
+    reads = config.micro_batches * weight_reads(student, phase, data.length, config.chunk_size)
     return Program(
         make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather),
         (state, _placed(abstract_model(teacher, config.dtype), mesh), Batch(tokens, tokens, tokens)),
@@ -183,6 +187,7 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
         (student, teacher),
         f"{data.batch} sequences of {data.length:,} tokens in {config.micro_batches} part(s), chunks of"
         f" {config.chunk_size}, remat {config.remat!r}, gather {config.gather!r}",
+        reads * jnp.dtype(config.dtype).itemsize / mesh.shape["tensor"],
     )
 
 
@@ -194,11 +199,12 @@ def _evaluation_program(config: TrainConfig, student: ModelConfig, mesh, phase: 
     stored = (_placed(abstract_model(model), mesh) for model in models)
     weights = [jax.eval_shape(lambda model: scoring.scoring_weights(model, config), model) for model in stored]
     tokens: Any = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=batch_sharding(mesh))
-    flops = sum(forward_flops(model, causal_entries(length)).total for model in models)
+    entries, sweeps = causal_entries(length), student.sweeps_of(min(config.chunk_size, length))
+    flops = [forward_flops(model, entries, sweeps=n).total for model, n in zip(models, (sweeps, 1), strict=True)]
     return Program(
         jax.jit(lambda *inputs: scoring.comparison_sums(*inputs, min(config.chunk_size, length))),
         (*weights, Batch(tokens, tokens, tokens, tokens)),
-        count * length * flops,
+        count * length * sum(flops),
         {"cached_blocks": _mean_blocks(range(0, length, config.chunk_size), config)},
         models if config.gather == "layer" else (),
         f"{count} sequences of {length:,} tokens, chunks of {config.chunk_size}, gather {config.gather!r}",
@@ -211,7 +217,7 @@ def _prefill_program(config: TrainConfig, student: ModelConfig, mesh, phase: str
     model, cache = _serving_model(config, student, mesh)
     hidden = _whole(mesh, (student.loops, count, student.width), jnp.dtype(config.dtype))
     arguments = model, cache, hidden, _whole(mesh, (count, chunk)), _whole(mesh, ()), _whole(mesh, (count,))
-    flops = forward_flops(student, causal_entries(length), logits=0).total
+    flops = forward_flops(student, causal_entries(length), logits=0, sweeps=student.sweeps_of(chunk)).total
     return Program(
         prefill_chunk,
         arguments,

@@ -10,6 +10,7 @@ from launch import compile_table
 
 RECORD = {
     "total": 12e9, "memory": 17e9, "fits": True, "temporaries": 1e9, "chip_hours": 2.0, "batch": 4, "flops_ratio": 1.1,
+    "devices": 4, "tensor": 2, "micro_batches": 1, "read_seconds": 0.5,
     "gather_group": 1, "gathered_ratio": None, "unknown_gathers": 0, "copy_bytes": 1e9,
     "collectives": {"all-gather": [3, 5e9]}, "compute_seconds": 1, "collective_seconds": 2,
     "compile_seconds": 60,
@@ -17,21 +18,26 @@ RECORD = {
 
 
 def test_rows_have_a_cell_for_each_column():
-    columns = (*compile_table.MEMORY, compile_table.HOURS, *compile_table.WORK, compile_table.COMPILED)
+    columns = tuple(dict.fromkeys(column for _, columns in compile_table.COLUMNS.values() for column in columns))
+    columns = (*columns, *(column for column in compile_table.WORK if column not in columns))
     cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
     title, rule = compile_table.head(("choice",), columns).splitlines()
     assert cells(title) == ["choice", *columns] and len(cells(rule)) == 1 + len(columns)
     found = dict(zip(cells(title), cells(compile_table.row(("a",), columns, RECORD)), strict=True))
     assert found["GB a device"] == "12.0 of 17.0" and found["chip-hours"] == "16"
+    assert found["at once"] == "2" and found["reading weights, s"] == "0.50"
     assert found["weights gathered, copies"] == "none" and found["collectives, GB"] == "5"
     assert cells(compile_table.row(("a",), columns, RECORD | {"fits": False}))[1] == "**12.0 of 17.0**"
     assert cells(compile_table.row(("a",), columns, None)) == ["a", "does not fit", *[""] * (len(columns) - 1)]
 
 
+SPLIT = {"batch": 4, "tensor": 2, "micro_batches": 1}
+
+
 @pytest.mark.parametrize(
     "status, stdout, stderr, found",
     [
-        (1, 'noise\n{"total": 3, "fits": false}', "", {"total": 3, "fits": False, "batch": 4}),
+        (1, 'noise\n{"total": 3, "fits": false}', "", {"total": 3, "fits": False} | SPLIT),
         (1, "", "melt_jax.compile: alignment on 4 × TPU v5 lite DOES NOT FIT: RESOURCE_EXHAUSTED", None),
         (1, "", "melt_jax.compile: topology: expected one such as v5e:4x4", "expected one such as"),
         (-11, "", "", "exited with status -11"),
@@ -40,7 +46,8 @@ def test_rows_have_a_cell_for_each_column():
 def test_other_failures_are_not_lack_of_memory(monkeypatch, status, stdout, stderr, found):
     done = subprocess.CompletedProcess((), status, stdout, stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    compiled = lambda: compile_table.compile_step("configs/ouro_1_4b.py", "v5e:2x2", "alignment", **{"data.batch": 4})
+    overrides = {"data.batch": 4, "mesh.tensor": 2, "micro_batches": 1}
+    compiled = lambda: compile_table.compile_step("configs/ouro_1_4b.py", "v5e:2x2", "alignment", **overrides)
     if isinstance(found, str):
         with pytest.raises(compile_table.StepFailedError, match=found):
             compiled()
@@ -64,19 +71,22 @@ def test_unattributed_gathers_are_shown(changes, cell):
 def test_stored_records_are_not_compiled_again(tmp_path, monkeypatch):
     records = iter((RECORD, None))
     monkeypatch.setattr(compile_table, "compile_step", lambda **_: next(records))
-    (_, first), (_, second) = compile_table.steps(False, "v5p:2x2x2")
+    (_, first), (_, second) = compile_table.steps("topologies", "v5p:2x2x2")
     for _ in range(2):
         stored = compile_table.Records(tmp_path / "records.jsonl")
         assert [stored.compile(first), stored.compile(second)] == [json.loads(json.dumps(RECORD)), None]
 
 
 def test_rows_are_chosen_by_their_names():
-    assert len(compile_table.steps(False, "")) == len(compile_table.TOPOLOGIES)
-    assert [names[:3] for names, _ in compile_table.steps(False, "1.4B v6e")] == [
+    assert len(compile_table.steps("topologies", "")) == len(compile_table.TOPOLOGIES)
+    assert [names[:3] for names, _ in compile_table.steps("topologies", "1.4B v6e")] == [
         ("1.4B", "v6e:4x4", "alignment"),
         ("1.4B", "v6e:4x4", "transition"),
     ]
-    assert [names for names, _ in compile_table.steps(True, "^chunks")] == [("chunks of 512",)]
+    assert [names for names, _ in compile_table.steps("levers", "^chunks")] == [("chunks of 512",)]
+    assert [names for names, _ in compile_table.steps("windows", "^50 51 v5e")] == [
+        ("50", "51", "v5e:4x4", "alignment", "4", "4", "1")
+    ]
 
 
 def test_topologies_make_two_tables(monkeypatch, capsys):

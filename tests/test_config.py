@@ -6,7 +6,7 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, nano, ouro_1_4b
+from configs import base, nano, ouro_1_4b, ouro_1_4b_exact
 from melt_jax.command_line import set_key
 from melt_jax.config import GATES, KEYS, ConfigError, ModelConfig, freeze, model_errors
 from melt_jax.model.gate import VARIANTS
@@ -75,6 +75,14 @@ def test_ouro_recipe_matches_the_paper():
     assert step_tokens * (config.transition.steps + config.alignment.steps) == 256_000_000
     rates = [(phase.learning_rate, phase.gate_learning_rate) for phase in (config.transition, config.alignment)]
     assert rates == [(8e-6, 5e-4)] * 2
+
+
+def test_exact_recipe_trains_what_decoding_computes():
+    """Its chunks are within the identity, and nothing else differs from the paper's recipe."""
+    config, paper = freeze(ouro_1_4b_exact.get_config()), freeze(ouro_1_4b.get_config())
+    assert config.chunk_size <= config.student.sweeps * (config.student.window + 1)
+    assert paper.chunk_size > paper.student.sweeps * (paper.student.window + 1)
+    assert dataclasses.replace(config, chunk_size=paper.chunk_size, student=paper.student) == paper
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("nano")])

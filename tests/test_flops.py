@@ -10,7 +10,7 @@ import pytest
 
 from melt_jax import ModelConfig
 from melt_jax.analysis.chips import CHIPS, find_chip
-from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops
+from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops, weight_reads
 from melt_jax.analysis.hlo import analyse
 from melt_jax.data.batch import Batch
 from melt_jax.model.cache import create_cache
@@ -71,11 +71,45 @@ def test_step_counts_teacher_and_student_passes():
         step_flops(MELT, "aligment", 1, 1)
 
 
-@pytest.mark.parametrize("gate", ["none", "elementwise"])
-@pytest.mark.parametrize("first_loop", ["copy", "gated"])
-def test_formula_matches_a_compiled_chunk(gate, first_loop):
-    """The program attends to every slot and the whole chunk, and computes the gate in loop 1 even if it is unused."""
-    config = dataclasses.replace(TINY, gate=gate, first_loop=first_loop)
+def test_a_sweep_repeats_all_but_the_head():
+    """Sweeps beyond ⌈C/(W + 1)⌉ are not run, and the teacher has none. A window alone needs no FLOPs."""
+    length, chunk = 64, 8
+    step = lambda **changes: step_flops(dataclasses.replace(MELT, **changes), "alignment", 1, length, chunk)
+    plain, entries = step(), causal_entries(length)
+    assert step(window=20) == step(window=20, sweeps=3) == plain
+    more = length * (forward_flops(MELT, entries).total - forward_flops(MELT, entries).head)
+    for sweeps, window, run in ((2, 0, 2), (9, 3, 2), (9, 0, 8)):
+        swept = step(sweeps=sweeps, window=window)
+        assert swept.forward == plain.forward + (run - 1) * more and swept.teacher == plain.teacher
+        assert swept.recomputation == swept.forward and swept.backward == 2 * swept.forward
+
+
+def test_each_pass_over_a_chunk_reads_the_weights():
+    """The teacher's pass and the student's three, or two without recomputation; attention reads no weights."""
+    student, teacher = weight_flops(MELT) / 2, weight_flops(OURO) / 2
+    assert weight_reads(MELT, "alignment", 10_000, 500) == 20 * (teacher + 3 * student)
+    assert weight_reads(MELT, "alignment", 10_000, 128) == 79 * (teacher + 3 * student)
+    assert weight_reads(MELT, "alignment", 500, 512) == teacher + 2 * student
+    assert weight_reads(OURO, "pretraining", 512, 512) == 2 * teacher
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes", "entries"),
+    [
+        ({"gate": "none"}, 1, 0),
+        ({"gate": "none", "first_loop": "gated"}, 1, 0),
+        ({"first_loop": "gated"}, 1, 0),
+        ({}, 1, 0),
+        ({"window": 5}, 1, 5),
+        ({"window": 2, "sweeps": 2}, 2, 2 + 8),
+    ],
+)
+def test_formula_matches_a_compiled_chunk(changes, passes, entries):
+    """The program attends to every slot and the whole chunk, and computes the gate in loop 1 even if it is unused.
+
+    The window's entries come on top, and with several sweeps the chunk's entries of the sweep before.
+    """
+    config = dataclasses.replace(TINY, **changes)
     batch, chunk, slots = 2, 8, 24
 
     def chunk_logits(model, tokens):
@@ -84,7 +118,8 @@ def test_formula_matches_a_compiled_chunk(gate, first_loop):
 
     tokens = jax.ShapeDtypeStruct((batch, chunk), "int32")
     program = analyse(jax.jit(chunk_logits).lower(abstract_model(config), tokens).compile().as_text())
-    needed = forward_flops(dataclasses.replace(config, first_loop="gated"), entries=slots + chunk)
+    gated = dataclasses.replace(config, first_loop="gated")
+    needed = forward_flops(gated, entries=slots + chunk + entries, sweeps=passes)
     assert program.flops == batch * chunk * needed.total
     assert set(program.flops_by_precision()) == {"f32 highest"}
     scopes = program.flops_by_scope(("gate", "attention", "mlp"))

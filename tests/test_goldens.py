@@ -17,6 +17,7 @@ def test_all_folders_exist():
         "ouro_tiny",
         "ouro_tiny_gqa",
         "ouro_tiny_sharded",
+        "window_tiny",
     ]
 
 

@@ -31,8 +31,19 @@ def test_exceeding_the_chip_does_not_fit():
 def test_unknown_chip_has_no_figures():
     known, unknown = (small_report(kind) for kind in ("TPU v5 lite", "TPU v3"))
     assert "peak rates" in known.text() and "peak rates" not in unknown.text()
-    missing = {"chip", "chips", "memory", "compute_seconds", "collective_seconds", "chip_hours"}
+    missing = {"chip", "chips", "memory", "compute_seconds", "collective_seconds", "read_seconds", "chip_hours"}
     assert known.record().keys() - unknown.record().keys() == missing and unknown.record()["total"] == 18
+
+
+def test_reading_weights_bounds_the_time_from_below():
+    """The chip-hours contain the longer of products and reads; two devices of a chip share its memory's bandwidth."""
+    report, chip = small_report(), find_chip("TPU v5 lite")
+    assert report.chip_hours(chip) == 0 and "weights read" not in report.text()
+    reading = dataclasses.replace(report, weight_reads=2 * chip.memory_bandwidth)
+    assert reading.read_seconds(chip) == reading.record()["read_seconds"] == 2
+    assert reading.chip_hours(chip) == 300 * 2 * 4 / 3600 and "2.000 s at v5e's peak" in reading.text()
+    half = dataclasses.replace(chip, devices=2)
+    assert reading.read_seconds(half) == 4
 
 
 def test_scopes_are_not_primitives_of_similar_names():

@@ -27,6 +27,8 @@ REFERENCE_CASES = {
     "elementwise, grouped heads, short last chunk": (TINY, 23, 5, None),
     "first loop gated, tied, chunks of one": (change(EQUAL_HEADS, first_loop="gated"), 11, 1, None),
     "transition": (TINY, 17, 4, 0.3),
+    "window, short last chunk": (change(TINY, window=6), 17, 5, None),
+    "window of 2, two sweeps, transition": (change(TINY, window=2, sweeps=2), 21, 8, 0.3),
     "scalar, one chunk": (change(TINY, gate="scalar"), 16, 16, None),
     "LoopLM": (change(TINY, gate="none"), 19, 6, None),
     "mean": (change(EQUAL_HEADS, gate="mean"), 13, 3, None),

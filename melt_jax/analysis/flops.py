@@ -1,4 +1,4 @@
-"""Formulas for the necessary FLOPs of a training step, a prefill and a decoding step.
+"""Formulas for the necessary FLOPs of a training step, a prefill and a decoding step, and for the weights they read.
 
 A multiply-add is 2 FLOPs and only matrix products count: norms, softmax, RoPE, the exit gate (one column) and the
 optimizer do not. For one token, with D width, H query heads, K key/value heads, E head width, F feed-forward width,
@@ -9,6 +9,9 @@ V vocabulary, L layers, T loops, and `entries` the mean number of KV entries tha
     attention     T · L · 4·H·E·entries         scores and weighted values
     mlp           T · L · 6·D·F
     head          2·D·V for each loop whose logits are computed
+
+Each further sweep repeats everything but the head. A window changes nothing: a query sees every earlier token once,
+through one entry or another.
 
 A backward pass takes twice the FLOPs of its forward pass. A program that masks entries instead of skipping them, or
 that recomputes, executes more than the necessary FLOPs; `melt_jax.analysis.hlo` counts those of a compiled program.
@@ -72,7 +75,7 @@ def causal_entries(length: int, earlier: int = 0) -> float:
 
 
 def forward_flops(
-    config: ModelConfig, entries: float, logits: int | None = None, transition: bool = False
+    config: ModelConfig, entries: float, logits: int | None = None, transition: bool = False, sweeps: int = 1
 ) -> ForwardFlops:
     """The FLOPs of one token's forward pass.
 
@@ -83,6 +86,7 @@ def forward_flops(
       logits: number of loops whose logits are computed; all by default, as in training. Decoding computes 1; a prefill
         computes 1 for its last token only.
       transition: whether per-loop entries are kept in addition to the shared ones.
+      sweeps: times that the loops run; see `ModelConfig.sweeps_of`.
 
     Raises:
       ValueError: `transition` for a model without a gate.
@@ -90,9 +94,9 @@ def forward_flops(
     if transition and config.gate == "none":
         raise ValueError("transition: expected a model with a gate, found gate='none' (a LoopLM)")
     D, H, K, E = config.width, config.heads, config.kv_heads, config.head_width
-    passes = config.loops * config.layers
+    passes = sweeps * config.loops * config.layers
     streams = 2 if transition else 1
-    gated = (config.loops - (config.first_loop == "copy")) * config.layers
+    gated = sweeps * (config.loops - (config.first_loop == "copy")) * config.layers
     return ForwardFlops(
         projections=passes * 2 * D * E * (2 * H + 2 * K * streams),
         gate=gated * 2 * 2 * D * gate_columns(config),
@@ -119,10 +123,37 @@ def step_flops(config: ModelConfig, phase: str, batch: int, length: int, chunk_s
     if phase not in PHASES:
         raise ValueError(f"phase: expected one of {PHASES}, found {phase!r}")
     entries, tokens = causal_entries(length), batch * length
-    sweeps = config.sweeps_of(min(chunk_size or length, length))
-    forward = sweeps * tokens * forward_flops(config, entries, transition=phase == "transition").total
-    teacher = 0
-    if phase != "pretraining":
-        teacher = tokens * forward_flops(dataclasses.replace(config, gate="none"), entries).total
+    forward = tokens * _student_flops(config, phase, entries, min(chunk_size or length, length))
     chunked = chunk_size is not None and chunk_size < length
-    return StepFlops(teacher, forward, forward if chunked else 0, 2 * forward)
+    return StepFlops(tokens * _teacher_flops(config, phase, entries), forward, forward if chunked else 0, 2 * forward)
+
+
+def weight_reads(config: ModelConfig, phase: str, length: int, chunk_size: int) -> float:
+    """The least number of weights that a training step reads from memory for the sequences that run at once.
+
+    A pass over a chunk reads the weights of each product once, for all sequences together: half as many weights as it
+    has FLOPs per token without attention. Per chunk, the teacher makes one pass, the student a forward pass, a
+    recomputation and a backward pass.
+
+    Args:
+      config: see `step_flops`.
+      phase: see `step_flops`.
+      length: tokens of a sequence.
+      chunk_size: C.
+    """
+    chunks = -(-length // chunk_size)
+    student = _student_flops(config, phase, 0, min(chunk_size, length)) / 2
+    return chunks * (_teacher_flops(config, phase, 0) / 2 + (3 if chunks > 1 else 2) * student)
+
+
+def _student_flops(config, phase, entries, chunk_size):
+    """FLOPs of the trained model's forward pass, per token."""
+    transition, sweeps = phase == "transition", config.sweeps_of(chunk_size)
+    return forward_flops(config, entries, transition=transition, sweeps=sweeps).total
+
+
+def _teacher_flops(config, phase, entries):
+    """FLOPs of the teacher's forward pass, per token."""
+    if phase == "pretraining":
+        return 0
+    return forward_flops(dataclasses.replace(config, gate="none"), entries).total

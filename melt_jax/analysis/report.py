@@ -90,6 +90,7 @@ class Report:
       necessary_flops: FLOPs of all devices by `melt_jax.analysis.flops`.
       weights: those that the program may gather.
       steps: the phase's number of steps; 0 if the program is not a training step.
+      weight_reads: bytes of weights that a device reads from its memory at least; 0 if not computed.
     """
 
     title: str
@@ -101,6 +102,7 @@ class Report:
     necessary_flops: float
     weights: StoredWeights
     steps: int
+    weight_reads: float = 0
 
     @property
     def fits(self) -> bool:
@@ -128,9 +130,15 @@ class Report:
         sent = sum(collective.sent_bytes for collective in self.program.collectives)
         return self.program.bf16_flops / chip.device_flops, sent / chip.ring_bandwidth
 
+    def read_seconds(self, chip: Chip) -> float:
+        """Seconds in which the weights are read at the peak of a chip's memory."""
+        return self.weight_reads / (chip.memory_bandwidth / chip.devices)
+
     def chip_hours(self, chip: Chip) -> float:
-        """The chip-hours of the whole phase, if products and collectives do not overlap."""
-        return self.steps * sum(self.seconds(chip)) * self.devices / chip.devices / 3600
+        """The chip-hours of the whole phase, if reading weights overlaps with products and collectives do not."""
+        products, collectives = self.seconds(chip)
+        seconds = max(products, self.read_seconds(chip)) + collectives
+        return self.steps * seconds * self.devices / chip.devices / 3600
 
     def text(self) -> str:
         """The report as lines to print."""
@@ -171,7 +179,8 @@ class Report:
         compute, links = self.seconds(self.chip)
         return record | {
             "chip": self.chip.name, "chips": self.devices // self.chip.devices, "memory": self.chip.device_memory,
-            "compute_seconds": compute, "collective_seconds": links, "chip_hours": self.chip_hours(self.chip),
+            "compute_seconds": compute, "collective_seconds": links, "read_seconds": self.read_seconds(self.chip),
+            "chip_hours": self.chip_hours(self.chip),
         }  # fmt: skip
 
     def _gather_lines(self):
@@ -191,6 +200,9 @@ class Report:
         compute, links = self.seconds(self.chip)
         lines = [f"at {self.chip.name}'s peak rates: products {compute:.3f} s, collectives {links:.3f} s,"
                  f" together {compute + links:.3f} s"]  # fmt: skip
+        if self.weight_reads:
+            lines.append(f"weights read from memory: {_giga(self.weight_reads)} GB,"
+                         f" {self.read_seconds(self.chip):.3f} s at {self.chip.name}'s peak")  # fmt: skip
         if self.steps:
             lines.append(
                 f"{self.steps} steps of the phase: {self.chip_hours(self.chip):,.1f} chip-hours at those rates"

@@ -64,7 +64,8 @@ class StepMonitor:
         self._start, self._checkpoints = start.step, checkpoints
         self._log = RunLog(folder, name, start.step, self._steps, console)
         batch, length = config.data.batch, config.data.length
-        self._performance = Performance(batch * length, step_flops(model, name, batch, length).mfu_flops, peak_flops())
+        flops = step_flops(model, name, batch, length, config.chunk_size).mfu_flops
+        self._performance = Performance(batch * length, flops, peak_flops())
         self._profiler = StepProfiler(folder, config.run)
         self._watchdog = Watchdog(name, folder, config.run)
         self._preemption = PreemptionNotice()

@@ -5,10 +5,10 @@
     python -m tests.golden.generate melt_tiny             rewrites golden.npz
 
 Weights (safetensors) and inputs (input_ids, loss_mask, prompt_ids in golden.npz) are read from the folder. The arrays
-of melt_* are computed in float64 by `tests.helpers.reference` and `tests.helpers.reference_gradients` and stored as
-float32: they must agree to 1e-6. The arrays of ouro_* come from the published PyTorch implementation in float32: they
-must agree to 1e-4. They are never rewritten, so that our reference is compared with that implementation, not with
-itself.
+of melt_* and window_* are computed in float64 by `tests.helpers.reference` and `tests.helpers.reference_gradients` and
+stored as float32: they must agree to 1e-6. The arrays of ouro_* come from the published PyTorch implementation in
+float32: they must agree to 1e-4. They are never rewritten, so that our reference is compared with that implementation,
+not with itself.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tests.helpers.reference_gradients import loss_and_gradient
 
 GOLDEN = pathlib.Path(__file__).parent
 INPUTS = ("input_ids", "loss_mask", "prompt_ids")
-NEW_TOKENS = {"ouro": 16, "melt": 12}
+NEW_TOKENS = {"ouro": 16, "melt": 12, "window": 10}
 THRESHOLDS = (0.25, 0.5, 0.75, 0.9)
 FULL_GRADIENTS = (
     "model.layers.0.self_attn.k_proj.weight",
@@ -35,7 +35,7 @@ FULL_GRADIENTS = (
     "model.norm.weight",
 )
 BETA, ALPHA = 0.1, 0.3
-BOUNDS = {"ouro": 1e-4, "melt": 1e-6}
+BOUNDS = {"ouro": 1e-4, "melt": 1e-6, "window": 1e-6}
 Arrays = dict[str, np.ndarray]
 
 
@@ -52,7 +52,7 @@ def compute(folder: pathlib.Path) -> Arrays:
     if config.gate == "none":
         return looplm_arrays(tensors, config, inputs)
     settings = json.loads((folder / "golden.json").read_text())
-    return melt_arrays(tensors, config, inputs, settings)
+    return (window_arrays if "cases" in settings else melt_arrays)(tensors, config, inputs, settings)
 
 
 def looplm_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays) -> Arrays:
@@ -102,8 +102,31 @@ def melt_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays, setti
     gated = dataclasses.replace(config, first_loop="gated")
     out["first_gated_hidden"] = run_sequences(tensors, gated, ids, chunk)["hidden"]
     out |= greedy(tensors, config, inputs["prompt_ids"], settings["prefill"], NEW_TOKENS["melt"])
+    return out | gradient_arrays(tensors, config, inputs, chunk)
+
+
+def window_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays, settings: dict) -> Arrays:
+    """The arrays of a MELT with several windows and sweeps: forward passes, greedy tokens, losses and gradients."""
+    teacher = run_sequences(tensors, dataclasses.replace(config, gate="none"), inputs["input_ids"])
+    changed = lambda window, sweeps: dataclasses.replace(config, window=window, sweeps=sweeps)
+    names = ("hidden", "attn_out", "k", "v", "kd", "align")
+    out = {}
+    for case, (chunk, window, sweeps, alpha) in enumerate(settings["cases"]):
+        run = run_sequences(tensors, changed(window, sweeps), inputs["input_ids"], chunk, alpha)
+        arrays = chunk_arrays(tensors, run, teacher, inputs)
+        out |= {f"case{case}_{name}": arrays[name] for name in names}
+    prefill, window, sweeps = settings["greedy"]
+    tokens = greedy(tensors, changed(window, sweeps), inputs["prompt_ids"], prefill, NEW_TOKENS["window"])
+    chunk, window, sweeps = settings["grad"]
+    gradients = gradient_arrays(tensors, changed(window, sweeps), inputs, chunk)
+    return out | gradients | {"gen_ids": tokens["gen_ids"]}
+
+
+def gradient_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays, chunk: int) -> Arrays:
+    """The loss and gradient of each phase: the norm of every tensor's, and some in full."""
+    out = {}
     for phase, options in (("phase1", {"alpha": ALPHA}), ("phase2", {"beta": BETA})):
-        loss, gradient = loss_and_gradient(tensors, config, ids, inputs["loss_mask"], chunk, **options)
+        loss, gradient = loss_and_gradient(tensors, config, inputs["input_ids"], inputs["loss_mask"], chunk, **options)
         out[f"{phase}_loss"] = np.array(loss)
         out |= {f"{phase}_gradnorm/{name}": np.linalg.norm(x) for name, x in gradient.items()}
         out |= {f"{phase}_grad/{name}": gradient[name] for name in FULL_GRADIENTS}

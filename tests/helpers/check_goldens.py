@@ -23,6 +23,7 @@ run_sequence = jax.jit(melt_jax.run_sequence, static_argnames="chunk_size")
 logits = jax.jit(lambda model, hidden: model.logits(hidden))
 exit_pdf = jax.jit(lambda model, hidden: model.exit_pdf(hidden))
 alignment_loss = jax.jit(melt_jax.alignment_loss, static_argnames="chunk_size")
+transition_loss = jax.jit(melt_jax.transition_loss, static_argnames="chunk_size")
 gradients = {
     "phase1": jax.jit(jax.value_and_grad(melt_jax.transition_loss), static_argnames="chunk_size"),
     "phase2": jax.jit(jax.value_and_grad(melt_jax.alignment_loss), static_argnames="chunk_size"),
@@ -141,6 +142,36 @@ def check_melt(folder: pathlib.Path, golden: dict[str, np.ndarray]) -> Iterator[
     yield from check_gradients(model, teacher, golden, chunk)
 
 
+def check_window(folder: pathlib.Path, golden: dict[str, np.ndarray]) -> Iterator[Comparison]:
+    """Compares a MELT with several windows and sweeps; its teacher is the LoopLM inside it."""
+    settings, teacher = json.loads((folder / "golden.json").read_text()), melt_jax.load_model(folder, gate="none")
+    ids, mask = golden["input_ids"], golden["loss_mask"]
+    for case, (chunk, window, sweeps, alpha) in enumerate(settings["cases"]):
+        model = melt_jax.load_model(folder, window=window, sweeps=sweeps)
+        at = f"window {window} chunk {chunk} sweeps {sweeps}" + ("" if alpha is None else f" transition {alpha}")
+        get = lambda name, case=case: golden[f"case{case}_{name}"]
+        out = run(model, ids, chunk_size=chunk, alpha=alpha)
+        yield compare(f"{at} hidden", out.hidden, get("hidden"), 2e-4)
+        yield compare(f"{at} attention_output", out.attention_output, get("attn_out"), 2e-4)
+        yield compare(f"{at} shared keys", out.cache.keys, get("k").transpose(0, 1, 3, 2, 4), 2e-4)
+        yield compare(f"{at} shared values", out.cache.values, get("v").transpose(0, 1, 3, 2, 4), 2e-4)
+        if alpha is not None:
+            loss = transition_loss(model, teacher, ids, mask, alpha=alpha, chunk_size=chunk)
+            yield compare(f"{at} loss", loss, get("kd"), 1e-4, True)
+            continue
+        loss = alignment_loss(model, teacher, ids, mask, beta=0.1, chunk_size=chunk)
+        yield compare(f"{at} alignment loss", loss, get("kd") + 0.1 * get("align"), 1e-4, True)
+        if chunk <= sweeps * (window + 1):
+            decoded = run(model, ids, chunk_size=1)
+            yield compare(f"{at} hidden in decoding", out.hidden, decoded.hidden, 2e-4)
+    prefill, window, sweeps = settings["greedy"]
+    model = melt_jax.load_model(folder, window=window, sweeps=sweeps)
+    yield check_greedy(model, golden["prompt_ids"], golden["gen_ids"], prefill)
+    chunk, window, sweeps = settings["grad"]
+    model = melt_jax.load_model(folder, window=window, sweeps=sweeps)
+    yield from check_gradients(model, teacher, golden, chunk)
+
+
 def check_gradients(
     model: melt_jax.LoopedTransformer, teacher: melt_jax.LoopedTransformer, golden: dict[str, np.ndarray], chunk: int
 ) -> Iterator[Comparison]:
@@ -163,8 +194,8 @@ def check_gradients(
 def check_folder(folder: pathlib.Path) -> Iterator[Comparison]:
     """Yields every comparison of a folder."""
     golden = dict(np.load(folder / "golden.npz"))
-    melt = json.loads((folder / "config.json").read_text())["model_type"] == "melt"
-    yield from (check_melt if melt else check_looplm)(folder, golden)
+    checks = {"ouro": check_looplm, "melt": check_melt, "window": check_window}
+    yield from checks[folder.name.split("_")[0]](folder, golden)
 
 
 def main(folders: list[str]) -> int:

@@ -22,6 +22,8 @@ from tests.helpers.tiny import ALIGNMENT, OPTIMIZER, TINY, TRANSITION, make_mode
 
 CONFIG = dataclasses.replace(TINY, vocab=32, heads=8, kv_heads=8, feed_forward=24, loops=2, remat="products",
                              attention_block=4)  # fmt: skip
+# Chunks longer than W + 1 and two sweeps: all kinds of entries are read.
+WINDOW = dataclasses.replace(CONFIG, window=1, sweeps=2)
 PHASES = {"transition": TRANSITION, "alignment": ALIGNMENT}
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 QUICK = {"transition": ("mixed",), "alignment": ("fsdp",)}
@@ -63,6 +65,12 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.max(np.abs(found - wanted)) / max(np.max(np.abs(wanted)), 1e-30))
 
 
+def variant_gap(phase: str, config: ModelConfig) -> float:
+    """The gap between a mesh that splits everything and one device, for another config."""
+    mixed, one = make_mesh(MeshConfig(2, 2, 2)), make_mesh(MeshConfig(), jax.devices()[:1])
+    return gap(one_step(phase, mixed, "step", 2, config), one_step(phase, one, "step", 1, config))
+
+
 def main():
     """Prints a line for each phase and mesh."""
     jax.config.update("jax_enable_x64", True)
@@ -74,9 +82,10 @@ def main():
             gaps[f"{phase}, {name}"] = gap(one_step(phase, make_mesh(MeshConfig(*shape)), "step", 2), want)
         if phase == "alignment" or "--quick" not in sys.argv:
             gaps[f"{phase}, gathered at use"] = gap(one_step(phase, make_mesh(MeshConfig(2, 2, 2)), "layer", 2), want)
-    scalar = dataclasses.replace(CONFIG, gate="scalar")
-    shapes = [(make_mesh(MeshConfig(2, 2, 2)), 2), (make_mesh(MeshConfig(), jax.devices()[:1]), 1)]
-    gaps["alignment, scalar gate"] = gap(*(one_step("alignment", mesh, "step", n, scalar) for mesh, n in shapes))
+    scalar = dataclasses.replace(WINDOW, gate="scalar")
+    gaps["alignment, window, scalar gate"] = variant_gap("alignment", scalar)
+    if "--quick" not in sys.argv:
+        gaps["transition, window"] = variant_gap("transition", WINDOW)
     for name, value in gaps.items():
         print(f"{name:<32} {value:.1e}")
     if "--json" in sys.argv:

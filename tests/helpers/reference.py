@@ -29,6 +29,8 @@ class ReferenceConfig:
     rms_eps: float
     gate: str
     first_loop: str = "copy"
+    window: int = 0
+    sweeps: int = 1
 
 
 def read_folder(folder: str | pathlib.Path) -> tuple[Tensors, ReferenceConfig]:
@@ -83,33 +85,40 @@ class ReferenceRun:
     """One sequence, extended chunk by chunk.
 
     An entry is an array [2, K, E] of key and value. Dicts have keys (layer, token) or (loop, layer, token); loops count
-    from 1.
+    from 1. `current` has the entries that a loop reads of nearby tokens, `final` those that it reads of all others.
     """
 
     def __init__(self, tensors: Tensors, config: Any, alpha: float | None = None):
         self.tensors, self.config, self.alpha = tensors, config, alpha
         self.layers = [Layer(tensors, config, i) for i in range(config.layers)]
         self.segments, self.positions = [], []
-        self.shared, self.per_loop = {}, {}
+        self.shared, self.per_loop, self.current, self.final = {}, {}, {}, {}
         self.hidden, self.attended, self.layer_out = {}, {}, {}
 
     def append(self, tokens, segments=None) -> np.ndarray:
-        """Runs all loops of the next chunk; returns the final hidden state [D] of its last token."""
+        """Runs all sweeps and loops of the next chunk; returns the final hidden state [D] of its last token."""
         chunk = range(len(self.segments), len(self.segments) + len(tokens))
         for segment in np.ones(len(tokens), int) if segments is None else segments:
             follows = bool(self.segments) and self.segments[-1] == segment
             self.positions.append(self.positions[-1] + 1 if follows else 0)
             self.segments.append(segment)
-        x = {s: self.tensors["model.embed_tokens.weight"][token] for s, token in zip(chunk, tokens)}
-        latent = {(i, s): np.zeros(self.config.width) for i in range(self.config.layers) for s in chunk}
-        for t in range(1, self.config.loops + 1):
-            for i in range(self.config.layers):
-                self._run_layer(t, i, x, latent)
-            for s in chunk:
-                x[s] = self.hidden[t, s] = rms(x[s], self.tensors["model.norm.weight"], self.config.rms_eps)
-        return x[chunk[-1]]
+        for sweep in range(self.config.sweeps):
+            self._run_loops(dict(zip(chunk, tokens)), sweep)
+        return self.hidden[self.config.loops, chunk[-1]]
 
-    def _run_layer(self, t, i, x, latent):
+    def _run_loops(self, tokens, sweep):
+        """Runs all loops of a chunk {index: token id}; then its entries are the final ones."""
+        loops, depth = range(1, self.config.loops + 1), range(self.config.layers)
+        x = {s: self.tensors["model.embed_tokens.weight"][token] for s, token in tokens.items()}
+        latent = {(i, s): np.zeros(self.config.width) for i in depth for s in x}
+        for t in loops:
+            for i in depth:
+                self._run_layer(t, i, x, latent, sweep)
+            for s in x:
+                x[s] = self.hidden[t, s] = rms(x[s], self.tensors["model.norm.weight"], self.config.rms_eps)
+        self.final |= {(t, i, s): self._blend(t, i, s) for t in loops for i in depth for s in x}
+
+    def _run_layer(self, t, i, x, latent, sweep):
         """Replaces the streams x {token: [D]} and the latents by those after layer i of loop t."""
         layer = self.layers[i]
         u = {s: layer.norm("input_layernorm", x[s]) for s in x}
@@ -118,15 +127,18 @@ class ReferenceRun:
                 latent[i, s] = layer.next_latent(u[s], latent[i, s], t)
                 self.shared[i, s] = layer.entry(latent[i, s], self.positions[s])
             self.per_loop[t, i, s] = layer.entry(u[s], self.positions[s])
+            self.current[t, i, s] = self._blend(t, i, s)
         for s in x:
             visible = [r for r in range(s + 1) if r == s or self.segments[r] == self.segments[s] != 0]
-            entries = np.array([self._entry(t, i, r) for r in visible])
+            near = {r for r in visible if s - r <= self.config.window or (r in x and sweep == 0)}
+            entries = np.array([(self.current if r in near else self.final)[t, i, r] for r in visible])
             self.attended[t, i, s] = layer.attend(u[s], self.positions[s], entries)
             x[s] = x[s] + layer.norm("input_layernorm_2", self.attended[t, i, s])
             m = layer.mlp(layer.norm("post_attention_layernorm", x[s]))
             x[s] = self.layer_out[t, i, s] = x[s] + layer.norm("post_attention_layernorm_2", m)
 
-    def _entry(self, loop, layer, token):
+    def _blend(self, loop, layer, token):
+        """The entry that a loop reads, from the shared and per-loop entries as they are."""
         if self.config.gate == "none":
             return self.per_loop[loop, layer, token]
         if self.alpha is None:

@@ -3,7 +3,7 @@
 The same mathematics as `reference`, written for all tokens of a chunk at once so that `jax.grad` is affordable.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def loss_and_gradient(
 
     Args:
       tensors: {published name: float64 array (out, in)}.
-      config: `ReferenceConfig` of the MELT.
+      config: `ReferenceConfig` of the MELT, with its window and sweeps.
       tokens: [B, S] token ids, one document each.
       loss_mask: [B, S], 1 if the token is scored.
       chunk: C of the MELT.
@@ -56,45 +56,80 @@ def loss_and_gradient(
         return float(value), {name: np.asarray(x) for name, x in gradient.items()}
 
 
+class _Entries(NamedTuple):
+    """{(loop, layer): (keys, values) [n, K, E]} as a loop reads tokens: nearby ones, and all others."""
+
+    current: dict[tuple[int, int], Any]
+    final: dict[tuple[int, int], Any]
+
+    def append(self, chunk: "_Entries") -> "_Entries":
+        return _Entries(*({key: _append(old.get(key), new[key]) for key in new} for old, new in zip(self, chunk)))
+
+
 def _run(tensors, config, tokens, chunk, alpha, gate):
     """(hidden [T, S, D], attention outputs [T, L, S, D]) of one sequence [S]."""
-    shared, per_loop, parts = {}, {}, []
+    earlier, parts = _Entries({}, {}), []
     for start in range(0, len(tokens), chunk):
-        x, hidden, attended, latents = tensors["model.embed_tokens.weight"][tokens[start : start + chunk]], [], [], {}
-        positions = np.arange(start, start + len(x))
-        for t in range(config.loops):
-            outputs = []
-            for i in range(config.layers):
-                w = {name: tensors[f"model.layers.{i}.{name}.weight"] for name in _LAYER_WEIGHTS}
-                u = _rms(x, w["input_layernorm"], config)
-                earlier = None
-                if gate == LOOPLM:
-                    own = per_loop_own = _entries(u, w, positions, config)
-                    earlier = per_loop.get((t, i))
-                else:
-                    latents[i] = _latent(tensors, i, u, latents.get(i), t)
-                    own, per_loop_own = (_entries(stream, w, positions, config) for stream in (latents[i], u))
-                    earlier = shared.get(i)
-                    if alpha is not None:
-                        blend = lambda a, b: alpha * a + (1 - alpha) * b
-                        final, own = own, jax.tree.map(blend, own, per_loop_own)
-                        earlier = earlier and jax.tree.map(blend, earlier, per_loop[t, i])
-                    else:
-                        final = own
-                    if t == config.loops - 1:
-                        shared[i] = _append(shared.get(i), final)
-                per_loop[t, i] = _append(per_loop.get((t, i)), per_loop_own)
-                out = _attention(u, w, positions, _append(earlier, own), config)
-                outputs.append(out)
-                x = x + _rms(out, w["input_layernorm_2"], config)
-                m = _rms(x, w["post_attention_layernorm"], config)
-                m = (jax.nn.silu(m @ w["mlp.gate_proj"].T) * (m @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
-                x = x + _rms(m, w["post_attention_layernorm_2"], config)
-            x = _rms(x, tensors["model.norm.weight"], config)
-            hidden.append(x)
-            attended.append(jnp.stack(outputs))
-        parts.append((jnp.stack(hidden), jnp.stack(attended)))
+        x = tensors["model.embed_tokens.weight"][tokens[start : start + chunk]]
+        own = None
+        for _ in range(config.sweeps):
+            hidden, attended, own = _sweep(tensors, config, (x, start), earlier, own, alpha, gate)
+        earlier = earlier.append(own)
+        parts.append((hidden, attended))
     return jnp.concatenate([part[0] for part in parts], 1), jnp.concatenate([part[1] for part in parts], 2)
+
+
+def _sweep(tensors, config, chunk, earlier, previous, alpha, gate):
+    """One sweep over a chunk (x [C, D], start): (hidden [T, C, D], attention outputs [T, L, C, D], its `_Entries`).
+
+    `earlier` are the entries of earlier chunks, `previous` those of this chunk after the sweep before, or None.
+    """
+    x, start = chunk
+    positions, depth = np.arange(start, start + len(x)), range(config.layers)
+    far = earlier.final if previous is None else earlier.append(previous).final
+    visible = _visible(config.window, start, positions, previous is None)
+    hidden, attended, latents, melt, looplm, current = [], [], {}, {}, {}, {}
+    for t in range(config.loops):
+        outputs = []
+        for i in depth:
+            w = {name: tensors[f"model.layers.{i}.{name}.weight"] for name in _LAYER_WEIGHTS}
+            u = _rms(x, w["input_layernorm"], config)
+            looplm[t, i] = _entries(u, w, positions, config)
+            if gate != LOOPLM:
+                latents[i] = _latent(tensors, i, u, latents.get(i), t)
+                melt[i] = _entries(latents[i], w, positions, config)
+            current[t, i] = _blend(melt.get(i), looplm[t, i], alpha)
+            entries = _append(far.get((t, i)), _append(earlier.current.get((t, i)), current[t, i]))
+            out = _attention(u, w, positions, entries, visible, config)
+            outputs.append(out)
+            x = x + _rms(out, w["input_layernorm_2"], config)
+            m = _rms(x, w["post_attention_layernorm"], config)
+            m = (jax.nn.silu(m @ w["mlp.gate_proj"].T) * (m @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
+            x = x + _rms(m, w["post_attention_layernorm_2"], config)
+        x = _rms(x, tensors["model.norm.weight"], config)
+        hidden.append(x)
+        attended.append(jnp.stack(outputs))
+    final = {(t, i): _blend(melt.get(i), looplm[t, i], alpha) for t in range(config.loops) for i in depth}
+    return jnp.stack(hidden), jnp.stack(attended), _Entries(current, final)
+
+
+def _visible(window, start, positions, first_sweep):
+    """[C, n]: the final entries, then the current ones, that each token of a chunk attends to.
+
+    In the first sweep the chunk has no final entries yet, and all its tokens are read as they are in the loop.
+    """
+    token = np.arange(positions[-1] + 1)[None]
+    distance = positions[:, None] - token
+    near = (distance <= window) | (first_sweep & (token >= start))
+    final = (distance >= 0) & ~near
+    return np.concatenate([final[:, :start] if first_sweep else final, (distance >= 0) & near], axis=1)
+
+
+def _blend(melt, looplm, alpha):
+    """The entries that attention reads: the LoopLM's, MELT's, or α · MELT's + (1 − α) · the LoopLM's."""
+    if melt is None:
+        return looplm
+    return melt if alpha is None else jax.tree.map(lambda a, b: alpha * a + (1 - alpha) * b, melt, looplm)
 
 
 _NORMS = ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2")
@@ -125,13 +160,12 @@ def _append(earlier, own):
     return own if earlier is None else tuple(jnp.concatenate(pair) for pair in zip(earlier, own))
 
 
-def _attention(u, w, positions, entries, config):
-    """W_O of causal attention of a chunk's tokens [C, D] over entries [n, K, E] of positions 0 to n − 1."""
+def _attention(u, w, positions, entries, visible, config):
+    """W_O of attention of a chunk's tokens [C, D] over entries [n, K, E]; `visible` is [C, n]."""
     queries = (u @ w["self_attn.q_proj"].T).reshape(len(u), config.heads, -1)
     queries = _rotate(queries, positions, config)
     keys, values = (jnp.repeat(x, config.heads // config.kv_heads, axis=1) for x in entries)
     scores = jnp.einsum("che,nhe->chn", queries, keys) / np.sqrt(queries.shape[-1])
-    visible = np.arange(len(keys))[None] <= positions[:, None]
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
     mixed = jnp.einsum("chn,nhe->che", jax.nn.softmax(scores, axis=-1), values)
     return mixed.reshape(len(u), -1) @ w["self_attn.o_proj"].T

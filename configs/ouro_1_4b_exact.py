@@ -1,0 +1,34 @@
+"""Trains Ouro-1.4B-Thinking into MELT-1.6B in chunks that are exactly decoding, on 16 TPU v6e chips.
+
+As `ouro_1_4b.py`, the recipe of the MELT paper (arXiv 2605.07721), with two changes: chunks of C = 128 tokens instead
+of 500, and a window of W = 128. A chunk of at most W + 1 tokens computes what decoding token by token does, so the
+model is trained on the function that generates. 129 would be exact too; 128 suits the tiles of a TPU.
+
+    python -m melt_jax.train --config=configs/ouro_1_4b_exact.py --workdir=runs/melt_1_6b_exact
+
+Beside the cache of 196 608 bytes per token, a sequence keeps its window: 75 MB in bfloat16, whatever its length.
+
+A step has been compiled for these chips; the recipe has never been run. The price by the compiler, beside the paper's
+chunks: GB per chip, FLOPs / necessary, and the least chip-hours of the phase (launch/README.md has the whole table):
+
+                              this recipe             chunks of 500
+    v6e:4x4   transition      26.3 GB  1.10  19 h     26.1 GB  1.08  12 h
+    v6e:4x4   alignment       13.4 GB  1.10  11 h     13.1 GB  1.09   7 h
+
+Products cost the same. Short chunks read the weights more often, which takes these chips longer than the products,
+unless several sequences run at once: with `micro_batches` 2 the alignment runs four, in 30.2 GB, and its least
+chip-hours are those of the long chunks. The transition fits only one. A run may change `micro_batches` when it resumes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ouro_1_4b
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = ouro_1_4b.get_config()
+    config.student.window = 128
+    config.student.sweeps = 1
+    config.chunk_size = 128
+    return config

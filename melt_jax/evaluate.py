@@ -165,7 +165,9 @@ def evaluate_checkpoint(
         if tokens and changed.config.gate != "none":
             gaps[loops] = scoring.kl_to_decoding(changed, batch, chunk, tokens, rows, before_piece)
             if show:
-                show(f"KL(decoding ‖ chunks of {chunk}) of the model itself: {gaps[loops]:.6f} nats per token")
+                show(
+                    f"KL(decoding ‖ chunks of {chunk}) of the model itself: {max(gaps[loops], 0.0):.6f} nats per token"
+                )
     return Evaluation(answers, comparisons, gaps)
 
 

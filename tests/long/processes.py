@@ -37,6 +37,9 @@ MOMENTS = {"transition": 5, "alignment": 4}  # SIGTERM is sent when the log show
 OVERRIDES = {
     "chunk_size": 36,
     "data.batch": 8,
+    "student.window": 0,
+    "alignment.reduction": "sum",
+    "alignment.beta": 0.001,
     "log_every": 1,
     "checkpoint_every": 4,
     "evaluation.problems": 4,

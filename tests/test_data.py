@@ -10,6 +10,7 @@ from configs import base, nano
 from melt_jax.config import DataConfig, ModelConfig, freeze
 from melt_jax.data import arithmetic
 from melt_jax.data.stream import batch_maker, batches, data_errors, dataset_size, evaluation_batch, run_errors
+from melt_jax.inference.answers import fresh_problems
 from tests.test_token_files import write
 
 NANO = ModelConfig(
@@ -158,19 +159,58 @@ def test_definitions_stay_within_their_bounds():
             assert len(where) in (arithmetic.problem_tokens(3), arithmetic.problem_tokens(4))
 
 
+def chain(question):
+    """The names on which the asked one depends, from the constant to the asked one; each has one definition."""
+    *definitions, asked = question.split(";")
+    meaning = dict(text.split("=") for text in definitions)
+    assert len(meaning) == len(definitions)
+    names = [asked[0]]
+    while not meaning[names[0]].isdigit():
+        names.insert(0, meaning[names[0]][0])
+    return names
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3, 20])
+@pytest.mark.parametrize("definitions", range(1, 11))
+def test_steps_state_the_values_of_every_hop(definitions, hops):
+    """Of the constant, every h-th name of the chain and the asked name; the question is the same for all `hops`."""
+    make = lambda seed, hops: arithmetic.make_problem(np.random.default_rng(seed), definitions, hops)
+    for seed in range(20):
+        problem = make(seed, hops)
+        *stated, _ = problem.question.split(";")
+        names = chain(problem.question)
+        written = names[: definitions - 1 : hops] + names[-1:]
+        value = lambda name: evaluate(";".join([*stated, f"{name}?"]))
+        assert len(names) == definitions and problem == make(seed, hops)
+        assert problem.steps == ";".join(f"{name}={value(name)}" for name in written)
+        assert problem.answer == str(value(names[-1])) and problem.question == make(seed, 0).question
+        assert len(problem.prompt + problem.completion) == arithmetic.problem_tokens(definitions, hops)
+
+
+def test_stream_and_evaluation_use_the_hops():
+    for row in arithmetic_rows(low=3, high=7, hops=2):
+        for _, where in documents(row):
+            _, question, steps, *_ = _split(as_text(row.tokens[where]))
+            definitions = question.count(";")
+            assert steps.count(";") == definitions // 2 and 3 <= definitions <= 7
+    assert [problem.steps.count(";") for problem in fresh_problems(1, 10, 3, 7, 2)] == [1, 2, 2, 3, 3] * 2
+
+
 def test_task_does_not_change():
     """Published results depend on the problems of each seed and step."""
-    batch = arithmetic.arithmetic_batch(0, 7, batch=1, length=64)
-    assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == FIRST_PROBLEM
+    for hops, expected in ((0, FIRST_PROBLEM), (2, FIRST_PROBLEM_OF_TWO_HOPS)):
+        batch = arithmetic.arithmetic_batch(0, 7, DataConfig(batch=1, length=64, hops=hops))
+        assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == expected
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
 
 
 FIRST_PROBLEM = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2=4;j=d*2=8;g=j*3=4</think>4<|im_end|>"
+FIRST_PROBLEM_OF_TWO_HOPS = "<|im_start|>i=g-3;d=b*2;j=d*2;b=2;g=j*3;i?<think>b=2;j=8;i=1</think>1<|im_end|>"
 
 
 def test_unknown_score_is_an_error():
     with pytest.raises(ValueError, match='score: expected "completion" or "all", found \'completions\''):
-        arithmetic.arithmetic_batch(0, 0, 1, 64, score="completions")
+        arithmetic.arithmetic_batch(0, 0, DataConfig(batch=1, length=64, score="completions"))
 
 
 # Configurations
@@ -186,6 +226,7 @@ CONFIGS = {
     'data.score: expected one of completion, all, found "al"; did you mean "all"?': DataConfig(score="al"),
     "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
     "data.high: expected a problem within data.length, 69 tokens, found 70 tokens for 5": DataConfig(length=69),
+    "expected a problem within data.length, 45 tokens, found 46 tokens for 5": DataConfig(length=45, hops=2),
     'data.path: expected a .npy or .npz file for source "tokens", found none': DataConfig("tokens"),
     "data.path: nowhere.npy: expected a file, found none": DataConfig("tokens", "nowhere.npy"),
 }

@@ -5,6 +5,11 @@
 Names are `a` to `j`. All values are modulo 10; operands are 0 to 9 in sums and differences, 2 or 3 in products. The
 prompt ends with `<think>`; the rest is the completion. Each character and each special token is one token, and a chain
 of n definitions takes 14·n tokens.
+
+With `hops` h ≥ 1 the steps are shorter and harder: they state only the values of the first definition, of every h-th
+after it, and of the last. With 2 hops:
+
+    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;c=8</think>8<|im_end|>
 """
 
 import dataclasses
@@ -12,7 +17,7 @@ import itertools
 
 import numpy as np
 
-from melt_jax.config import InputError
+from melt_jax.config import DataConfig, InputError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyz=+-*?;,.:"
@@ -46,63 +51,69 @@ def encode(text: str) -> list[int]:
     return [VOCABULARY[character] for character in text]
 
 
-def make_problem(rng: np.random.Generator, definitions: int) -> Problem:
-    """A random problem with a chain of `definitions` definitions."""
+def make_problem(rng: np.random.Generator, definitions: int, hops: int = 0) -> Problem:
+    """A random problem.
+
+    Args:
+      rng: the source of randomness.
+      definitions: length of the chain.
+      hops: 0: a step writes out each definition and its value. h ≥ 1: steps state only values, of the first definition,
+        of every h-th after it, and of the last. The problems of a random stream have the same questions for any `hops`.
+    """
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:definitions]]
     value = int(rng.integers(10))
-    stated, steps = [f"{names[0]}={value}"], [f"{names[0]}={value}"]
+    stated, values = [f"{names[0]}={value}"], [value]
     for previous, name in itertools.pairwise(names):
         sign = "+-*"[rng.integers(3)]
         operand = int(rng.integers(2, 4) if sign == "*" else rng.integers(10))
         stated.append(f"{name}={previous}{sign}{operand}")
-        result = OPERATIONS[sign](value, operand) % 10
-        steps.append(f"{name}={previous}{sign}{operand}={result}")
-        value = result
+        values.append(OPERATIONS[sign](values[-1], operand) % 10)
     order = rng.permutation(definitions)
     question = ";".join(stated[i] for i in order) + f";{names[-1]}?"
-    return Problem(question, ";".join(steps), str(value))
+    if hops:
+        steps = [f"{names[i]}={values[i]}" for i in (*range(0, definitions - 1, hops), definitions - 1)]
+    else:
+        steps = [stated[0], *(f"{text}={value}" for text, value in zip(stated[1:], values[1:]))]
+    return Problem(question, ";".join(steps), str(values[-1]))
 
 
-def problem_tokens(definitions: int) -> int:
+def problem_tokens(definitions: int, hops: int = 0) -> int:
     """The number of tokens of a problem, prompt and completion."""
-    return 14 * definitions
+    return 6 * definitions + 4 * (2 - (1 - definitions) // hops) if hops else 14 * definitions
 
 
-def pack_problems(
-    rng: np.random.Generator, length: int, low: int = 2, high: int = 5, score: str = "completion"
-) -> dict[str, np.ndarray]:
-    """Fills one sequence with problems of `low` to `high` definitions.
+def pack_problems(rng: np.random.Generator, data: DataConfig) -> dict[str, np.ndarray]:
+    """Fills one sequence of `data.length` tokens with problems of `data.low` to `data.high` definitions.
 
     Returns:
       dict of int32 [length] arrays: tokens; segments (1, 2, … per problem, 0 for padding); targets, the next token;
-      loss_mask, 1 if the prediction of the target is scored: in the whole problem (score "all") or in its completion
-      ("completion").
+      loss_mask, 1 if the prediction of the target is scored: in the whole problem (`data.score` "all") or in its
+      completion ("completion").
 
     Raises:
-      InputError: `score` has another value.
+      InputError: `data.score` has another value.
     """
-    if score not in ("completion", "all"):
-        raise InputError(f'score: expected "completion" or "all", found {score!r}')
-    out = {name: np.zeros(length, np.int32) for name in ("tokens", "segments", "targets", "loss_mask")}
+    if data.score not in ("completion", "all"):
+        raise InputError(f'score: expected "completion" or "all", found {data.score!r}')
+    out = {name: np.zeros(data.length, np.int32) for name in ("tokens", "segments", "targets", "loss_mask")}
+    sizes = {n: problem_tokens(n, data.hops) for n in range(data.low, data.high + 1)}
     start, segment = 0, 1
-    while sizes := [n for n in range(low, high + 1) if problem_tokens(n) <= length - start]:
-        problem = make_problem(rng, int(rng.choice(sizes)))
+    while fitting := [n for n, size in sizes.items() if size <= data.length - start]:
+        problem = make_problem(rng, int(rng.choice(fitting)), data.hops)
         prompt, completion = problem.prompt, problem.completion
         tokens = prompt + completion
         stop = start + len(tokens)
         out["tokens"][start:stop] = tokens
         out["segments"][start:stop] = segment
         out["targets"][start : stop - 1] = tokens[1:]
-        scored = start + (len(prompt) - 1 if score == "completion" else 0)
+        scored = start + (len(prompt) - 1 if data.score == "completion" else 0)
         out["loss_mask"][scored : stop - 1] = 1
         start, segment = stop, segment + 1
     return out
 
 
-def arithmetic_batch(
-    seed: int, step: int, batch: int, length: int, low: int = 2, high: int = 5, score: str = "completion"
-) -> dict[str, np.ndarray]:
+def arithmetic_batch(seed: int, step: int, data: DataConfig) -> dict[str, np.ndarray]:
     """The batch of one training step, a function of (seed, step): arrays of `pack_problems`, [batch, length]."""
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-    rows = [pack_problems(rng, length, low, high, score) for _ in range(batch)]
+    rows = [pack_problems(rng, data) for _ in range(data.batch)]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

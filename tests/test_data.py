@@ -175,15 +175,14 @@ def chain(question):
 def test_steps_state_the_values_of_every_hop(definitions, hops):
     """Of the constant, every h-th name of the chain and the asked name; the question is the same for all `hops`."""
     make = lambda seed, hops: arithmetic.make_problem(np.random.default_rng(seed), definitions, hops)
+    value = lambda question, name: evaluate(";".join([*question.split(";")[:-1], f"{name}?"]))
     for seed in range(20):
         problem = make(seed, hops)
-        *stated, _ = problem.question.split(";")
         names = chain(problem.question)
         written = names[: definitions - 1 : hops] + names[-1:]
-        value = lambda name: evaluate(";".join([*stated, f"{name}?"]))
         assert len(names) == definitions and problem == make(seed, hops)
-        assert problem.steps == ";".join(f"{name}={value(name)}" for name in written)
-        assert problem.answer == str(value(names[-1])) and problem.question == make(seed, 0).question
+        assert problem.steps == ";".join(f"{name}={value(problem.question, name)}" for name in written)
+        assert problem.answer == str(evaluate(problem.question)) and problem.question == make(seed, 0).question
         assert len(problem.prompt + problem.completion) == arithmetic.problem_tokens(definitions, hops)
 
 

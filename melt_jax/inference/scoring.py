@@ -376,7 +376,7 @@ def scoring_weights(model: LoopedTransformer, config: TrainConfig) -> LoopedTran
 
 
 def sample(model: LoopedTransformer, config: TrainConfig) -> str:
-    """One problem of a run's evaluation as text: the question, the model's completion, whether its answer is correct."""
+    """A problem of a run's evaluation as text: the question, the model's completion, whether its answer is exact."""
     data = config.data
     problem = fresh_problems(config.evaluation.seed, 4, data.low, data.high, data.hops)[-1]
     answers = exact_answers(model, [problem], config.chunk_size)

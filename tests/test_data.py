@@ -173,7 +173,7 @@ def chain(question):
 @pytest.mark.parametrize("hops", [1, 2, 3, 20])
 @pytest.mark.parametrize("definitions", range(1, 11))
 def test_steps_state_the_values_of_every_hop(definitions, hops):
-    """Of the constant, every h-th name of the chain and the asked name; the question is the same for all `hops`."""
+    """Of the constant, of every h-th name of the chain, and of the asked name."""
     make = lambda seed, hops: arithmetic.make_problem(np.random.default_rng(seed), definitions, hops)
     value = lambda question, name: evaluate(";".join([*question.split(";")[:-1], f"{name}?"]))
     for seed in range(20):
@@ -182,7 +182,7 @@ def test_steps_state_the_values_of_every_hop(definitions, hops):
         written = names[: definitions - 1 : hops] + names[-1:]
         assert len(names) == definitions and problem == make(seed, hops)
         assert problem.steps == ";".join(f"{name}={value(problem.question, name)}" for name in written)
-        assert problem.answer == str(evaluate(problem.question)) and problem.question == make(seed, 0).question
+        assert problem.answer == str(evaluate(problem.question))
         assert len(problem.prompt + problem.completion) == arithmetic.problem_tokens(definitions, hops)
 
 
@@ -204,7 +204,7 @@ def test_task_does_not_change():
 
 
 FIRST_PROBLEM = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2=4;j=d*2=8;g=j*3=4</think>4<|im_end|>"
-FIRST_PROBLEM_OF_TWO_HOPS = "<|im_start|>i=g-3;d=b*2;j=d*2;b=2;g=j*3;i?<think>b=2;j=8;i=1</think>1<|im_end|>"
+FIRST_PROBLEM_OF_TWO_HOPS = "<|im_start|>i=g-2;d=b*2;j=d*2;b=2;g=j*3;i?<think>b=2;j=8;i=2</think>2<|im_end|>"
 
 
 def test_unknown_score_is_an_error():

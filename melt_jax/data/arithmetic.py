@@ -7,8 +7,9 @@ prompt ends with `<think>`; the rest is the completion. Each character and each 
 of n definitions takes 14·n tokens.
 
 With `hops` h ≥ 1 the steps are shorter and harder: they state only the values of the first definition, of every h-th
-after it, and of the last. With 2 hops:
+after it, and of the last. Operands are 1 to 3 in sums and differences. With 1 hop and with 2:
 
+    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=6;c=8</think>8<|im_end|>
     <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;c=8</think>8<|im_end|>
 """
 
@@ -58,14 +59,16 @@ def make_problem(rng: np.random.Generator, definitions: int, hops: int = 0) -> P
       rng: the source of randomness.
       definitions: length of the chain.
       hops: 0: a step writes out each definition and its value. h ≥ 1: steps state only values, of the first definition,
-        of every h-th after it, and of the last. The problems of a random stream have the same questions for any `hops`.
+        of every h-th after it, and of the last.
     """
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:definitions]]
+    factors = (2, 4)
+    terms = (1, 4) if hops else (0, 10)
     value = int(rng.integers(10))
     stated, values = [f"{names[0]}={value}"], [value]
     for previous, name in itertools.pairwise(names):
         sign = "+-*"[rng.integers(3)]
-        operand = int(rng.integers(2, 4) if sign == "*" else rng.integers(10))
+        operand = int(rng.integers(*(factors if sign == "*" else terms)))
         stated.append(f"{name}={previous}{sign}{operand}")
         values.append(OPERATIONS[sign](values[-1], operand) % 10)
     order = rng.permutation(definitions)

@@ -172,39 +172,42 @@ def chain(question):
 
 @pytest.mark.parametrize("hops", [1, 2, 3, 20])
 @pytest.mark.parametrize("definitions", range(1, 11))
-def test_steps_state_the_values_of_every_hop(definitions, hops):
-    """Of the constant, of every h-th name of the chain, and of the asked name."""
-    make = lambda seed, hops: arithmetic.make_problem(np.random.default_rng(seed), definitions, hops)
+def test_steps_state_the_value_of_every_hop(definitions, hops):
+    """The steps are the chain of definitions, with the values of the constant, of every h-th and of the asked name."""
+    make = lambda seed: arithmetic.make_problem(np.random.default_rng(seed), definitions, hops)
     value = lambda question, name: evaluate(";".join([*question.split(";")[:-1], f"{name}?"]))
     for seed in range(20):
-        problem = make(seed, hops)
+        problem = make(seed)
         names = chain(problem.question)
-        written = names[: definitions - 1 : hops] + names[-1:]
-        assert len(names) == definitions and problem == make(seed, hops)
-        assert problem.steps == ";".join(f"{name}={value(problem.question, name)}" for name in written)
-        assert problem.answer == str(evaluate(problem.question))
+        written = set(names[::hops] + names[-1:])
+        steps = [f"={value(problem.question, name)}" if name in written else "" for name in names]
+        stated = {text[0]: text for text in problem.question.split(";")[:-1]}
+        steps = [stated[names[0]]] + [stated[name] + step for name, step in zip(names[1:], steps[1:])]
+        assert len(names) == definitions and problem == make(seed)
+        assert problem.steps == ";".join(steps) and problem.answer == str(evaluate(problem.question))
         assert len(problem.prompt + problem.completion) == arithmetic.problem_tokens(definitions, hops)
 
 
 def test_stream_and_evaluation_use_the_hops():
+    values = {3: 2, 4: 3, 5: 3, 6: 4, 7: 4}
     for row in arithmetic_rows(low=3, high=7, hops=2):
         for _, where in documents(row):
             _, question, steps, *_ = _split(as_text(row.tokens[where]))
-            definitions = question.count(";")
-            assert steps.count(";") == definitions // 2 and 3 <= definitions <= 7
-    assert [problem.steps.count(";") for problem in fresh_problems(1, 10, 3, 7, 2)] == [1, 2, 2, 3, 3] * 2
+            assert values[question.count(";")] == 1 + sum(step.count("=") - 1 for step in steps.split(";"))
+    made = [problem.steps.count("=") for problem in fresh_problems(1, 10, 3, 7, 2)]
+    assert made == [definitions + count - 1 for definitions, count in values.items()] * 2
 
 
 def test_task_does_not_change():
     """Published results depend on the problems of each seed and step."""
-    for hops, expected in ((0, FIRST_PROBLEM), (2, FIRST_PROBLEM_OF_TWO_HOPS)):
+    for hops, expected in ((1, FIRST_PROBLEM), (2, FIRST_PROBLEM_OF_TWO_HOPS)):
         batch = arithmetic.arithmetic_batch(0, 7, DataConfig(batch=1, length=64, hops=hops))
         assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == expected
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
 
 
 FIRST_PROBLEM = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2=4;j=d*2=8;g=j*3=4</think>4<|im_end|>"
-FIRST_PROBLEM_OF_TWO_HOPS = "<|im_start|>i=g-2;d=b*2;j=d*2;b=2;g=j*3;i?<think>b=2;j=8;i=2</think>2<|im_end|>"
+FIRST_PROBLEM_OF_TWO_HOPS = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2;j=d*2=8;g=j*3=4</think>4<|im_end|>"
 
 
 def test_unknown_score_is_an_error():
@@ -225,7 +228,7 @@ CONFIGS = {
     'data.score: expected one of completion, all, found "al"; did you mean "all"?': DataConfig(score="al"),
     "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
     "data.high: expected a problem within data.length, 69 tokens, found 70 tokens for 5": DataConfig(length=69),
-    "expected a problem within data.length, 45 tokens, found 46 tokens for 5": DataConfig(length=45, hops=2),
+    "expected a problem within data.length, 65 tokens, found 66 tokens for 5": DataConfig(length=65, hops=2),
     'data.path: expected a .npy or .npz file for source "tokens", found none': DataConfig("tokens"),
     "data.path: nowhere.npy: expected a file, found none": DataConfig("tokens", "nowhere.npy"),
 }

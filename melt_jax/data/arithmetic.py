@@ -6,11 +6,10 @@ Names are `a` to `j`. All values are modulo 10; operands are 0 to 9 in sums and 
 prompt ends with `<think>`; the rest is the completion. Each character and each special token is one token, and a chain
 of n definitions takes 14·n tokens.
 
-With `hops` h ≥ 1 the steps are shorter and harder: they state only the values of the first definition, of every h-th
-after it, and of the last. Operands are 1 to 3 in sums and differences. With 1 hop and with 2:
+With `hops` h ≥ 2 the steps leave out values: they state that of every h-th definition after the first, and of the last.
+Operands are then 1 to 3 in sums and differences. With 2 hops:
 
-    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=6;c=8</think>8<|im_end|>
-    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;c=8</think>8<|im_end|>
+    <|im_start|>c=b*3;a=4;b=a+2;c?<think>a=4;b=a+2;c=b*3=8</think>8<|im_end|>
 """
 
 import dataclasses
@@ -52,37 +51,34 @@ def encode(text: str) -> list[int]:
     return [VOCABULARY[character] for character in text]
 
 
-def make_problem(rng: np.random.Generator, definitions: int, hops: int = 0) -> Problem:
+def make_problem(rng: np.random.Generator, definitions: int, hops: int = 1) -> Problem:
     """A random problem.
 
     Args:
       rng: the source of randomness.
       definitions: length of the chain.
-      hops: 0: a step writes out each definition and its value. h ≥ 1: steps state only values, of the first definition,
-        of every h-th after it, and of the last.
+      hops: definitions per value that the steps state; see the module.
     """
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:definitions]]
     factors = (2, 4)
-    terms = (1, 4) if hops else (0, 10)
+    terms = (0, 10) if hops == 1 else (1, 4)
     value = int(rng.integers(10))
-    stated, values = [f"{names[0]}={value}"], [value]
-    for previous, name in itertools.pairwise(names):
+    stated, steps = [f"{names[0]}={value}"], [f"{names[0]}={value}"]
+    for i, (previous, name) in enumerate(itertools.pairwise(names), start=1):
         sign = "+-*"[rng.integers(3)]
         operand = int(rng.integers(*(factors if sign == "*" else terms)))
+        value = OPERATIONS[sign](value, operand) % 10
         stated.append(f"{name}={previous}{sign}{operand}")
-        values.append(OPERATIONS[sign](values[-1], operand) % 10)
+        shown = i % hops == 0 or i == definitions - 1
+        steps.append(f"{stated[-1]}={value}" if shown else stated[-1])
     order = rng.permutation(definitions)
     question = ";".join(stated[i] for i in order) + f";{names[-1]}?"
-    if hops:
-        steps = [f"{names[i]}={values[i]}" for i in (*range(0, definitions - 1, hops), definitions - 1)]
-    else:
-        steps = [stated[0], *(f"{text}={value}" for text, value in zip(stated[1:], values[1:]))]
-    return Problem(question, ";".join(steps), str(values[-1]))
+    return Problem(question, ";".join(steps), str(value))
 
 
-def problem_tokens(definitions: int, hops: int = 0) -> int:
+def problem_tokens(definitions: int, hops: int = 1) -> int:
     """The number of tokens of a problem, prompt and completion."""
-    return 6 * definitions + 4 * (2 - (1 - definitions) // hops) if hops else 14 * definitions
+    return 12 * definitions + 2 * (1 - (1 - definitions) // hops)
 
 
 def pack_problems(rng: np.random.Generator, data: DataConfig) -> dict[str, np.ndarray]:

@@ -48,7 +48,7 @@ class Answers:
         return out
 
 
-def fresh_problems(seed: int, count: int, low: int = 2, high: int = 5, hops: int = 0) -> list[arithmetic.Problem]:
+def fresh_problems(seed: int, count: int, low: int = 2, high: int = 5, hops: int = 1) -> list[arithmetic.Problem]:
     """Problems of a random stream that training does not use; the number of definitions cycles from low to high.
 
     A short problem may also occur in training by chance: there are few of them.

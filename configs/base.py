@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     config.data.batch = 32  # sequences per step, over all devices
     config.data.low = 2  # arithmetic: fewest definitions per problem
     config.data.high = 5  # arithmetic: most definitions per problem
+    config.data.hops = 1  # arithmetic: definitions per value that the steps state
     config.data.score = "completion"  # arithmetic: scored predictions; one of completion, all
 
     # Phase 1: KV entries are blended from those of the per-loop cache to those of the shared cache; loss L_KD.

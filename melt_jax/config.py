@@ -100,6 +100,7 @@ class DataConfig:
     batch: Annotated[Count, "sequences per step, over all devices"] = 16
     low: Annotated[Count, "arithmetic: fewest definitions per problem"] = 2
     high: Annotated[Count, "arithmetic: most definitions per problem"] = 5
+    hops: Annotated[Count, "arithmetic: definitions per value that the steps state"] = 1
     score: Annotated[str, OneOf(("completion", "all")), "arithmetic: scored predictions"] = "completion"
 
 

@@ -53,6 +53,7 @@ class Settings:
       decoding_tokens: tokens at the start of each sequence on which decoding is measured; 0: not measured.
       problems: arithmetic problems to answer.
       low, high: fewest and most definitions per problem.
+      hops: definitions per value that the steps state.
       seed: of the problems.
       chunk_size: C of prefill and scoring; None: the chunk that a MELT was trained with, or 512.
       loops: numbers of loops, T, with each of which the model is evaluated; None: the checkpoint's.
@@ -70,6 +71,7 @@ class Settings:
     problems: int = 256
     low: int = 2
     high: int = 5
+    hops: int = 1
     seed: int = 1
     chunk_size: int | None = None
     loops: Sequence[int] | None = None
@@ -106,6 +108,7 @@ def define_flags() -> None:
     integer("problems", "Arithmetic problems to answer.")
     integer("low", "Fewest definitions per problem.")
     integer("high", "Most definitions per problem.")
+    integer("hops", "Definitions per value that the steps state.")
     integer("seed", "Seed of the problems.")
     integer("chunk_size", "Tokens per chunk of prefill and scoring. Default: a MELT's training chunk, or 512.")
     flags.DEFINE_list(
@@ -174,7 +177,7 @@ def evaluate_checkpoint(
 def settings_errors(settings: Settings) -> list[str]:
     """An error for each setting that is out of range or contradicts another."""
     errors = []
-    least = {"length": 1, "sequences": 1, "rows": 1, "problems": 1, "chunk_size": 1, "decoding_tokens": 0}
+    least = {"length": 1, "sequences": 1, "rows": 1, "problems": 1, "chunk_size": 1, "decoding_tokens": 0, "hops": 1}
     for name, minimum in least.items():
         if (value := getattr(settings, name)) is not None and value < minimum:
             errors.append(f"--{name}: expected at least {minimum}, found {value}")
@@ -203,7 +206,7 @@ def read_problems(settings: Settings, config: ModelConfig) -> list[Problem]:
         errors.append(f"{settings.checkpoint}: expected a vocabulary of {len(VOCABULARY)} tokens, found {config.vocab}")
     if errors:
         raise InputError("\n".join(errors))
-    return fresh_problems(settings.seed, settings.problems, settings.low, settings.high)
+    return fresh_problems(settings.seed, settings.problems, settings.low, settings.high, settings.hops)
 
 
 def read_batch(settings: Settings, config: ModelConfig) -> Batch:

@@ -147,7 +147,7 @@ def _run(
         console.print(table)
     if config.evaluation.sample:
         melt = for_inference(params, config.dtype)
-        console.print(scoring.sample(melt, config.evaluation.seed, config.chunk_size), markup=False)
+        console.print(scoring.sample(melt, config), markup=False)
     return params
 
 

@@ -3,9 +3,14 @@
 import types
 
 import numpy as np
+import pytest
 
+from configs import hard
+from melt_jax.checkpoints.orbax import open_model
+from melt_jax.config import freeze
 from melt_jax.data import arithmetic
 from melt_jax.inference import answers
+from melt_jax.model.model import reconfigure
 from tests.helpers.tiny import make_model
 
 
@@ -53,3 +58,17 @@ def test_batch_of_problems_scores_their_completions():
         scored = batch.loss_mask[row].astype(bool)
         assert batch.targets[row][scored].tolist() == problem.completion
         assert batch.tokens[row][batch.segments[row] == 1].tolist() == problem.prompt + problem.completion
+
+
+@pytest.mark.slow
+def test_hard_teacher_needs_its_loops_and_entries():
+    """It answers most problems of its recipe; with one loop, or a single shared KV entry, untrained, it answers few."""
+    config = freeze(hard.get_config())
+    teacher = open_model(config.teacher, dtype="float32")
+    problems = answers.fresh_problems(7, 40, config.data.low, config.data.high, config.data.hops)
+
+    def exact(**changes):
+        return answers.exact_answers(reconfigure(teacher, **changes), problems, 16).answer_exact.mean()
+
+    assert exact() >= 0.8
+    assert exact(loops=1) < 0.4 and exact(gate="last") < 0.4

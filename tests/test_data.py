@@ -10,6 +10,7 @@ from configs import base, nano
 from melt_jax.config import DataConfig, ModelConfig, freeze
 from melt_jax.data import arithmetic
 from melt_jax.data.stream import batch_maker, batches, data_errors, dataset_size, evaluation_batch, run_errors
+from melt_jax.inference.answers import fresh_problems
 from tests.test_token_files import write
 
 NANO = ModelConfig(
@@ -158,19 +159,60 @@ def test_definitions_stay_within_their_bounds():
             assert len(where) in (arithmetic.problem_tokens(3), arithmetic.problem_tokens(4))
 
 
+def chain(question):
+    """The names on which the asked one depends, from the constant to the asked one; each has one definition."""
+    *definitions, asked = question.split(";")
+    meaning = dict(text.split("=") for text in definitions)
+    assert len(meaning) == len(definitions)
+    names = [asked[0]]
+    while not meaning[names[0]].isdigit():
+        names.insert(0, meaning[names[0]][0])
+    return names
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3, 20])
+@pytest.mark.parametrize("definitions", range(1, 11))
+def test_steps_state_the_value_of_every_hop(definitions, hops):
+    """The steps are the chain of definitions, with the values of the constant, of every h-th and of the asked name."""
+    make = lambda seed: arithmetic.make_problem(np.random.default_rng(seed), definitions, hops)
+    value = lambda question, name: evaluate(";".join([*question.split(";")[:-1], f"{name}?"]))
+    for seed in range(20):
+        problem = make(seed)
+        names = chain(problem.question)
+        written = set(names[::hops] + names[-1:])
+        steps = [f"={value(problem.question, name)}" if name in written else "" for name in names]
+        stated = {text[0]: text for text in problem.question.split(";")[:-1]}
+        steps = [stated[names[0]]] + [stated[name] + step for name, step in zip(names[1:], steps[1:])]
+        assert len(names) == definitions and problem == make(seed)
+        assert problem.steps == ";".join(steps) and problem.answer == str(evaluate(problem.question))
+        assert len(problem.prompt + problem.completion) == arithmetic.problem_tokens(definitions, hops)
+
+
+def test_stream_and_evaluation_use_the_hops():
+    values = {3: 2, 4: 3, 5: 3, 6: 4, 7: 4}
+    for row in arithmetic_rows(low=3, high=7, hops=2):
+        for _, where in documents(row):
+            _, question, steps, *_ = _split(as_text(row.tokens[where]))
+            assert values[question.count(";")] == 1 + sum(step.count("=") - 1 for step in steps.split(";"))
+    made = [problem.steps.count("=") for problem in fresh_problems(1, 10, 3, 7, 2)]
+    assert made == [definitions + count - 1 for definitions, count in values.items()] * 2
+
+
 def test_task_does_not_change():
     """Published results depend on the problems of each seed and step."""
-    batch = arithmetic.arithmetic_batch(0, 7, batch=1, length=64)
-    assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == FIRST_PROBLEM
+    for hops, expected in ((1, FIRST_PROBLEM), (2, FIRST_PROBLEM_OF_TWO_HOPS)):
+        batch = arithmetic.arithmetic_batch(0, 7, DataConfig(batch=1, length=64, hops=hops))
+        assert as_text(batch["tokens"][0][batch["segments"][0] == 1]) == expected
     assert list(arithmetic.VOCABULARY.values()) == list(range(52)) and as_text([5, 6, 7, 17, 43, 51]) == "\n 0a=:"
 
 
 FIRST_PROBLEM = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2=4;j=d*2=8;g=j*3=4</think>4<|im_end|>"
+FIRST_PROBLEM_OF_TWO_HOPS = "<|im_start|>j=d*2;d=b*2;b=2;g=j*3;g?<think>b=2;d=b*2;j=d*2=8;g=j*3=4</think>4<|im_end|>"
 
 
 def test_unknown_score_is_an_error():
     with pytest.raises(ValueError, match='score: expected "completion" or "all", found \'completions\''):
-        arithmetic.arithmetic_batch(0, 0, 1, 64, score="completions")
+        arithmetic.arithmetic_batch(0, 0, DataConfig(batch=1, length=64, score="completions"))
 
 
 # Configurations
@@ -186,6 +228,7 @@ CONFIGS = {
     'data.score: expected one of completion, all, found "al"; did you mean "all"?': DataConfig(score="al"),
     "expected 1 <= low <= high <= 10 definitions, found 5 and 4": DataConfig(low=5, high=4),
     "data.high: expected a problem within data.length, 69 tokens, found 70 tokens for 5": DataConfig(length=69),
+    "expected a problem within data.length, 65 tokens, found 66 tokens for 5": DataConfig(length=65, hops=2),
     'data.path: expected a .npy or .npz file for source "tokens", found none': DataConfig("tokens"),
     "data.path: nowhere.npy: expected a file, found none": DataConfig("tokens", "nowhere.npy"),
 }

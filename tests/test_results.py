@@ -70,7 +70,7 @@ def test_run_is_scored_on_both_tasks(tmp_path):
     assert row["comparison"]["decoding"]["chunk"] == 1
     assert 0 < row["comparison"]["decoding"]["tokens"] <= row["comparison"]["chunked"]["tokens"]
     assert f"{row['comparison']['decoding']['final_kl']:.4f}" in rows.table()
-    assert "<think>" in scoring.sample(model, 1, 8)
+    assert "<think>" in scoring.sample(model, run_config())
 
 
 def loop_scores(chunk, final_kl, tokens=100):

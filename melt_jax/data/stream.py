@@ -218,7 +218,7 @@ def _open_source(data: DataConfig) -> RecordSequences | TokenSequences:
 
 def _arithmetic_step(data, seed, rows, step):
     # One random stream makes the whole batch, so every process makes all of it; this is cheap.
-    fields = arithmetic.arithmetic_batch(seed, int(step), data.batch, data.length, data.low, data.high, data.score)
+    fields = arithmetic.arithmetic_batch(seed, int(step), data)
     return Batch(**{name: field[rows] for name, field in fields.items()})
 
 
@@ -235,7 +235,7 @@ def _arithmetic_errors(data: DataConfig, model: ModelConfig) -> list[str]:
     if data.score not in SCORES:
         errors.append(f"data.score: {_unknown(data.score, SCORES)}")
     definition_errors = _definition_errors(data, model)
-    if not definition_errors and (longest := arithmetic.problem_tokens(data.high)) > data.length:
+    if not definition_errors and (longest := arithmetic.problem_tokens(data.high, data.hops)) > data.length:
         errors.append(
             f"data.high: expected a problem within data.length, {data.length} tokens, found {longest} tokens for"
             f" {data.high} definitions; lengthen the sequences or lower data.high"

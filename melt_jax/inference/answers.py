@@ -48,13 +48,13 @@ class Answers:
         return out
 
 
-def fresh_problems(seed: int, count: int, low: int = 2, high: int = 5) -> list[arithmetic.Problem]:
+def fresh_problems(seed: int, count: int, low: int = 2, high: int = 5, hops: int = 1) -> list[arithmetic.Problem]:
     """Problems of a random stream that training does not use; the number of definitions cycles from low to high.
 
     A short problem may also occur in training by chance: there are few of them.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, PROBLEM_STREAM]))
-    return [arithmetic.make_problem(rng, low + i % (high - low + 1)) for i in range(count)]
+    return [arithmetic.make_problem(rng, low + i % (high - low + 1), hops) for i in range(count)]
 
 
 def exact_answers(

@@ -344,7 +344,7 @@ def score(
     evaluation, data = config.evaluation, config.data
     answers = comparison = None
     if evaluation.problems:
-        problems = fresh_problems(evaluation.seed, evaluation.problems, data.low, data.high)
+        problems = fresh_problems(evaluation.seed, evaluation.problems, data.low, data.high, data.hops)
         whole = for_inference(model, config.dtype)
         answers = exact_answers(whole, problems, config.chunk_size, before_piece=before_piece)
         del whole
@@ -375,10 +375,11 @@ def scoring_weights(model: LoopedTransformer, config: TrainConfig) -> LoopedTran
     return jax.jit(lambda model: jax.tree.map(lambda x: x.astype(config.dtype), model))(model)
 
 
-def sample(model: LoopedTransformer, seed: int, prefill_chunk: int = 512) -> str:
-    """One fresh problem as text: the question, the model's completion, and whether its answer is correct."""
-    problem = fresh_problems(seed, 4)[-1]
-    answers = exact_answers(model, [problem], prefill_chunk)
+def sample(model: LoopedTransformer, config: TrainConfig) -> str:
+    """A problem of a run's evaluation as text: the question, the model's completion, whether its answer is exact."""
+    data = config.data
+    problem = fresh_problems(config.evaluation.seed, 4, data.low, data.high, data.hops)[-1]
+    answers = exact_answers(model, [problem], config.chunk_size)
     names = dict(enumerate(arithmetic.VOCABULARY))
     text = lambda tokens: "".join(names.get(token, "\N{REPLACEMENT CHARACTER}") for token in tokens)
     verdict = "exact" if answers.answer_exact[0] else f"wrong: the answer is {problem.answer}"

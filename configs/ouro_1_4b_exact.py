@@ -1,8 +1,9 @@
 """Trains Ouro-1.4B-Thinking into MELT-1.6B in chunks that are exactly decoding, on 16 TPU v6e chips.
 
 As `ouro_1_4b.py`, the recipe of the MELT paper (arXiv 2605.07721), with three changes: the relative reduction of the
-alignment, whose β does not depend on the model's width; chunks of C = 128 tokens instead of 500; a window of W = 128. A chunk of at most W + 1 tokens computes what decoding token by token does, so the
-model is trained on the function that generates. 129 would be exact too; 128 suits the tiles of a TPU.
+alignment, whose β does not depend on the model's width; chunks of C = 128 tokens instead of 500; a window of W = 128.
+A chunk of at most W + 1 tokens computes what decoding token by token does, so the model is trained on the function
+that generates. 129 would be exact too; 128 suits the tiles of a TPU.
 
     python -m melt_jax.train --config=configs/ouro_1_4b_exact.py --workdir=runs/melt_1_6b_exact
 

@@ -100,13 +100,13 @@ TABLES = {
             "no alignment": f"phases=transition {ONE_PHASE}",
             "and no transition: α = 1": f"phases=alignment {ONE_PHASE} alignment.beta=0.0",
             "and the last loop's KL only": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last",
-            "and one chunk": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last chunk_size=80",
+            "and one chunk": f"phases=alignment {ONE_PHASE} alignment.beta=0.0 distillation.loops=last chunk_size=128",
             "no transition": f"phases=alignment {ONE_PHASE}",
             "the last loop's KL only": "distillation.loops=last",
-            "one chunk": "chunk_size=80",
+            "one chunk": "chunk_size=128",
         },
     ),
-    "chunks": Experiment("chunk C, window W and sweeps s", chunk_rows(80)),
+    "chunks": Experiment("chunk C, window W and sweeps s", chunk_rows(128)),
     "questions": Experiment(
         "choices that the paper does not state",
         {

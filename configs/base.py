@@ -117,7 +117,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.1  # applied to matrices only, times the learning rate
     config.optimizer.clip = 1.0  # global norm to which gradients are clipped
 
-    config.log_every = 10  # steps between log lines
+    config.log_every = 10  # steps between log lines; the first step is logged too
     config.checkpoint_every = 100  # steps between checkpoints; a phase's last step is always saved
     config.checkpoints_kept = 2  # newest checkpoints of a phase to keep
 
@@ -137,7 +137,7 @@ def get_config() -> ConfigDict:
     config.evaluation.decoding_tokens = 512  # leading tokens of each sequence on which decoding is measured; 0: none
     config.evaluation.path = ""  # tokens, records: held-out sequences, with the source and length of data
     config.evaluation.seed = 1  # of the problems and the sequences
-    config.evaluation.baselines = True  # also of the teacher, and of the teacher with one shared KV entry, untrained
+    config.evaluation.baselines = True  # also measure the teacher, and the teacher with one shared KV entry, untrained
     config.evaluation.sample = False  # print one worked answer
 
     return config

@@ -1,4 +1,4 @@
-"""`nano_small.py` on the harder arithmetic task: the paper's method in small, on a fixed budget.
+"""`nano_small.py` on the harder arithmetic task: the paper's method on a small, fixed budget.
 
     python -m melt_jax.train --config=configs/hard.py --workdir=runs/hard
 

@@ -2,8 +2,9 @@
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 
-Expected: the MELT answers about 70 % of 256 arithmetic problems after the transition and 100 % after the alignment. The
-teacher answers 100 %; the teacher with a single shared KV entry that every loop overwrites, untrained, answers none.
+Expected: the MELT answers about 70 % of 256 arithmetic problems after the transition and 99 to 100 % after the
+alignment (five seeds). The teacher answers 100 %; the teacher with a single shared KV entry that every loop overwrites,
+untrained, answers 1 %.
 """
 
 from ml_collections import ConfigDict

@@ -33,7 +33,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the repository is not installed as a package
 
+from launch.sweep import run_command
 from melt_jax import command_line
+from melt_jax.analysis import figures
 from melt_jax.config import InputError, freeze
 from melt_jax.files import write_text
 
@@ -185,19 +187,18 @@ def train(experiment: Experiment, run: tuple[str, int, str], workdir: pathlib.Pa
     row, seed, overrides = run
     folder = workdir / folder_name(row) / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    words = [f"--config.{key}={value}" for key, value in pairs(overrides)]
-    words += [f"--config.seed={seed}", "--config.evaluation.baselines=false"]
-    command = [sys.executable, "-m", "melt_jax.train", f"--config={experiment.config}", f"--workdir={folder}", *words]
+    fixed = [("seed", str(seed)), ("evaluation.baselines", "false")]
+    command = run_command(experiment.config, folder, pairs(overrides) + fixed)
     start = time.monotonic()
     with (folder / "log").open("w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
     seconds = f"{time.monotonic() - start:.0f}"
     scores = json.loads((folder / "results.json").read_text())
-    last = scores[max(scores, key=lambda name: name == "after alignment")]
+    transition = scores.get("after transition")
+    last = scores.get("after alignment", transition)
     comparison = last["comparison"]
     kl = {name: f"{comparison[key]['final_kl']:.6f}" for name, key in
           (("kl_chunk", "chunked"), ("kl_same", "chunked_start"), ("kl_decoding", "decoding"))}  # fmt: skip
-    transition = scores.get("after transition")
     answers = {
         "answers_transition": "" if transition is None else f"{transition['answers']:.6f}",
         "answers": f"{last['answers']:.6f}",
@@ -314,7 +315,7 @@ def print_tables(names: Sequence[str]) -> None:
         seconds = sum(numbers(records, "seconds"))
         print(f"{experiment.title}: {len(records)} of {len(experiment.runs())} runs, {seconds / 3600:.1f} core hours\n")
         print(markdown(experiment, records), end="\n\n")
-        draw(experiment, records).savefig(RESULTS / f"{name}.png", dpi=110)
+        figures.save(draw(experiment, records), RESULTS / f"{name}.png")
 
 
 def define_flags() -> None:

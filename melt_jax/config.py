@@ -196,7 +196,7 @@ class EvaluationConfig:
     decoding_tokens: Annotated[CountOrZero, "leading tokens of each sequence on which decoding is measured; 0: none"]
     path: Annotated[str, "tokens, records: held-out sequences, with the source and length of data"]
     seed: Annotated[Seed, "of the problems and the sequences"]
-    baselines: Annotated[bool, "also of the teacher, and of the teacher with one shared KV entry, untrained"]
+    baselines: Annotated[bool, "also measure the teacher, and the teacher with one shared KV entry, untrained"]
     sample: Annotated[bool, "print one worked answer"]
 
 
@@ -235,7 +235,7 @@ class TrainConfig:
     alignment: AlignmentConfig
     distillation: DistillationConfig
     optimizer: OptimizerConfig
-    log_every: Annotated[Count, "steps between log lines"]
+    log_every: Annotated[Count, "steps between log lines; the first step is logged too"]
     checkpoint_every: Annotated[Count, "steps between checkpoints; a phase's last step is always saved"]
     checkpoints_kept: Annotated[Count, "newest checkpoints of a phase to keep"]
     run: RunConfig
@@ -309,6 +309,12 @@ def _head_width_is_even(values):
         yield f"model.head_width: expected an even number, because RoPE pairs components, found {found}"
 
 
+def _gate_with_a_bias_has_weights(values):
+    gate, bias = values["student.gate"], values["student.gate_bias"]
+    if bias and gate not in ("elementwise", "scalar"):
+        yield f"student.gate_bias: expected 0.0 with the gate {gate!r}, which has no weights, found {bias}"
+
+
 def _guidance_has_two_loops(values):
     loops, threshold = values["model.loops"], values["model.exit_threshold"]
     if (guidance := values["model.guidance"]) and loops == 1:
@@ -328,6 +334,7 @@ CHECKS = (
     _warmup_ends_within_the_phase,
     _kv_heads_divide_heads,
     _head_width_is_even,
+    _gate_with_a_bias_has_weights,
     _guidance_has_two_loops,
 )
 

@@ -190,6 +190,9 @@ CONTRADICTIONS = {
     "student.first_loop: expected 'copy'": [
         {"student__gate": gate, "student__first_loop": "gated"} for gate in GATES[2:]
     ],
+    "student.gate_bias: expected 0.0 with the gate": [
+        {"student__gate": gate, "student__gate_bias": 1.0} for gate in GATES[3:]
+    ],
     "remat: expected 'products' or 'layer'": [{"gather": "layer", "remat": "none"}],
     "micro_batches: expected a divisor of data.batch, 32": [{"micro_batches": 5}],
     "alignment.warmup_steps: expected at most alignment.steps, 9": [{"alignment__steps": 9}],

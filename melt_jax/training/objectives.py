@@ -289,12 +289,11 @@ def _teacher_power(targets: Targets, mask: Int[Array, "N B C"]) -> Float[Array, 
     assert targets.attention_output is not None
     mask = mask.astype(jnp.float32)
 
-    def add_chunk(total, chunk):
+    def chunk_power(chunk):
         output, mask = chunk
-        return total + jnp.sum(jnp.square(upcast(output)) * mask[None, None, ..., None], axis=(3, 4)), None
+        return jnp.sum(jnp.square(upcast(output)) * mask[None, None, ..., None], axis=(3, 4))
 
-    zeros = jnp.zeros_like(upcast(targets.attention_output[0, :, :, :, 0, 0]))
-    total = jax.lax.scan(add_chunk, zeros, (targets.attention_output, mask))[0]
+    total = jnp.sum(jax.lax.map(chunk_power, (targets.attention_output, mask)), axis=0)
     count = jnp.maximum(jnp.sum(mask, axis=(0, 2)), 1.0)
     return jnp.maximum(total / count[None, None], 1e-8)
 

@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(TINY, vocab=32, heads=8, kv_heads=8, feed_forward=2
                              attention_block=4)  # fmt: skip
 # Chunks longer than W + 1 and two sweeps: all kinds of entries are read.
 WINDOW = dataclasses.replace(CONFIG, window=1, sweeps=2)
-PHASES = {"transition": TRANSITION, "alignment": ALIGNMENT}
+PHASES = {"transition": TRANSITION, "alignment": dataclasses.replace(ALIGNMENT, reduction="relative")}
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 QUICK = {"transition": ("mixed",), "alignment": ("fsdp",)}
 BATCH, LENGTH, CHUNK = 16, 12, 5

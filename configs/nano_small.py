@@ -2,8 +2,8 @@
 
     python -m melt_jax.train --config=configs/nano_small.py --workdir=runs/nano_small
 
-Chunks of 16 tokens, no window, 60 + 100 steps of 16 sequences: about two minutes on one CPU core. The result is well below
-the teacher, so that differences show.
+Chunks of 16 tokens, no window, 60 + 100 steps of 16 sequences: about two minutes on one CPU core. The result is well
+below the teacher, so that differences show.
 """
 
 from ml_collections import ConfigDict

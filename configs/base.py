@@ -55,6 +55,14 @@ def get_config() -> ConfigDict:
     config.data.hops = 1  # arithmetic: definitions per value that the steps state
     config.data.score = "completion"  # arithmetic: scored predictions; one of completion, all
 
+    # Optional, before phase 1: trains the gates alone, with the teacher's stream as the input of every layer.
+    config.warm_start = ConfigDict()
+    config.warm_start.steps = 100  # optimizer updates
+    config.warm_start.learning_rate = 0.0  # peak, of the backbone weights
+    config.warm_start.gate_learning_rate = 5e-4  # peak, of the gates
+    config.warm_start.warmup_steps = 20  # updates of linear warm-up, before the cosine decay
+    config.warm_start.final_fraction = 0.1  # last learning rate, as a fraction of the peak
+
     # Phase 1: KV entries are blended from those of the per-loop cache to those of the shared cache; loss L_KD.
     config.transition = ConfigDict()
     config.transition.steps = 500  # optimizer updates

@@ -91,8 +91,8 @@ EXACT = "chunk_size=16 student.window=15"  # C = W + 1: training computes what d
 TABLES = {
     "default": Experiment("the embedded default", {"configs/nano.py": ""}, "configs/nano.py", 5),
     "gates": Experiment(
-        "gate variants (the paper's Table 3)",
-        {gate: f"student.gate={gate}" for gate in ("elementwise", "scalar", "mean", "ema", "last")},
+        "gate variants after a transition of 160 steps (the paper's Table 3)",
+        {gate: f"student.gate={gate} phases=transition transition.steps=160" for gate in ("elementwise", "scalar", "mean", "ema", "last")},
         seeds=5,
     ),
     "recipe": Experiment(

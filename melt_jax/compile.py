@@ -57,7 +57,7 @@ from melt_jax.sharding import (
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 
-TRAINING = ("transition", "alignment")
+TRAINING = ("warm_start", "transition", "alignment")
 PHASES = (*TRAINING, "evaluate", "prefill", "decode")
 
 

@@ -17,8 +17,9 @@ from melt_jax.config_keys import WORDS, Key, OneOf, Range, keys_of
 if typing.TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-PHASES = ("pretraining", "transition", "alignment")
+PHASES = ("pretraining", "warm_start", "transition", "alignment")
 GATES = ("none", "elementwise", "scalar", "mean", "ema", "last")
+TRAINED_GATES = ("elementwise", "scalar")
 CHOICES = {
     "gate": GATES,
     "first_loop": ("copy", "gated"),
@@ -122,6 +123,11 @@ class PretrainingConfig(PhaseConfig):
     entropy_bonus: Annotated[PositiveOrZero, "nats of loss per nat of exit entropy"]
     init_std: Annotated[PositiveOrZero, "standard deviation of new weights"]
     embedding_std: Annotated[PositiveOrZero, "standard deviation of new embeddings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig(PhaseConfig):
+    """Before phase 1: each layer reads the teacher's stream; loss L_align, relative. Only the gates can be trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +237,7 @@ class TrainConfig:
     mesh: MeshConfig
     data: DataConfig
     pretraining: PretrainingConfig
+    warm_start: WarmStartConfig
     transition: TransitionConfig
     alignment: AlignmentConfig
     distillation: DistillationConfig
@@ -255,7 +262,8 @@ KEYS: dict[str, Key] = keys_of(TrainConfig)
 def _phases_are_in_order(values):
     order = [PHASES.index(name) for name in values["phases"]]
     if not order or order != sorted(set(order)) or (order[0] == 0 and len(order) > 1):
-        yield f"phases: expected transition, alignment or both in this order, or pretraining, found {values['phases']}"
+        wanted = "some of warm_start, transition, alignment in this order, or pretraining alone"
+        yield f"phases: expected {wanted}, found {values['phases']}"
 
 
 def _teacher_is_given(values):
@@ -309,9 +317,18 @@ def _head_width_is_even(values):
         yield f"model.head_width: expected an even number, because RoPE pairs components, found {found}"
 
 
+def _warm_start_trains_gates(values):
+    if "warm_start" not in values["phases"]:
+        return
+    if (gate := values["student.gate"]) not in TRAINED_GATES:
+        yield f"phases: expected no warm_start with the gate {gate!r}, which has no weights, found {values['phases']}"
+    if rate := values["warm_start.learning_rate"]:
+        yield f"warm_start.learning_rate: expected 0.0, because only the gates are trained, found {rate}"
+
+
 def _gate_with_a_bias_has_weights(values):
     gate, bias = values["student.gate"], values["student.gate_bias"]
-    if bias and gate not in ("elementwise", "scalar"):
+    if bias and gate not in TRAINED_GATES:
         yield f"student.gate_bias: expected 0.0 with the gate {gate!r}, which has no weights, found {bias}"
 
 
@@ -334,6 +351,7 @@ CHECKS = (
     _warmup_ends_within_the_phase,
     _kv_heads_divide_heads,
     _head_width_is_even,
+    _warm_start_trains_gates,
     _gate_with_a_bias_has_weights,
     _guidance_has_two_loops,
 )

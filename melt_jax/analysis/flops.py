@@ -112,7 +112,7 @@ def step_flops(config: ModelConfig, phase: str, batch: int, length: int, chunk_s
     Args:
       config: `ModelConfig` of the trained model: the LoopLM in pretraining, else the student. A teacher has the same
         shapes and no gate.
-      phase: "pretraining", "transition" or "alignment".
+      phase: one of `PHASES`. The warm start computes attention outputs only, with a frozen backbone.
       batch: number of sequences.
       length: tokens of a sequence.
       chunk_size: C; if a sequence has several chunks, each is recomputed once. By default, a sequence is one chunk.
@@ -123,9 +123,10 @@ def step_flops(config: ModelConfig, phase: str, batch: int, length: int, chunk_s
     if phase not in PHASES:
         raise ValueError(f"phase: expected one of {PHASES}, found {phase!r}")
     entries, tokens = causal_entries(length), batch * length
-    forward = tokens * _student_flops(config, phase, entries, min(chunk_size or length, length))
+    student = _student_flops(config, phase, entries, min(chunk_size or length, length))
+    forward, backward = tokens * student.total, tokens * _backward_flops(config, phase, student)
     chunked = chunk_size is not None and chunk_size < length
-    return StepFlops(tokens * _teacher_flops(config, phase, entries), forward, forward if chunked else 0, 2 * forward)
+    return StepFlops(tokens * _teacher_flops(config, phase, entries), forward, forward if chunked else 0, backward)
 
 
 def weight_reads(config: ModelConfig, phase: str, length: int, chunk_size: int) -> float:
@@ -142,18 +143,32 @@ def weight_reads(config: ModelConfig, phase: str, length: int, chunk_size: int) 
       chunk_size: C.
     """
     chunks = -(-length // chunk_size)
-    student = _student_flops(config, phase, 0, min(chunk_size, length)) / 2
+    student = _student_flops(config, phase, 0, min(chunk_size, length)).total / 2
     return chunks * (_teacher_flops(config, phase, 0) / 2 + (3 if chunks > 1 else 2) * student)
 
 
 def _student_flops(config, phase, entries, chunk_size):
-    """FLOPs of the trained model's forward pass, per token."""
+    """`ForwardFlops` of the trained model."""
     transition, sweeps = phase == "transition", config.sweeps_of(chunk_size)
-    return forward_flops(config, entries, transition=transition, sweeps=sweeps).total
+    flops = forward_flops(config, entries, transition=transition, sweeps=sweeps)
+    return dataclasses.replace(flops, mlp=0, head=0) if phase == "warm_start" else flops
+
+
+def _backward_flops(config, phase, forward):
+    """FLOPs of the trained model's backward pass, per token.
+
+    A product has two cotangents. In the warm start, queries, their projection and frozen weights have none.
+    """
+    if phase != "warm_start":
+        return 2 * forward.total
+    heads, kv_heads = config.heads, config.kv_heads
+    projections = forward.projections * (heads + 2 * kv_heads) / (2 * heads + 2 * kv_heads)
+    return 2 * forward.gate + 1.5 * forward.attention + projections
 
 
 def _teacher_flops(config, phase, entries):
     """FLOPs of the teacher's forward pass, per token."""
     if phase == "pretraining":
         return 0
-    return forward_flops(dataclasses.replace(config, gate="none"), entries).total
+    head = 0 if phase == "warm_start" else None
+    return forward_flops(dataclasses.replace(config, gate="none"), entries, logits=head).total

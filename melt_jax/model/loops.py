@@ -29,6 +29,7 @@ class ChunkOutput(NamedTuple):
 
     Attributes:
       hidden: the normed stream at the end of each loop.
+      layer_input: the stream that enters each layer.
       attention_output: after W_O and before the sandwich norm.
       gate_openness: the gate's mean 1 − z, at least float32; ones for the LoopLM.
       kv: the chunk's entries for the cache: shared ones from the last loop, per-loop ones of every loop.
@@ -36,6 +37,7 @@ class ChunkOutput(NamedTuple):
     """
 
     hidden: Float[Array, "T B C D"]
+    layer_input: Float[Array, "T L B C D"]
     attention_output: Float[Array, "T L B C D"]
     gate_openness: Float[Array, "T L B C"]
     kv: ChunkKV
@@ -73,6 +75,7 @@ def run_chunk(
     positions: Int[Array, "B C"] | None = None,
     segments: Int[Array, "B C"] | None = None,
     alpha: Float[Array, ""] | float | None = None,
+    layer_inputs: Float[Array, "T L B C D"] | None = None,
 ) -> ChunkOutput:
     """Runs all T loops over C consecutive tokens in parallel (MELT, arXiv 2605.07721, Fig. 3a).
 
@@ -92,6 +95,7 @@ def run_chunk(
       positions: for RoPE; by default the slots.
       segments: tokens attend only to their own segment; segment 0 is padding. Ones by default.
       alpha: the transition's α, for a cache with both sets of entries.
+      layer_inputs: the stream that enters each layer, instead of the output of the layer before.
 
     Returns:
       `ChunkOutput`. The cache is unchanged; `cache.write(out.kv, out.segments, start)` adds the chunk.
@@ -115,10 +119,10 @@ def run_chunk(
     context = _Context(rope, mask, None if alpha is None else jnp.asarray(alpha, wide))
     x = model.embed(tokens)
     if config.sweeps_of(length) == 1:
-        return _run_loops(model, cache, context, x, None)
+        return _run_loops(model, cache, context, x, None, layer_inputs)
 
     def run_sweep(previous, sweep):
-        return _run_loops(model, cache, context._replace(mask=mask._replace(sweep=sweep)), x, previous)
+        return _run_loops(model, cache, context._replace(mask=mask._replace(sweep=sweep)), x, previous, layer_inputs)
 
     def next_entries(previous, sweep):
         return run_sweep(previous, sweep).kv._replace(recent=None), None
@@ -130,7 +134,12 @@ def run_chunk(
 
 
 def _run_loops(
-    model: LoopedTransformer, cache: Cache, context: _Context, x: Float[Array, "B C D"], previous: ChunkKV | None
+    model: LoopedTransformer,
+    cache: Cache,
+    context: _Context,
+    x: Float[Array, "B C D"],
+    previous: ChunkKV | None,
+    layer_inputs: Float[Array, "T L B C D"] | None,
 ) -> ChunkOutput:
     """One sweep: T loops over a chunk from its embeddings x; `previous` is the chunk's entries of the sweep before."""
     config = model.config
@@ -140,28 +149,28 @@ def _run_loops(
 
     def run_loop(state, xs):
         x, latents, _ = state
-        loop, cached, window, previous_per_loop = xs
+        loop, cached, window, previous_per_loop, given = xs
         earlier = _Earlier(
             ChunkKV(cache.shared, cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
         )
         layer_loop = jnp.full((config.layers,), loop)
-        x, (latents, kv, attention_output, gate_openness) = jax.lax.scan(
-            run_layer, x, (model.layers, latents, earlier, layer_loop)
+        x, (layer_input, latents, kv, attention_output, gate_openness) = jax.lax.scan(
+            run_layer, x, (model.layers, latents, earlier, layer_loop, given)
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(x, model.norm[...], config.rms_eps)
-        return (x, latents, kv.shared), (x, kv.per_loop, kv.recent, attention_output, gate_openness)
+        return (x, latents, kv.shared), (kv.per_loop, kv.recent, (x, layer_input, attention_output, gate_openness))
 
     latents, shared = _before_first_loop(config, cache, x)
     loops = jnp.arange(1, config.loops + 1, dtype=jnp.int32)
     # Loop T does not read the window; zeros stand in for its entries.
     pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
     window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
-    (_, _, shared), (hidden, per_loop, recent, attention_output, gate_openness) = jax.lax.scan(
-        run_loop, (x, latents, shared), (loops, cache.per_loop, window, previous and previous.per_loop)
+    (_, _, shared), (per_loop, recent, outputs) = jax.lax.scan(
+        run_loop, (x, latents, shared), (loops, cache.per_loop, window, previous and previous.per_loop, layer_inputs)
     )
     kv = ChunkKV(shared, per_loop, jax.tree.map(lambda entries: entries[:-1], recent))
-    return ChunkOutput(hidden, attention_output, gate_openness, kv, context.mask.segments)
+    return ChunkOutput(*outputs, kv, context.mask.segments)
 
 
 def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D"]):
@@ -175,8 +184,9 @@ def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D
 
 
 def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"], xs):
-    """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, t)."""
-    layer, latent, earlier, loop = xs
+    """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, t, its input or None)."""
+    layer, latent, earlier, loop, given = xs
+    layer_input = y = y if given is None else whole_features(given)
     with jax.named_scope("gate"):
         u = layer.norm(y, "input_layernorm")
         latent, kv, gate_openness = _chunk_kv(config, context.rope, layer, u, latent, earlier.cached, loop)
@@ -195,7 +205,7 @@ def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"],
         m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
         y = y + layer.norm(m, "post_attention_layernorm_2")
     kv = kv._replace(recent=None if earlier.window is None else own)
-    return y, (latent, kv, split_features(attention_output), gate_openness)
+    return y, (split_features(layer_input), latent, kv, split_features(attention_output), gate_openness)
 
 
 def _chunk_kv(

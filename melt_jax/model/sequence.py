@@ -61,8 +61,8 @@ def run_sequence(
     positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
     outputs, cache = run_chunks(model, split_chunks((tokens, positions, segments), chunk_size), alpha)
     cut = lambda tree, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), tree)
-    hidden, attention_output, gate_openness = (
-        cut(join_chunks(x, axis), axis) for x, axis in zip(outputs, (2, 3, 3), strict=True)
+    hidden, _, attention_output, gate_openness = (
+        cut(join_chunks(x, axis), axis) for x, axis in zip(outputs, (2, 3, 3, 3), strict=True)
     )
     cache = Cache(cut(cache.shared, 2), cut(cache.per_loop, 3), cut(cache.segments, 1))
     return SequenceOutput(hidden, attention_output, gate_openness, cache)
@@ -79,15 +79,15 @@ def run_chunks(
       alpha: see `run_sequence`.
 
     Returns:
-      ((hidden [N, T, B, C, D], attention_output [N, T, L, B, C, D], gate_openness [N, T, L, B, C]), `Cache` of N·C
-      slots).
+      ((hidden [N, T, B, C, D], layer_input and attention_output [N, T, L, B, C, D], gate_openness [N, T, L, B, C]) as
+      in `ChunkOutput`, `Cache` of N·C slots).
     """
     count, batch, chunk_size = chunks[0].shape
 
     def step(cache, xs):
         start, (tokens, positions, segments) = xs
         out = run_chunk(model, tokens, cache, start, positions=positions, segments=segments, alpha=alpha)
-        return cache.write(out.kv, out.segments, start), out[:3]
+        return cache.write(out.kv, out.segments, start), out[:4]
 
     split = batch_axes(chunks[0][0])
     cache = create_cache(model.config, batch, count * chunk_size, model.dtype, alpha is not None, split)

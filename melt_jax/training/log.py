@@ -97,7 +97,7 @@ class RunLog:
         if self._board is None:
             return
         metrics = add_up(interval) | {name: np.asarray(value) for name, value in extra.items()}
-        if "alignment" in metrics:
+        if metrics.keys() >= {"alignment", "kd"}:
             metrics["alignment_to_kd"] = metrics["alignment"].mean(axis=1) / np.maximum(metrics["kd"], 1e-30)
         if "loss/alignment" in metrics:
             metrics["alignment_ratio"] = metrics["loss/alignment"] / np.maximum(metrics["loss/kd"], 1e-30)

@@ -30,6 +30,7 @@ from melt_jax.model.sequence import (
     segment_positions,
     split_chunks,
 )
+from melt_jax.training.optimizer import group_labels
 
 Sums = dict[str, Float[Array, "..."]]
 Tokens = Int[Array | np.ndarray, "B S"]
@@ -55,10 +56,11 @@ class Distillation:
 
 
 class Targets(NamedTuple):
-    """The teacher's outputs by chunk; attention outputs are None unless they are compared."""
+    """The teacher's outputs by chunk, as in `ChunkOutput`; None if they are not needed."""
 
     hidden: Float[Array, "N T B C D"]
-    attention_output: Float[Array, "N T L B C D"] | None
+    attention_output: Float[Array, "N T L B C D"] | None = None
+    layer_input: Float[Array, "N T L B C D"] | None = None
 
 
 def pretraining_sums(
@@ -116,13 +118,47 @@ def distillation_sums(
     """
     teacher = jax.lax.stop_gradient(teacher)
     batch, positions = _split(batch, settings.chunk_size)
-    targets = teacher_targets(teacher, (batch.tokens, positions, batch.segments), settings.reduction is not None)
+    targets = teacher_targets(teacher, (batch.tokens, positions, batch.segments))
+    targets = targets._replace(layer_input=None)
+    if settings.reduction is None:
+        targets = targets._replace(attention_output=None)
     if alpha is not None:
         alpha = jnp.asarray(alpha, accumulation_dtype(student.dtype))
     power = _teacher_power(targets, jnp.asarray(batch.loss_mask)) if settings.reduction == "relative" else None
     step = functools.partial(_distillation_step, settings)
     chunks, data = (batch, positions, targets), (teacher, alpha, power)
     return _sum_over_chunks(step, student, chunks, data, alpha is not None, perturbation, chunk_sums)
+
+
+def warm_start_sums(
+    student: LoopedTransformer,
+    teacher: LoopedTransformer,
+    batch: Batch,
+    chunk_size: int,
+    perturbation: LoopedTransformer | None = None,
+    chunk_sums: Callable = chunk_sums,
+) -> Sums:
+    """Sums over a batch of the differences of attention outputs, if each layer reads the teacher's stream.
+
+    No error of one layer or loop reaches another, so that each gate learns its own task from the first step on.
+    Differentiable in the gates only.
+
+    Args:
+      student: a MELT, in the dtype of the computation.
+      teacher: the frozen LoopLM, in the dtype of its weights.
+      batch: `Batch`.
+      chunk_size: C of the student.
+      perturbation: receives the gradient instead of the student; see `plain_chunk_sums`.
+      chunk_sums: computes the sums over chunks and their gradient; `plain_chunk_sums` is the reference.
+
+    Returns:
+      Sums over scored tokens: alignment [T, L], relative as in `Distillation`; gate_openness [T, L].
+    """
+    batch, positions = _split(batch, chunk_size)
+    targets = teacher_targets(jax.lax.stop_gradient(teacher), (batch.tokens, positions, batch.segments))
+    power = _teacher_power(targets, jnp.asarray(batch.loss_mask))
+    chunks = (batch, positions, targets)
+    return _sum_over_chunks(_warm_start_step, student, chunks, power, False, perturbation, chunk_sums)
 
 
 def transition_loss(
@@ -191,6 +227,12 @@ def scored_tokens(batch: Batch) -> Float[Array, ""]:
     return jnp.sum(batch.loss_mask, dtype=jnp.float32)
 
 
+def freeze_backbone(model: LoopedTransformer) -> LoopedTransformer:
+    """The model without gradients of any weight except those of the gates."""
+    labels = group_labels(model)
+    return jax.tree.map(lambda x, group: x if group == "gate" else jax.lax.stop_gradient(x), model, labels)
+
+
 def normalize(sums: Sums, count: Float[Array, ""]) -> Sums:
     """Sums over scored tokens → means per scored token; zeros if no token is scored."""
     return jax.tree.map(lambda x: x / jnp.maximum(count, 1.0), sums)
@@ -202,12 +244,10 @@ def whole_documents(tokens: Tokens, loss_mask: Mask) -> Batch:
     return Batch(tokens, jnp.ones_like(tokens), jnp.asarray(loss_mask, jnp.int32))
 
 
-def teacher_targets(
-    teacher: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...], align: bool
-) -> Targets:
+def teacher_targets(teacher: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...]) -> Targets:
     """Runs the frozen teacher over (tokens, positions, segments) chunks; its cache is freed after the last one."""
-    (hidden, attention_output, _), _ = run_chunks(teacher, chunks)
-    return jax.lax.stop_gradient(Targets(hidden, attention_output if align else None))
+    (hidden, layer_input, attention_output, _), _ = run_chunks(teacher, chunks)
+    return jax.lax.stop_gradient(Targets(hidden, attention_output, layer_input))
 
 
 def kl_per_loop(
@@ -268,6 +308,27 @@ def _distillation_step(
     if targets.attention_output is not None:
         with jax.named_scope("alignment"):
             sums["alignment"] = _alignment(out.attention_output, targets.attention_output, mask, power)
+    return sums, out.kv, out.segments
+
+
+def _warm_start_step(
+    student: LoopedTransformer, cache: Cache, start: Any, power: Float[Array, "T L B"], chunk: Any
+) -> tuple[Sums, ChunkKV, Int[Array, "B C"]]:
+    batch, positions, targets = chunk
+    out = run_chunk(
+        freeze_backbone(student),
+        batch.tokens,
+        cache,
+        start,
+        positions=positions,
+        segments=batch.segments,
+        layer_inputs=targets.layer_input,
+    )
+    mask = batch.loss_mask.astype(jnp.float32)
+    sums = {
+        "alignment": _alignment(out.attention_output, targets.attention_output, mask, power),
+        "gate_openness": jnp.sum(out.gate_openness * mask[None, None], axis=(2, 3)),
+    }
     return sums, out.kv, out.segments
 
 

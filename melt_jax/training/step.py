@@ -34,6 +34,7 @@ from melt_jax.training.objectives import (
     pretraining_sums,
     scored_tokens,
     sum_terms,
+    warm_start_sums,
 )
 from melt_jax.training.optimizer import group_norms
 
@@ -99,6 +100,18 @@ def pretraining_objective(config: TrainConfig) -> Objective:
     return Objective(sums, terms)
 
 
+def warm_start_objective(config: TrainConfig) -> Objective:
+    """L_align of the gates alone, with the teacher's stream as the input of each layer."""
+
+    def sums(weights, teacher, batch, step, perturbation):
+        return warm_start_sums(weights, teacher, batch, config.chunk_size, perturbation)
+
+    def terms(metrics):
+        return {"alignment": jnp.mean(metrics["alignment"])}
+
+    return Objective(sums, terms)
+
+
 def transition_objective(config: TrainConfig) -> Objective:
     """Phase 1 of MELT (arXiv 2605.07721): L_KD, with entries blended by the α of the step."""
     phase, settings = config.transition, distillation_settings(config)
@@ -123,6 +136,7 @@ def alignment_objective(config: TrainConfig) -> Objective:
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretraining": pretraining_objective,
+    "warm_start": warm_start_objective,
     "transition": transition_objective,
     "alignment": alignment_objective,
 }

@@ -6,6 +6,7 @@ This file and `modeling_melt.py` belong to a published model folder; `auto_map` 
 from transformers import PreTrainedConfig
 
 GATES = ("elementwise", "scalar", "mean", "ema", "last")
+FIRST_LOOPS = ("copy", "gated")
 
 
 class OuroConfig(PreTrainedConfig):
@@ -19,7 +20,7 @@ class OuroConfig(PreTrainedConfig):
 
     model_type = "ouro"
     keys_to_ignore_at_inference = ("cache", "past_key_values")
-    base_model_tp_plan = {
+    base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -68,7 +69,6 @@ class OuroConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": rope_theta}
-        self._check("total_ut_steps", total_ut_steps, type(total_ut_steps) is int and total_ut_steps >= 1, "1 or more")
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -82,10 +82,17 @@ class OuroConfig(PreTrainedConfig):
         """L. An inference engine may count more `num_hidden_layers`, one for each of a LoopLM's caches."""
         return self.__dict__.get("_decoder_layers", self.num_hidden_layers)
 
-    @staticmethod
-    def _check(name, value, good, expected):
-        if not good:
-            raise ValueError(f"{name}: expected {expected}, found {value!r}; correct config.json")
+    def check(self) -> None:
+        """Raises ValueError for the first invalid value; a model's constructor calls it."""
+        for name, values in (("gate", ("none", *GATES)), ("first_loop", FIRST_LOOPS)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, found {getattr(self, name)!r}")
+        for name, least in (("total_ut_steps", 1), ("window", 0), ("sweeps", 1), ("chunk_size", 1)):
+            value = getattr(self, name)
+            if name == "chunk_size" and value is None and self.gate == "none":
+                continue
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected an integer, {least} or more, found {value!r}")
 
 
 class MeltConfig(OuroConfig):
@@ -110,10 +117,6 @@ class MeltConfig(OuroConfig):
         chunk_size: int = 512,
         **kwargs,
     ):
-        self._check("gate", gate, gate in GATES, f"one of {', '.join(GATES)}")
-        self._check("first_loop", first_loop, first_loop in ("copy", "gated"), "copy or gated")
-        for name, value, least in (("window", window, 0), ("sweeps", sweeps, 1), ("chunk_size", chunk_size, 1)):
-            self._check(name, value, type(value) is int and value >= least, f"an integer, {least} or more")
         self.gate = gate
         self.first_loop = first_loop
         self.window = window

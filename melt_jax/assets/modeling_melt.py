@@ -201,6 +201,7 @@ class OuroModel(OuroPreTrainedModel):
     """The loops; the output is the hidden state of the last loop, or of the one that the exit gate selects."""
 
     def __init__(self, config: OuroConfig):
+        config.check()
         if config._attn_implementation == "vllm":
             prepare_for_engine(config)
         super().__init__(config)
@@ -300,7 +301,7 @@ class OuroModel(OuroPreTrainedModel):
         return loops
 
     def exit_hidden(self, loops: list[Tensor]) -> Tensor:
-        """For each token, the output of the first loop at which the cumulative exit probability reaches the threshold."""
+        """Each token's output of the first loop at which the cumulative exit probability reaches the threshold."""
         hidden, threshold = loops[-1], self.config.early_exit_threshold
         if threshold >= 1:
             return hidden
@@ -331,7 +332,7 @@ def prepare_for_engine(config: OuroConfig) -> None:
 
 
 def unpadded_columns(x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The columns of each sequence's tokens, in order, then some of its padding; and which are tokens, both [B, longest]."""
+    """The columns of each sequence's tokens, in order, then some padding; and which are tokens: both [B, longest]."""
     batch, count, _ = x.shape
     columns = torch.arange(count, device=x.device).expand(batch, -1)
     if attention_mask is None:
@@ -385,7 +386,10 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: outputs[CACHE] if CACHE in outputs else None}
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 

@@ -27,7 +27,7 @@ from melt_jax import command_line
 from melt_jax.checkpoints.folder import chosen_dtype, override
 from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import write_weights
-from melt_jax.checkpoints.published_config import published_config, raise_errors, write_config
+from melt_jax.checkpoints.published_config import add_model_code, published_config, raise_errors, write_config
 from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
 from melt_jax.files import atomic_folder, copy_companions, folder_bytes
 from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
@@ -133,7 +133,8 @@ def _convert(source, output, form, changes, existing):
         else:
             write_weights(temporary / "model.safetensors", abstract, dtype, weights)
         carried = copy_companions(source, temporary)
-        write_config(temporary, published_config(config, dtype, folder.raw))
+        raw = published_config(config, dtype, folder.raw)
+        write_config(temporary, add_model_code(temporary, raw) if form == "published" else raw)
 
     print(f"{output}: {form}, gate {config.gate}, {dtype}, with {', '.join(carried) or 'no tokenizer files'}")
     seconds = time.perf_counter() - start

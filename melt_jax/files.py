@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Tokenizer files, generation defaults and the model code that auto_map names.
+# Tokenizer files and generation defaults.
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("chat_template*", "generation_config.json", "configuration_*.py", "modeling_*.py"),
+    *("chat_template*", "generation_config.json"),
 )
 
 

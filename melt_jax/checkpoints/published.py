@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from melt_jax.checkpoints.folder import ModelFolder, assemble
 from melt_jax.checkpoints.published_config import (
     STORED_DTYPES,
+    add_model_code,
     parse_config,
     published_config,
     raise_errors,
@@ -281,7 +282,8 @@ def save_published(
     with atomic_folder(folder, overwrite) as temporary:
         raw = companions(tokenizer_from, temporary)
         write_weights(temporary / "model.safetensors", jax.eval_shape(lambda: model), dtype, module_leaves(model))
-        write_config(temporary, published_config(model.config, jnp.dtype(dtype).name, raw))
+        raw = published_config(model.config, jnp.dtype(dtype).name, raw)
+        write_config(temporary, add_model_code(temporary, raw))
 
 
 def companions(source: str | pathlib.Path | None, target: pathlib.Path) -> dict[str, Any] | None:

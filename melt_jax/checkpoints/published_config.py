@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
 
 STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors code: name
 DTYPES = tuple(STORED_DTYPES.values())
+ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
+MODEL_CODE = ("configuration_melt.py", "cache_melt.py", "modeling_melt.py")  # of a published folder
 ARCHITECTURES = {"ouro": "OuroForCausalLM", "melt": "MeltForCausalLM"}
 
 CONFIG_KEYS = {
@@ -144,7 +147,21 @@ def published_config(
         raw["chunk_size"] = chunk_size
     for key in [key for key in ("torch_dtype", "dtype") if key in raw] or ["torch_dtype"]:
         raw[key] = str(dtype)
+    raw.pop("auto_map", None)  # `add_model_code` names the code of a published folder
     return raw
+
+
+def add_model_code(folder: str | pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Copies the PyTorch code of the model into a published folder; returns config.json's dict with its `auto_map`."""
+    for name in MODEL_CODE:
+        shutil.copyfile(ASSETS / name, pathlib.Path(folder) / name)
+    name = {"ouro": "Ouro", "melt": "Melt"}[raw["model_type"]]
+    auto_map = {
+        "AutoConfig": f"configuration_melt.{name}Config",
+        "AutoModel": f"modeling_melt.{name}Model",
+        "AutoModelForCausalLM": f"modeling_melt.{name}ForCausalLM",
+    }
+    return {**raw, "auto_map": auto_map}
 
 
 def write_config(folder: str | pathlib.Path, raw: dict[str, Any]) -> None:
@@ -156,7 +173,6 @@ def _describe(raw, config):
     """The dict, changed so that it describes `config`."""
     kind = "ouro" if config.gate == "none" else "melt"
     if raw.get("model_type") != kind:
-        raw.pop("auto_map", None)  # it refers to the model code of the other type
         raw |= {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
     raw |= {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
     stale = ("rope_parameters", *(MELT_KEYS if kind == "ouro" else ()))

@@ -39,7 +39,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "repeats", None, "Answers sampled for each prompt. Default: the task's. The task must score all of them."
     )
-    flags.DEFINE_string("gen_kwargs", None, "Replaces a task's generation_kwargs: do_sample=true,temperature=1, or JSON.")
+    flags.DEFINE_string(
+        "gen_kwargs", None, "Replaces a task's generation_kwargs: do_sample=true,temperature=1, or JSON."
+    )
     flags.DEFINE_boolean("apply_chat_template", False, "Put prompts into the checkpoint's chat template.")
     flags.DEFINE_string("system_instruction", None, "System prompt.")
     flags.DEFINE_string(
@@ -182,8 +184,8 @@ def _open_tasks() -> Any:
     unknown = [name for name in FLAGS.tasks if name not in names and not os.path.isfile(name)]
     if unknown:
         raise InputError(
-            f"--tasks: expected names of tasks or YAML files, found {', '.join(unknown)}; lm_eval ls tasks lists those of"
-            " the harness, and --include_path adds a folder"
+            f"--tasks: expected names of tasks or YAML files, found {', '.join(unknown)}; lm_eval ls tasks lists those"
+            " of the harness, and --include_path adds a folder"
         )
     return tasks
 
@@ -210,7 +212,9 @@ def _save(tracker: Any, results: dict[str, Any]) -> None:
         tracker.save_results_samples(task_name=task, samples=rows)
     written = [path.name for path in folder.glob(f"*{getattr(tracker, 'date_id', 'none')}*")]
     if len(written) != 1 + len(samples or {}):
-        raise OSError(f"{folder}: expected {1 + len(samples or {})} files of results, found {', '.join(written) or 'none'}")
+        raise OSError(
+            f"{folder}: expected {1 + len(samples or {})} files of results, found {', '.join(written) or 'none'}"
+        )
     print(f"wrote {folder / written[0]}" if len(written) == 1 else f"wrote {len(written)} files in {folder}")
 
 

@@ -158,7 +158,9 @@ def test_killed_generation_resumes_from_its_cache(tmp_path, monkeypatch, options
             first.generate_until(requests(*texts))
         first.dbdict.close()
     prompts.clear()
-    monkeypatch.setattr(harness, "generate", lambda m, batch, *r, **k: prompts.extend(batch) or generate(m, batch, *r, **k))
+    monkeypatch.setattr(
+        harness, "generate", lambda m, batch, *r, **k: prompts.extend(batch) or generate(m, batch, *r, **k)
+    )
     again = cached()
     assert again.generate_until(requests(*texts)) == whole
     again.dbdict.close()
@@ -176,13 +178,18 @@ def test_fingerprint_names_what_changes_answers(model):
 
 
 def test_unknown_generation_settings_are_refused(model):
-    with pytest.raises(InputError, match="generation_kwargs: expected until, .* found num_beams"):
+    with pytest.raises(InputError, match=r"generation_kwargs: expected until, .* found num_beams"):
         model.generate_until(requests((PROMPT, {"num_beams": 2})), disable_tqdm=True)
 
 
 def test_model_args_are_read_and_checked():
     settings = command.read_settings({"checkpoint": "x", "window": 8, "tensor": 2, "guidance": 1}, HarnessSettings)
-    assert (settings.changes.window, settings.changes.guidance, settings.mesh.tensor, settings.mesh.fsdp) == (8, 1, 2, 1)
+    assert (settings.changes.window, settings.changes.guidance, settings.mesh.tensor, settings.mesh.fsdp) == (
+        8,
+        1,
+        2,
+        1,
+    )
     with pytest.raises(InputError) as error:
         command.read_settings({"windw": 8, "loops": "four", "dtype": "int8", "batch_size": True}, HarnessSettings)
     lines = str(error.value).splitlines()
@@ -215,7 +222,9 @@ def test_unknown_tasks_are_named(monkeypatch):
 
 
 def test_repeats_need_a_task_that_scores_all(monkeypatch, offline):
-    with pytest.raises(InputError, match="--repeats: expected a task that scores all 2 answers to a prompt, found arithme"):
+    with pytest.raises(
+        InputError, match="--repeats: expected a task that scores all 2 answers to a prompt, found arithme"
+    ):
         run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_answer", "--repeats=2")
 
 

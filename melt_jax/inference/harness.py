@@ -126,7 +126,9 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without a generation prompt its last message is left open."""
         if self.text.template is None:
-            raise InputError(f"{self.text.folder}: expected a chat template, found none; leave out --apply_chat_template")
+            raise InputError(
+                f"{self.text.folder}: expected a chat template, found none; leave out --apply_chat_template"
+            )
         thinking = self.settings.enable_thinking
         return self.text.render(chat_history, add_generation_prompt, thinking, unfinished=not add_generation_prompt)
 

@@ -224,13 +224,13 @@ def comparison_sums(
       have, then of the last loop of each; for a MELT gate_openness [T, L].
     """
     model, teacher = gather_at_use(model), gather_at_use(teacher)
-    piece_size = piece_size(batch.tokens.shape[1], chunk_size)
-    pieces = split_chunks((batch, segment_positions(batch.segments)), piece_size)
+    size = piece_size(batch.tokens.shape[1], chunk_size)
+    pieces = split_chunks((batch, segment_positions(batch.segments)), size)
     count, rows, _ = pieces[0].tokens.shape
     axes = batch_axes(batch.tokens)
-    empty = lambda m: create_cache(m.config, rows, count * piece_size, m.dtype, batch_axes=axes)
+    empty = lambda m: create_cache(m.config, rows, count * size, m.dtype, batch_axes=axes)
     if teacher is not None and teacher.config.gate == "none":
-        teacher_chunk = piece_size
+        teacher_chunk = size
     elif teacher_chunk is None:
         teacher_chunk = chunk_size
 
@@ -253,7 +253,7 @@ def comparison_sums(
         return (cache, teacher_cache), sums
 
     caches = empty(model), None if teacher is None else empty(teacher)
-    starts = jnp.arange(count, dtype=jnp.int32) * piece_size
+    starts = jnp.arange(count, dtype=jnp.int32) * size
     _, sums = jax.lax.scan(piece_sums, caches, (starts, pieces))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 

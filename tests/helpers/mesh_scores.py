@@ -1,4 +1,4 @@
-"""Compares scores, log-likelihoods and generated tokens on a mesh of eight CPU devices with those of one device, in float64.
+"""Compares scores, likelihoods and generated tokens on a mesh of eight CPU devices with those of one, in float64.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.helpers.mesh_scores
 

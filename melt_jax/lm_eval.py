@@ -74,7 +74,7 @@ def evaluate() -> dict[str, Any]:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the harness forks; the tokenizer would warn
     try:
-        import lm_eval
+        from lm_eval.evaluator import simple_evaluate
     except ModuleNotFoundError as error:
         raise InputError(
             f"lm_eval: expected lm-evaluation-harness, found no package {error.name}; pip install 'melt_jax[eval]'"
@@ -90,8 +90,8 @@ def evaluate() -> dict[str, Any]:
     model = HarnessModel(settings)
     cache = FLAGS.use_cache and os.path.join(FLAGS.use_cache, model.fingerprint())
     tracker = EvaluationTracker(output_path=FLAGS.output_path)
-    results = lm_eval.simple_evaluate(
-        model,
+    results: Any = simple_evaluate(  # pyright: ignore[reportCallIssue]: a decorator hides its parameters
+        model=model,
         model_args={"model": settings.checkpoint},
         tasks=FLAGS.tasks,
         num_fewshot=FLAGS.num_fewshot,
@@ -136,7 +136,8 @@ def read_settings(values: dict[str, Any], settings: type) -> Any:
             errors.append(f"{name}: expected one of {', '.join(choices)}, found {values[name]!r}")
     if errors:
         raise InputError("\n".join(f"--model_args: {error}" for error in errors))
-    pick = lambda names: {name: values[name] for name in names if name in values}
+    number = lambda name, value: float(value) if _type_name(known[name]) == "a number" else value
+    pick = lambda names: {name: number(name, values[name]) for name in names if name in values}
     mesh = MeshConfig(**{"replica": 1, "fsdp": 1, "tensor": 1} | axes) if (axes := pick(AXES)) else None
     return settings(**pick(plain), mesh=mesh, changes=ModelChanges(**pick(changes)))
 

@@ -14,7 +14,12 @@ from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent.parent / "launch/benchmarks"
 pytestmark = pytest.mark.filterwarnings("ignore")
-CHOICES = {"Correct Answer": "four", "Incorrect Answer 1": "five", "Incorrect Answer 2": "six", "Incorrect Answer 3": "7"}
+CHOICES = {
+    "Correct Answer": "four",
+    "Incorrect Answer 1": "five",
+    "Incorrect Answer 2": "six",
+    "Incorrect Answer 3": "7",
+}
 # Benchmark: a row with the columns of its data set, right answers, wrong answers.
 ROWS = {
     "melt_aime24": ({"Problem": "P", "Answer": 204}, ["204", "\\text{204}"], ["205", ""]),

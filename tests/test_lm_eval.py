@@ -20,7 +20,7 @@ from melt_jax.inference.harness import HarnessModel, HarnessSettings  # noqa: E4
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEACHER = "melt_jax/assets/ouro_nano"
 PROMPT = "<|im_start|>c=b*3;a=4;b=a+2;c?<think>"
-SAMPLED = {"until": [";"], "do_sample": True, "temperature": 3.0, "max_gen_toks": 8}
+SAMPLED = {"until": [";"], "do_sample": True, "temperature": 30.0, "max_gen_toks": 8}
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def metrics(results, task):
     return {name.split(",")[0]: value for name, value in results["results"][task].items()}
 
 
+@pytest.mark.slow
 def test_command_scores_local_tasks(monkeypatch, offline, tmp_path):
     """The embedded LoopLM solves the multiple choice and stops at the stop string; results are written as JSON."""
     results = run(

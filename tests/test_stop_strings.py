@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 
+from melt_jax.data.text import Tokenizer
 from melt_jax.inference.stop_strings import StopFinder
 
 
-class Pieces:
+class Pieces(Tokenizer):
     """A tokenizer whose token i is the i-th piece; token −1 is its stop token."""
 
     stop_ids = (-1,)
@@ -15,14 +16,8 @@ class Pieces:
     def __init__(self, pieces):
         self.pieces = pieces
 
-    def stream(self):
-        return self
-
-    def push(self, token):
-        return self.pieces[token]
-
-    def finish(self):
-        return ""
+    def decode(self, ids, skip_special=False):
+        return "".join(self.pieces[i] for i in ids)
 
 
 def cut_everywhere(text):

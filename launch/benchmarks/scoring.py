@@ -26,7 +26,7 @@ def is_correct(answer: str, doc: dict[str, Any]) -> bool:
         return False
     if "letter" in doc:
         return box.removeprefix("\\text{").strip("(){}. ") == right
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # pyright: ignore[reportMissingImports]: of the extra `eval`
 
     return verify(parse(f"${right}$"), parse(f"$\\boxed{{{box}}}$"))
 

@@ -136,8 +136,8 @@ def read_settings(values: dict[str, Any], settings: type) -> Any:
             errors.append(f"{name}: expected one of {', '.join(choices)}, found {values[name]!r}")
     if errors:
         raise InputError("\n".join(f"--model_args: {error}" for error in errors))
-    number = lambda name, value: float(value) if _type_name(known[name]) == "a number" else value
-    pick = lambda names: {name: number(name, values[name]) for name in names if name in values}
+    values = {name: float(v) if _type_name(known[name]) == "a number" else v for name, v in values.items()}
+    pick: Any = lambda names: {name: values[name] for name in names if name in values}
     mesh = MeshConfig(**{"replica": 1, "fsdp": 1, "tensor": 1} | axes) if (axes := pick(AXES)) else None
     return settings(**pick(plain), mesh=mesh, changes=ModelChanges(**pick(changes)))
 

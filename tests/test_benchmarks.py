@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("math_verify")
 
-from lm_eval.tasks import TaskManager  # noqa: E402
-from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 FOLDER = pathlib.Path(__file__).parent.parent / "launch/benchmarks"
 pytestmark = pytest.mark.filterwarnings("ignore")

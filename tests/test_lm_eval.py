@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import sys
 import types
 
 import pytest
@@ -212,7 +213,9 @@ def test_changes_of_the_model_are_applied():
 
 
 def test_missing_harness_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"lm_eval: expected lm-evaluation-harness, .*pip install 'melt_jax\[eval\]'"):
         run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_choice")
 

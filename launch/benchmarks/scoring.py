@@ -40,7 +40,7 @@ def gold(doc: dict[str, Any]) -> str:
 
 def last_boxed(text: str) -> str | None:
     """What the last `\\boxed{…}` of a text contains; None without one, or if it is not closed."""
-    before, box, rest = text.rpartition("\\boxed{")
+    _, box, rest = text.rpartition("\\boxed{")
     depth = 1
     for i, character in enumerate(rest if box else ""):
         depth += {"{": 1, "}": -1}.get(character, 0)

@@ -7,7 +7,8 @@ run. The workdir gets `config.json`, `results.json` (the evaluations), `attempts
 each start), and a folder for each phase: `checkpoints/` (weights, moments, step), `metrics.jsonl`, TensorBoard files
 and, when the phase has ended, `model/`, a model folder for `melt_jax.generate`, `.evaluate` and `.convert`. When a
 phase's model is written, its checkpoints are deleted, except the last phase's. After SIGTERM the command saves a
-checkpoint and exits with status 75; after a stall of `run.stall_seconds` it exits with status 76. Rerun it in both cases (`melt_jax.training.preemption`).
+checkpoint and exits with status 75; after a stall of `run.stall_seconds` it exits with status 76. Rerun it in both
+cases (`melt_jax.training.preemption`).
 """
 
 import dataclasses

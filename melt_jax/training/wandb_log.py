@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def _open(config: TrainConfig, workdir: pathlib.Path) -> Any:
     entity, _, project = config.run.wandb.rpartition("/")
     path = workdir / "wandb.json"
     if not path.exists():
-        write_text(path, json.dumps({"id": wandb.util.generate_id()}))
+        write_text(path, json.dumps({"id": secrets.token_hex(4)}))
     try:
         run = wandb.init(
             entity=entity or None,

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 import types
 
@@ -230,6 +231,17 @@ def test_repeats_need_a_task_that_scores_all(monkeypatch, offline):
         InputError, match="--repeats: expected a task that scores all 2 answers to a prompt, found arithme"
     ):
         run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_answer", "--repeats=2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("melt_jax/assets/modeling_melt.py").exists(), reason="exports lack PyTorch code")
+def test_scores_equal_those_of_pytorch():
+    """The short form of `tests.long.harness`: the harness's own model gives the same scores."""
+    pytest.importorskip("accelerate")  # which the harness's own model needs
+    command = [sys.executable, "-m", "tests.long.harness", "--limit=6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 7
 
 
 def test_harness_is_imported_by_its_command_alone():

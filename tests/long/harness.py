@@ -22,6 +22,7 @@ TASKS = {
     "arithmetic_perplexity": "byte_perplexity",
 }
 TEACHER = "melt_jax/assets/ouro_nano"
+CHUNK = 8  # of a checkpoint that states none
 GATES = ("none", "last")  # a LoopLM, and the MELT without weights of its own
 
 
@@ -42,6 +43,12 @@ def scores(folder: pathlib.Path) -> dict[str, float]:
     file = max(folder.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     results = json.loads(file.read_text())["results"]
     return {task: results[task][f"{metric},none"] for task, metric in TASKS.items()}
+
+
+def set_chunk(file: pathlib.Path) -> None:
+    """States a short training chunk, so that a MELT differs from its LoopLM and chunks have borders in each prompt."""
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({"chunk_size": CHUNK} | config, indent=1))
 
 
 def evaluate_both(folder: pathlib.Path, checkpoint: str, limit: int) -> dict[str, tuple[float, float]]:
@@ -72,6 +79,7 @@ def main() -> None:
             folder = pathlib.Path(name)
             convert = ["melt_jax.convert", f"--input={source}", f"--output={folder / 'model'}", "--to=published"]
             run(sys.executable, "-m", *convert, *([f"--gate={gate}"] if gate else []))
+            set_chunk(folder / "model/config.json")
             for task, (ours, theirs) in evaluate_both(folder, str(folder / "model"), args.limit).items():
                 differs = abs(ours - theirs) > args.tolerance * max(abs(theirs), 1.0)
                 wrong += differs

@@ -188,7 +188,8 @@ def draw_comparison(runs: dict[str, Run]) -> Figure:
     for axes, panel in zip(grid, panels):
         for label, curves in shown.items():
             if curve := curves.get(panel.metrics[0]):
-                axes.plot(*curve, color=colors[label], label=label, linewidth=1.6)
+                steps, values = curve
+                axes.plot(steps, values, color=colors[label], label=label, linewidth=1.6)
         dress(axes, panel, {"": (0, max(stop for run in runs.values() for _, stop in run.phases.values()))})
         for label, run in runs.items():
             for start, _ in run.phases.values():

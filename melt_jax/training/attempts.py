@@ -32,7 +32,7 @@ from rich.console import Console
 from melt_jax.files import write_text
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-CATEGORIES = ("training", "compiling", "saving", "evaluating", "waiting", "loading")
+CATEGORIES: tuple[str, ...] = ("training", "compiling", "saving", "evaluating", "waiting", "loading")
 clock = time.time
 
 _current: "Attempt | None" = None  # of this process
@@ -97,7 +97,7 @@ class Goodput:
 
 def summarize(attempts: Sequence[dict[str, Any]]) -> Goodput:
     """Adds up attempts, the contents of their files in order."""
-    seconds = {name: sum(attempt["seconds"][name] for attempt in attempts) for name in CATEGORIES}
+    seconds = {name: float(sum(attempt["seconds"][name] for attempt in attempts)) for name in CATEGORIES}
     repeated = stopped = 0.0
     for i, attempt in enumerate(attempts):
         later = attempts[i + 1 :]
@@ -131,7 +131,8 @@ class Attempt:
         self._earlier = read_attempts(workdir) if self._writes else []
         self._path = workdir / "attempts" / f"{len(self._earlier) + 1:04}.json"
         self._started = self._since = clock()
-        self._category, self._seconds = "loading", dict.fromkeys(CATEGORIES, 0.0)
+        self._category = "loading"
+        self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
         self._phases: dict[str, dict[str, float]] = {}
         self._trained = 0.0  # seconds of training before the current phase
         self._facts = {"git_commit": git_commit(), "devices": jax.device_count(), "processes": jax.process_count()}

@@ -46,9 +46,10 @@ def scores(folder: pathlib.Path) -> dict[str, float]:
 
 
 def set_chunk(file: pathlib.Path) -> None:
-    """States a short training chunk, so that a MELT differs from its LoopLM and chunks have borders in each prompt."""
+    """States a short training chunk for a MELT without one, so that prompts have several chunks and it is no LoopLM."""
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({"chunk_size": CHUNK} | config, indent=1))
+    if config["model_type"] == "melt":
+        file.write_text(json.dumps({"chunk_size": CHUNK} | config, indent=1))
 
 
 def evaluate_both(folder: pathlib.Path, checkpoint: str, limit: int) -> dict[str, tuple[float, float]]:

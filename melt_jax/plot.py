@@ -140,7 +140,9 @@ def draw(run: Run) -> Figure:
     for axes, panel in zip(grid, panels):
         for metric in panel.metrics:
             for name, (steps, values) in sorted(run.curves.get(metric, {}).items(), key=lambda item: natural(item[0])):
-                style = {"linestyle": "--", "linewidth": 1.2} if metric == "alpha" else {"linewidth": 1.6}
+                style: dict[str, Any] = (
+                    {"linestyle": "--", "linewidth": 1.2} if metric == "alpha" else {"linewidth": 1.6}
+                )
                 color = colors.get(name, "tab:blue")
                 (handles[name],) = axes.plot(steps, values, color=color, label=name, **style)
         dress(axes, panel, run.phases)

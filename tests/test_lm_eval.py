@@ -1,6 +1,7 @@
 """The command for lm-evaluation-harness and its model, on local tasks of the embedded LoopLM."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -76,6 +77,21 @@ def test_command_scores_local_tasks(monkeypatch, offline, tmp_path):
     (file,) = tmp_path.glob("*/results_*.json")
     assert json.loads(file.read_text())["results"]["arithmetic_choice"]["acc,none"] == 1.0
     assert len(list(tmp_path.glob("*/samples_*.jsonl"))) == 3
+
+
+@pytest.mark.slow
+def test_mesh_gives_the_same_scores(tmp_path):
+    """Four devices: scoring is split over fsdp and tensor, generation over tensor."""
+    words = ["--tasks=arithmetic_choice,arithmetic_step", "--include_path=tests/tasks", "--limit=6"]
+    words += [f"--model_args=checkpoint={TEACHER},fsdp=2,tensor=2", f"--output_path={tmp_path}"]
+    flag = "--xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flag, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "data")}
+    command = [sys.executable, "-m", "melt_jax.lm_eval", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.glob("*/results_*.json")
+    results = json.loads(file.read_text())["results"]
+    assert results["arithmetic_choice"]["acc,none"] == results["arithmetic_step"]["exact_match,none"] == 1.0
 
 
 def test_chat_and_thinking_give_answers(monkeypatch, offline):

@@ -137,6 +137,7 @@ def get_config() -> ConfigDict:
     config.run.stall_exits = True  # exit with status 76 after a stall, so that a launcher restarts the run
     config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
     config.run.profile_steps = 3  # steps to profile
+    config.run.wandb = ""  # Weights & Biases project, or entity/project, that gets the log too; empty: none
 
     # Measurements at the end of each phase.
     config.evaluation = ConfigDict()

@@ -216,6 +216,7 @@ class RunConfig:
     stall_exits: Annotated[bool, "exit with status 76 after a stall, so that a launcher restarts the run"]
     profile_start: Annotated[CountOrZero, "first step of each phase to profile, from 1; 0: none"]
     profile_steps: Annotated[Count, "steps to profile"]
+    wandb: Annotated[str, "Weights & Biases project, or entity/project, that gets the log too; empty: none"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""Draws the curves of a run from its logs, all phases on one axis of steps.
+"""Draws the curves of a run from its logs, all phases on one axis of steps, or compares several runs.
 
     python -m melt_jax.plot --workdir=runs/nano --output=curves.png
     python -m melt_jax.plot --workdir=runs/nano --output=gates.png --gates
+    python -m melt_jax.plot --workdir=runs/nano --workdir=runs/wide --output=both.png
 
 A distillation (MELT, arXiv 2605.07721) has curves of the KL to the teacher, the attention alignment, the gate openness
 with the transition's α, and the gradient norms; pretraining (Ouro, arXiv 2510.25741) has cross-entropy and exit
 probabilities instead. An unfinished run is drawn up to its last logged step. --gates draws the gate openness of every
-loop and layer at the last logged step of each phase instead.
+loop and layer at the last logged step of each phase instead. Several workdirs are drawn into one figure, a color for
+each, with the last loop alone; the command also prints the config keys in which the runs differ.
 """
 
 import collections
@@ -14,6 +16,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -21,6 +24,7 @@ import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from melt_jax import command_line
@@ -130,23 +134,18 @@ def draw(run: Run) -> Figure:
     if not panels:
         known = ", ".join(metric for panel in PANELS for metric in panel.metrics)
         raise InputError(f"metrics.jsonl: expected some of {known}, found {', '.join(sorted(run.curves))}")
-    grid_rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 0.7 + 2.5 * grid_rows), layout="constrained")
-    grid = figure.subplots(grid_rows, 2, sharex=True, squeeze=False).ravel()
+    figure, grid = panel_grid(len(panels))
     colors = curve_colors(run)
     handles = {}
     for axes, panel in zip(grid, panels):
         for metric in panel.metrics:
             for name, (steps, values) in sorted(run.curves.get(metric, {}).items(), key=lambda item: natural(item[0])):
-                style = {"linestyle": "--", "linewidth": 1.2} if metric == "alpha" else {"linewidth": 1.6}
+                style: dict[str, Any] = (
+                    {"linestyle": "--", "linewidth": 1.2} if metric == "alpha" else {"linewidth": 1.6}
+                )
                 color = colors.get(name, "tab:blue")
                 (handles[name],) = axes.plot(steps, values, color=color, label=name, **style)
         dress(axes, panel, run.phases)
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    for axes in grid[max(len(panels) - 2, 0) : len(panels)]:
-        axes.set_xlabel("step")
-        axes.tick_params(labelbottom=True)
     labels = {"backbone": "backbone weights", "gate": "gates", "alpha": "α"}
     shown = {name: handles[name] for name in colors if name in handles}
     figure.legend(
@@ -157,6 +156,90 @@ def draw(run: Run) -> Figure:
         frameon=False,
     )
     return figure
+
+
+def panel_grid(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with that many axes, two in a row, over a common axis of steps."""
+    grid_rows = -(-count // 2)
+    figure = Figure(figsize=(10, 0.7 + 2.5 * grid_rows), layout="constrained")
+    grid = list(figure.subplots(grid_rows, 2, sharex=True, squeeze=False).ravel())
+    for axes in grid[count:]:
+        axes.remove()
+    for axes in grid[max(count - 2, 0) : count]:
+        axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
+    return figure, grid[:count]
+
+
+def draw_comparison(runs: dict[str, Run]) -> Figure:
+    """The curves of several runs in one figure, a color for each: the last loop, and the backbone's gradient norm.
+
+    Args:
+      runs: {label: run}; lines at the phases' boundaries have the run's color.
+
+    Raises:
+      InputError: no panel has logged metrics.
+    """
+    shown = {label: {metric: comparison_curve(run, metric) for metric in run.curves} for label, run in runs.items()}
+    panels = [panel for panel in PANELS if any(panel.metrics[0] in curves for curves in shown.values())]
+    if not panels:
+        known = ", ".join(panel.metrics[0] for panel in PANELS)
+        raise InputError(f"metrics.jsonl: expected some of {known} in one of the runs, found none")
+    figure, grid = panel_grid(len(panels))
+    colors = {label: matplotlib.colormaps["tab10"](i % 10) for i, label in enumerate(runs)}
+    for axes, panel in zip(grid, panels):
+        for label, curves in shown.items():
+            if curve := curves.get(panel.metrics[0]):
+                steps, values = curve
+                axes.plot(steps, values, color=colors[label], label=label, linewidth=1.6)
+        dress(axes, panel, {"": (0, max(stop for run in runs.values() for _, stop in run.phases.values()))})
+        for label, run in runs.items():
+            for start, _ in run.phases.values():
+                if start:
+                    axes.axvline(start, color=colors[label], linewidth=1, alpha=0.5)
+    handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
+    return figure
+
+
+def comparison_curve(run: Run, metric: str) -> tuple[list[int], list[float]]:
+    """The one curve of a metric that comparisons show: the last loop's, the backbone's, or the only one."""
+    curves = run.curves[metric]
+    loops = sorted((name for name in curves if re.fullmatch(r"loop\d+", name)), key=natural)
+    return curves[loops[-1] if loops else "backbone" if "backbone" in curves else next(iter(curves))]
+
+
+def run_labels(workdirs: Sequence[str]) -> dict[str, str]:
+    """{label: workdir}: the last parts of the paths, as many as tell the runs apart.
+
+    Raises:
+      InputError: a workdir is given twice.
+    """
+    parts = [pathlib.Path(workdir).absolute().parts for workdir in workdirs]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-count:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return dict(zip(labels, workdirs))
+    raise InputError(f"--workdir: expected different folders, found {', '.join(workdirs)}")
+
+
+def config_differences(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each config key whose value is not the same in all runs: the key and the values in their order."""
+    flat = [flatten(config) for config in configs]
+    lines = []
+    for key in sorted(set().union(*flat)):
+        values = [str(values.get(key, "none")) for values in flat]
+        if len(set(values)) > 1:
+            lines.append(f"{key}: {', '.join(values)}")
+    return lines
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested dictionaries."""
+    out = {}
+    for key, value in values.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def curve_colors(run: Run) -> dict[str, Any]:
@@ -248,9 +331,26 @@ def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path, gates: boo
     figures.save(draw_gates(read_gates(workdir)) if gates else draw(read_run(workdir)), output)
 
 
+def plot_comparison(workdirs: Sequence[str], output: str | pathlib.Path) -> list[str]:
+    """Draws several runs into a file; returns the lines of `config_differences`.
+
+    Raises:
+      InputError: as in `plot_run`, or a workdir is given twice.
+    """
+    figures.check_name(output)
+    labels = run_labels(workdirs)
+    figures.save(draw_comparison({label: read_run(workdir) for label, workdir in labels.items()}), output)
+    return config_differences([read_config(workdir) for workdir in workdirs])
+
+
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("workdir", None, "Folder of a run of melt_jax.train.", required=True)
+    flags.DEFINE_multi_string(
+        "workdir",
+        None,
+        "Folder of a run of melt_jax.train; may be given several times, to compare runs.",
+        required=True,
+    )
     flags.DEFINE_string(
         "output", None, f"File to write: a name that ends in {', '.join(figures.FORMATS)}.", required=True
     )
@@ -259,8 +359,15 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Reads the flags and draws."""
-    plot_run(flags.FLAGS.workdir, flags.FLAGS.output, flags.FLAGS.gates)
-    print(f"wrote {flags.FLAGS.output}")
+    workdirs, output = flags.FLAGS.workdir, flags.FLAGS.output
+    if len(workdirs) == 1:
+        plot_run(workdirs[0], output, flags.FLAGS.gates)
+    elif flags.FLAGS.gates:
+        raise InputError(f"--gates: expected one --workdir, found {len(workdirs)}")
+    else:
+        for line in plot_comparison(workdirs, output):
+            print(line)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 
 Rerun the command to resume a killed run from its last checkpoint; the result is bitwise identical to an uninterrupted
-run. The workdir gets `config.json`, `results.json` (the evaluations), and a folder for each phase: `checkpoints/`
-(weights, moments, step), `metrics.jsonl`, TensorBoard files and, when the phase has ended, `model/`, a model
-folder for `melt_jax.generate`, `.evaluate` and `.convert`. When a phase's model is written, its checkpoints are
-deleted, except the last phase's. After SIGTERM the command saves a checkpoint and exits with status 75; after a stall
-of `run.stall_seconds` it exits with status 76. Rerun it in both cases (`melt_jax.training.preemption`).
+run. The workdir gets `config.json`, `results.json` (the evaluations), `attempts/` (the seconds and the git commit of
+each start), and a folder for each phase: `checkpoints/` (weights, moments, step), `metrics.jsonl`, TensorBoard files
+and, when the phase has ended, `model/`, a model folder for `melt_jax.generate`, `.evaluate` and `.convert`. When a
+phase's model is written, its checkpoints are deleted, except the last phase's. After SIGTERM the command saves a
+checkpoint and exits with status 75; after a stall of `run.stall_seconds` it exits with status 76. Rerun it in both
+cases (`melt_jax.training.preemption`).
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ from melt_jax.sharding import (
     place_weights,
     weight_shardings,
 )
+from melt_jax.training.attempts import Attempt, spent
 from melt_jax.training.checkpoints import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
@@ -46,6 +48,7 @@ from melt_jax.training.processes import broadcast_from_process_0, initialize_dis
 from melt_jax.training.run_config import keep_config
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 from melt_jax.training.step_monitor import PhaseStart, StepMonitor
+from melt_jax.training.wandb_log import wandb_run
 
 
 def define_flags() -> None:
@@ -100,7 +103,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     parameters = parameter_count(abstract_model(trained))
     console.print(f"{parameters:,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
-    with jax.set_mesh(mesh):
+    with Attempt(workdir, console), wandb_run(config, workdir), jax.set_mesh(mesh):
         return _run(config, looplm, workdir, mesh, console)
 
 
@@ -219,7 +222,8 @@ def run_phase(
         sys.exit(PREEMPTED)
 
     # ---- the result
-    save_model(folder / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
+    with spent("saving"):
+        save_model(folder / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     _delete_checkpoints(name, config, folder)
     return state.params
 

@@ -124,6 +124,21 @@ def test_decoding_ends_when_all_have_stopped():
     assert len(seen) == 1
 
 
+def test_callback_can_end_the_generation():
+    seen = []
+    options = dataclasses.replace(OPTIONS, block=1)
+    result = generate(make_model(), PROMPTS, options, on_tokens=lambda new: seen.append(new) or len(seen) == 2)
+    assert len(seen) == 2
+    assert result.tokens == [tokens[:2] for tokens in generate(make_model(), PROMPTS, OPTIONS).tokens]
+
+
+def test_rounding_slots_changes_no_token():
+    rounded = dataclasses.replace(OPTIONS, slot_multiple=50)
+    whole, padded = (generate(make_model(), PROMPTS, options) for options in (OPTIONS, rounded))
+    assert padded.tokens == whole.tokens
+    assert padded.cache_bytes > whole.cache_bytes
+
+
 def test_equal_prompts_draw_their_own_tokens():
     hot = dataclasses.replace(OPTIONS, sampling=Sampling(3.0))
     first, second, third = generate(make_model(), [PROMPTS[2]] * 3, hot).tokens

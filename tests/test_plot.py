@@ -124,3 +124,44 @@ def test_command_writes_or_reports_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'curves.svg'}\n")
     failed = command(tmp_path)
     assert failed.returncode == 1 and "found no config.json" in failed.stderr and failed.stderr.count("\n") == 1
+
+
+def test_comparison_draws_each_run_once(tmp_path):
+    """Two runs of different lengths and phases share the axes: the last loop of each, in the run's color."""
+    runs = {
+        "long": plot.read_run(write_run(tmp_path / "long")),
+        "short": plot.read_run(write_run(tmp_path / "short", lines=(3,), phases=("transition",))),
+    }
+    figure = plot.draw_comparison(runs)
+    panels = {axes.get_title("left"): axes for axes in figure.axes}
+    kl = {line.get_label(): line for line in panels["KL(teacher ‖ student), nats per token"].lines}
+    for label, run in runs.items():
+        steps, values = run.curves["kd"][f"loop{T}"]
+        assert (list(kl[label].get_xdata()), list(kl[label].get_ydata())) == (steps, values)
+    assert kl["long"].get_color() != kl["short"].get_color()
+    norm = [line for line in panels["gradient norm before clipping"].lines if line.get_label() == "long"]
+    assert set(norm[0].get_ydata()) == {1.0}  # the backbone's
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["long", "short"]
+    alignment = panels["attention alignment, ‖o student − o teacher‖²"].lines
+    assert [line.get_label() for line in alignment if not line.get_label().startswith("_")] == ["long"]
+    assert all(axes.get_xlim() == (0, 80) for axes in figure.axes)
+
+
+def test_labels_tell_runs_apart():
+    assert list(plot.run_labels(["runs/a", "runs/b"])) == ["a", "b"]
+    assert list(plot.run_labels(["x/a", "y/a"])) == ["x/a", "y/a"]
+    with pytest.raises(InputError, match="--workdir: expected different folders, found a, a"):
+        plot.run_labels(["a", "a"])
+
+
+def test_differing_config_keys_are_listed():
+    configs = [{"seed": 0, "data": {"batch": 4, "path": ""}}, {"seed": 1, "data": {"batch": 4}}]
+    assert plot.config_differences(configs) == ["data.path: , none", "seed: 0, 1"]
+
+
+def test_command_compares_workdirs(tmp_path):
+    workdirs = [str(write_run(tmp_path / name, phases=phases, lines=(2, 2)[: len(phases)]))
+                for name, phases in (("a", ("transition",)), ("b", ("transition", "alignment")))]  # fmt: skip
+    lines = plot.plot_comparison(workdirs, tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    assert lines == ["alignment.steps: none, 40", "phases: ['transition'], ['transition', 'alignment']"]

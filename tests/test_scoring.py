@@ -81,7 +81,7 @@ def test_scores_do_not_depend_on_rows(float64):
 
 @pytest.mark.parametrize(("length", "chunk", "size"), [(10_000, 500, 500), (512, 1, 512), (600, 1, 300), (11, 4, 12)])
 def test_pieces_hold_whole_chunks(length, chunk, size):
-    assert scoring._piece_size(length, chunk) == size
+    assert scoring.piece_size(length, chunk) == size
 
 
 @pytest.mark.slow

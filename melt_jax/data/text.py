@@ -19,7 +19,8 @@ class Tokenizer:
       folder: the model folder.
       vocab: one more than the largest token id.
       stop_ids: sorted ids that end a text: the eos of generation_config.json and of the tokenizer, and the chat's end.
-      eos: id of the tokenizer's own end token, or None.
+      eos, bos: ids of the tokenizer's own end and begin tokens, or None.
+      special_tokens: the texts of the tokens that `decode` can skip.
       template: the chat template's source, or None.
       has_thinking: the chat template depends on `enable_thinking`.
       sha256, template_sha256: hex digests of tokenizer.json and of the chat template (None without one), which identify
@@ -47,6 +48,9 @@ class Tokenizer:
         self.vocab: int = max(self._tokenizer.get_vocab().values()) + 1
         self.stop_ids = self._find_stop_ids()
         self.eos: int | None = self._tokenizer.eos_token_id
+        self.bos: int | None = self._tokenizer.bos_token_id
+        added = self._tokenizer.added_tokens_decoder.values()
+        self.special_tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self.template = self._tokenizer.chat_template
         self.template_sha256 = hashlib.sha256(str(self.template).encode()).hexdigest() if self.template else None
         self.has_thinking = "enable_thinking" in str(self.template)
@@ -115,10 +119,19 @@ class Tokenizer:
             )
         return self.encode(self.render(messages, messages[-1]["role"] != "assistant", thinking))
 
-    def render(self, messages: list[dict], generation_prompt: bool, thinking: bool = True) -> str:
-        """The text of a conversation in the chat template, with or without a generation prompt at its end."""
+    def render(
+        self, messages: list[dict], generation_prompt: bool, thinking: bool = True, unfinished: bool = False
+    ) -> str:
+        """The text of a conversation in the chat template, with or without a generation prompt at its end.
+
+        `unfinished` leaves the last message open, so that a model can continue it.
+        """
         return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=thinking
+            messages,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            continue_final_message=unfinished,
+            enable_thinking=thinking,
         )
 
     def stream(self, skip_special: bool = False) -> "Streamer":

@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
-from melt_jax.inference.sampling import GREEDY, Sampling, SamplingRequest, sample_tokens
+from melt_jax.inference.sampling import GREEDY, Sampling, SamplingRequest, sample_tokens, select_logits
 from melt_jax.model.cache import Cache, create_cache
 from melt_jax.model.layout import replicated, whole_features
 from melt_jax.model.loops import run_chunk
-from melt_jax.model.model import LoopedTransformer, exit_loop
+from melt_jax.model.model import LoopedTransformer
 from melt_jax.model.sequence import split_chunks
 
 STOP_SLOTS = 8  # stop tokens are padded to this number, so that their number does not affect compilation
@@ -39,6 +39,8 @@ class GenerationOptions:
       sampling: how tokens are selected.
       stop: token ids that end a sequence.
       block: tokens decoded before the host reads them; 1 streams token by token.
+      slot_multiple: the cache's slots are rounded up to a multiple of it, so that batches of similar lengths share a
+        compilation. It does not change results.
     """
 
     max_new_tokens: int
@@ -46,6 +48,7 @@ class GenerationOptions:
     sampling: Sampling = GREEDY
     stop: tuple[int, ...] = ()
     block: int = 32
+    slot_multiple: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +113,9 @@ class DecodeState(NamedTuple):
 def next_logits(
     model: LoopedTransformer, hidden: Float[Array, "T B D"]
 ) -> tuple[Float[Array, "B V"], Int[Array, " B"]]:
-    """The logits of the loop that the exit gate selects by `exit_threshold`, and that loop, counted from 0.
-
-    With `guidance` w they are moved away from those of loop 1 (LoopCD, arXiv 2610.02185, in logit space, without a
-    plausibility filter). The head is linear and the final norm closes every loop, so guiding the normed hidden states
-    would give the same.
-    """
-    config = model.config
-    chosen = exit_loop(model.exit_pdf(hidden[:, :, None])[:, 0], config.exit_threshold)
-    logits = model.logits(jnp.take_along_axis(hidden, chosen[None, :, None], axis=0)[0])
-    if config.guidance:
-        # z_T + w (z_T − z₁)
-        logits = logits + config.guidance * (logits - model.logits(hidden[0]))
-    return logits, chosen
+    """`select_logits` for one position of each sequence."""
+    logits, chosen = select_logits(model, hidden[:, :, None])
+    return logits[:, 0], chosen[:, 0]
 
 
 @functools.partial(jax.jit, donate_argnums=1)
@@ -226,7 +219,7 @@ class Prefill(NamedTuple):
 
 
 def prepare_prefill(
-    model: LoopedTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int
+    model: LoopedTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int, slot_multiple: int = 1
 ) -> Prefill:
     """Pads prompts, splits them into chunks and creates their cache.
 
@@ -237,9 +230,10 @@ def prepare_prefill(
     tokens = np.zeros((len(prompts), longest), np.int32)
     for padded, prompt in zip(tokens, prompts):
         padded[: len(prompt)] = prompt
-    chunk = min(chunk, longest)
+    round_up = lambda count: -(-count // slot_multiple) * slot_multiple
+    chunk = min(chunk, round_up(longest))
     chunks = split_chunks(replicated(tokens), chunk)
-    slots = max(len(chunks) * chunk, longest + max_new_tokens)
+    slots = round_up(max(len(chunks) * chunk, longest + max_new_tokens))
     return Prefill(
         chunks=list(chunks),
         starts=list(jnp.arange(len(chunks), dtype=jnp.int32) * chunk),
@@ -266,7 +260,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     indices: Sequence[int] | None = None,
-    on_tokens: Callable[[list[list[int]]], None] | None = None,
+    on_tokens: Callable[[list[list[int]]], object] | None = None,
 ) -> Generation:
     """Continues prompts until each has reached a stop token or `max_new_tokens`.
 
@@ -275,14 +269,14 @@ def generate(
       prompts: token ids, of any lengths. A prompt's result does not depend on the other prompts.
       options: see `GenerationOptions`.
       indices: the index of each prompt in a larger set, for its random key; 0, 1, … by default.
-      on_tokens: called with the new tokens of each prompt after each block.
+      on_tokens: called with the new tokens of each prompt after each block; if it returns True, the generation ends.
 
     Raises:
       InputError: lists every value out of range and every prompt that cannot be run.
     """
     if errors := request_errors(model.config, prompts, options):
         raise InputError("cannot generate:\n  " + "\n  ".join(errors))
-    inputs = prepare_prefill(model, prompts, options.max_new_tokens, options.prefill_chunk)
+    inputs = prepare_prefill(model, prompts, options.max_new_tokens, options.prefill_chunk, options.slot_multiple)
     size = cache_bytes(inputs.cache)
     request = _request(options, range(len(prompts)) if indices is None else indices)
     state = _initial_state(inputs.lengths)
@@ -333,7 +327,7 @@ def generate_tokens(
 def request_errors(config: ModelConfig, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> list[str]:
     """An error for each option out of range and each prompt that cannot be run."""
     errors = options.sampling.errors()
-    for name in ("max_new_tokens", "prefill_chunk", "block"):
+    for name in ("max_new_tokens", "prefill_chunk", "block", "slot_multiple"):
         if getattr(options, name) < 1:
             errors.append(f"{name}: expected at least 1, found {getattr(options, name)}")
     if len(options.stop) > STOP_SLOTS:
@@ -387,9 +381,8 @@ def _collect(run_block, carry, first_block, blocks, on_tokens):
         for prompt, column in enumerate(exits.T):
             collected[prompt] += new[prompt]
             left[prompt] += (column[column >= 0] + 1).tolist()
-        if on_tokens:
-            on_tokens(new)
-        waiting = None if done else following
+        ended = on_tokens is not None and on_tokens(new) is True
+        waiting = None if done or ended else following
     return collected, left
 
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
 from absl import flags
 
-from melt_jax.checkpoints.orbax import open_model
+from melt_jax.checkpoints.folder import override
+from melt_jax.checkpoints.orbax import open_folder, open_model
 from melt_jax.config import CHOICES, GATES
-from melt_jax.model.model import LoopedTransformer, reconfigure
+from melt_jax.model.model import LoopedTransformer, abstract_model, reconfigure
+from melt_jax.sharding import for_inference, weight_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +63,22 @@ def read_model_flags(loops: int | None = None) -> ModelChanges:
     return ModelChanges(loops, **{name: flags.FLAGS[name].value for name in names})
 
 
-def open_for_inference(folder: str, changes: ModelChanges) -> LoopedTransformer:
+def open_for_inference(folder: str, changes: ModelChanges, mesh: jax.sharding.Mesh | None = None) -> LoopedTransformer:
     """Opens a model folder, in published or Orbax form, and changes the model.
 
+    Args:
+      folder: the model folder.
+      changes: see `ModelChanges`.
+      mesh: the weights are split over its tensor axis and whole along the others; None: on the default device.
+
     Raises:
-      InputError: a value is invalid, or the checkpoint cannot be opened.
+      InputError: a value is invalid, or the checkpoint cannot be opened or split.
     """
     values = {name: value for name, value in dataclasses.asdict(changes).items() if value is not None}
-    model = open_model(folder, dtype=values.pop("dtype", None), gate=values.pop("gate", None))
-    return reconfigure(model, **values)
+    dtype, gate = values.pop("dtype", None), values.pop("gate", None)
+    if mesh is None:
+        return reconfigure(open_model(folder, dtype=dtype, gate=gate), **values)
+    shardings = weight_shardings(abstract_model(override(open_folder(folder).config, gate=gate)), mesh)
+    with jax.set_mesh(mesh):
+        model = reconfigure(open_model(folder, dtype=dtype, gate=gate, shardings=shardings), **values)
+        return for_inference(model, model.dtype)

@@ -16,6 +16,7 @@ from melt_jax.data import stream
 from melt_jax.files import write_text
 from melt_jax.inference import scoring
 from melt_jax.model.model import LoopedTransformer
+from melt_jax.training.attempts import spent
 from melt_jax.training.preemption import exit_if_preempted
 from melt_jax.training.processes import broadcast_from_process_0
 
@@ -33,6 +34,7 @@ class Results:
         self._path = path
         self._rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
+    @spent("evaluating")
     def measure(
         self,
         name: str,

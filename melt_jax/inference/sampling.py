@@ -1,4 +1,4 @@
-"""Selection of tokens from logits: greedy, or sampled with temperature, top-k and top-p."""
+"""Selection of the loop whose logits count, and of tokens: greedy, or sampled with temperature, top-k and top-p."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from melt_jax.model.model import LoopedTransformer, exit_loop
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +56,26 @@ class SamplingRequest(NamedTuple):
     indices: Int[Array, " B"]
     stop: Int[Array, " n"]
     limit: Int[Array, ""]
+
+
+def select_logits(
+    model: LoopedTransformer, hidden: Float[Array, "T B P D"]
+) -> tuple[Float[Array, "B P V"], Int[Array, "B P"]]:
+    """The logits of the loop that the exit gate selects by `exit_threshold`, and that loop, counted from 0.
+
+    With `guidance` w they are moved away from those of loop 1 (LoopCD, arXiv 2610.02185, in logit space, without a
+    plausibility filter). The head is linear and the final norm closes every loop, so guiding the normed hidden states
+    would give the same.
+    """
+    config = model.config
+    chosen = exit_loop(model.exit_pdf(hidden), config.exit_threshold)
+    # A masked sum instead of an index works on sequences that are split over devices.
+    at_chosen = chosen[None, :, :, None] == jnp.arange(len(hidden))[:, None, None, None]
+    logits = model.logits(jnp.sum(jnp.where(at_chosen, hidden, 0), axis=0))
+    if config.guidance:
+        # z_T + w (z_T − z₁)
+        logits = logits + config.guidance * (logits - model.logits(hidden[0]))
+    return logits, chosen
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

@@ -149,7 +149,7 @@ def perplexity_and_kl(
     for first in range(0, total_rows, rows):
         last = min(first + rows, total_rows)
         before_piece(f"chunk {chunk_size}, {length} tokens of sequences {first + 1} to {last} of {total_rows}")
-        piece = _place(Batch(*(np.asarray(field)[first:last] for field in batch)), rows)
+        piece = place_padded(Batch(*(np.asarray(field)[first:last] for field in batch)), rows)
         sums = comparison_sums(model, teacher, piece, min(chunk_size, length), teacher_chunk)
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
     perplexity = np.exp(totals["cross_entropy"] / count).tolist()
@@ -224,19 +224,19 @@ def comparison_sums(
       have, then of the last loop of each; for a MELT gate_openness [T, L].
     """
     model, teacher = gather_at_use(model), gather_at_use(teacher)
-    piece_size = _piece_size(batch.tokens.shape[1], chunk_size)
-    pieces = split_chunks((batch, segment_positions(batch.segments)), piece_size)
+    size = piece_size(batch.tokens.shape[1], chunk_size)
+    pieces = split_chunks((batch, segment_positions(batch.segments)), size)
     count, rows, _ = pieces[0].tokens.shape
     axes = batch_axes(batch.tokens)
-    empty = lambda m: create_cache(m.config, rows, count * piece_size, m.dtype, batch_axes=axes)
+    empty = lambda m: create_cache(m.config, rows, count * size, m.dtype, batch_axes=axes)
     if teacher is not None and teacher.config.gate == "none":
-        teacher_chunk = piece_size
+        teacher_chunk = size
     elif teacher_chunk is None:
         teacher_chunk = chunk_size
 
     def piece_sums(caches, xs):
         start, (piece, positions) = xs
-        cache, hidden, openness = _run_piece(model, caches[0], piece, positions, start, chunk_size)
+        cache, hidden, openness = run_piece(model, caches[0], piece, positions, start, chunk_size)
         mask = piece.loss_mask.astype(jnp.float32)
         with jax.named_scope("cross_entropy"):
             cross_entropy = cross_entropy_per_loop(model, hidden, piece.targets)
@@ -245,7 +245,7 @@ def comparison_sums(
             sums["gate_openness"] = jnp.sum(openness * mask[None, None], axis=(2, 3))
         if teacher is None:
             return (cache, None), sums
-        teacher_cache, teacher_hidden, _ = _run_piece(teacher, caches[1], piece, positions, start, teacher_chunk)
+        teacher_cache, teacher_hidden, _ = run_piece(teacher, caches[1], piece, positions, start, teacher_chunk)
         with jax.named_scope("distillation"):
             common = min(len(hidden), len(teacher_hidden))
             of_teacher, of_model = (jnp.concatenate([x[:common], x[-1:]]) for x in (teacher_hidden, hidden))
@@ -253,19 +253,19 @@ def comparison_sums(
         return (cache, teacher_cache), sums
 
     caches = empty(model), None if teacher is None else empty(teacher)
-    starts = jnp.arange(count, dtype=jnp.int32) * piece_size
+    starts = jnp.arange(count, dtype=jnp.int32) * size
     _, sums = jax.lax.scan(piece_sums, caches, (starts, pieces))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
-def _piece_size(length: int, chunk_size: int) -> int:
+def piece_size(length: int, chunk_size: int) -> int:
     """Tokens of a piece: a whole number of chunks, about PIECE_TOKENS, with little padding at the sequence's end."""
     chunks = -(-length // chunk_size)
     pieces = -(-chunks // max(1, PIECE_TOKENS // chunk_size))
     return -(-chunks // pieces) * chunk_size
 
 
-def _run_piece(
+def run_piece(
     model: LoopedTransformer,
     cache: Cache,
     batch: Batch,
@@ -290,7 +290,7 @@ def _run_piece(
     return cache, join_chunks(hidden, 2), join_chunks(openness, 3)
 
 
-def _place(batch: Batch, rows: int) -> Batch:
+def place_padded(batch: Batch, rows: int) -> Batch:
     """A batch on the devices, padded to `rows` sequences, so that all pieces share one compilation."""
     pad = lambda x: np.pad(np.asarray(x, np.int32), ((0, rows - len(x)), (0, 0)))
     batch = jax.tree.map(pad, batch)

@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from melt_jax.config import InputError
+from melt_jax.training.attempts import spent
 
 
 class RestoreError(InputError):
@@ -47,6 +48,7 @@ class Checkpoints:
         """The step of the newest checkpoint, or None. Its save may not be complete; see `wait_until_finished`."""
         return self._manager.latest_step()
 
+    @spent("saving")
     def save(self, step: int, state: Any, force: bool = False) -> bool:
         """Saves the state after `step` steps in the background if one is due or `force` is set; returns whether it did.
 
@@ -75,11 +77,13 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
+    @spent("saving")
     def wait_until_finished(self) -> int | None:
         """Waits until all saves are complete and returns `latest`."""
         self._manager.wait_until_finished()
         return self.latest()
 
+    @spent("saving")
     def close(self) -> None:
         """Waits until all saves are complete and releases the folder."""
         self._manager.wait_until_finished()

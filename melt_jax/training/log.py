@@ -1,4 +1,4 @@
-"""The log of a phase: a progress bar, a printed line per interval, `metrics.jsonl` and TensorBoard files."""
+"""The log of a phase: a progress bar, a printed line per interval, `metrics.jsonl`, TensorBoard files and W&B."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from melt_jax.files import write_text
+from melt_jax.training import wandb_log
 
 ALIGNMENT_RATIO = 10.0  # of β·L_align to L_KD, above which a warning is printed
 
@@ -107,6 +108,7 @@ class RunLog:
             file.write(json.dumps({"phase": self.phase, "step": step, **numbers}) + "\n")
         for name, number in numbers.items():
             self._board.add_scalar(f"{self.phase}/{name}", number, step)
+        wandb_log.write(self.phase, step, numbers)
         self.console.print(self._line(step, metrics))
 
     def _warn_of_alignment(self, ratio: float) -> None:

@@ -13,8 +13,8 @@ import jax
 
 from melt_jax.analysis.chips import find_chip
 from melt_jax.config import RunConfig
+from melt_jax.training.attempts import COMPILE_EVENT, spent
 
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 T = TypeVar("T")
 
 
@@ -45,7 +45,8 @@ class Performance:
         while True:
             start = time.perf_counter()
             try:
-                batch = next(iterator)
+                with spent("waiting"):
+                    batch = next(iterator)
             except StopIteration:
                 return
             finally:

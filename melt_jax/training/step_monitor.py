@@ -11,6 +11,7 @@ from rich.console import Console
 
 from melt_jax.analysis.flops import step_flops
 from melt_jax.config import ModelConfig, TrainConfig
+from melt_jax.training import attempts
 from melt_jax.training.checkpoints import Checkpoints
 from melt_jax.training.log import RunLog, StepMetrics
 from melt_jax.training.performance import Performance, StepProfiler, peak_flops
@@ -61,7 +62,7 @@ class StepMonitor:
         console: Console | None,
     ) -> None:
         self._steps, self._log_every = config.phase(name).steps, config.log_every
-        self._start, self._checkpoints = start.step, checkpoints
+        self._name, self._start, self._checkpoints = name, start.step, checkpoints
         self._log = RunLog(folder, name, start.step, self._steps, console)
         batch, length = config.data.batch, config.data.length
         flops = step_flops(model, name, batch, length, config.chunk_size).mfu_flops
@@ -79,6 +80,8 @@ class StepMonitor:
         with self._contexts as contexts:
             for part in (self._log, self._performance, self._profiler, self._watchdog, self._preemption):
                 contexts.enter_context(part)
+            contexts.enter_context(attempts.spent("training"))
+            attempts.record(self._name, self._start)
             self._contexts = contexts.pop_all()
         return self
 
@@ -135,5 +138,9 @@ class StepMonitor:
             return
         step, interval = self._unread
         self._unread, interval = None, jax.device_get(interval)
-        self._log.write(step, interval, **self._performance.read(len(interval)))
+        numbers = self._performance.read(len(interval))
+        attempts.record(self._name, step)
+        if step == self._steps:
+            numbers |= attempts.goodput_numbers()
+        self._log.write(step, interval, **numbers)
         self._skipped.read(step, interval, latest=self._checkpoints.wait_until_finished)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the repository 
 from launch.sweep import run_command
 from melt_jax import command_line
 from melt_jax.analysis import figures
-from melt_jax.config import InputError, freeze
+from melt_jax.config import GATES, InputError, freeze
 from melt_jax.files import write_text
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -88,11 +88,15 @@ def chunk_rows(length: int) -> dict[str, str]:
 
 ONE_PHASE = "transition.steps=160 alignment.steps=160"  # the steps of both phases
 EXACT = "chunk_size=16 student.window=15"  # C = W + 1: training computes what decoding computes
+WARM_START = (  # about as many FLOPs as 30 steps of the transition
+    "phases=('warm_start','transition','alignment') warm_start.steps=60 warm_start.gate_learning_rate=0.01 "
+    "warm_start.warmup_steps=0 transition.steps=30"
+)
 TABLES = {
     "default": Experiment("the embedded default", {"configs/nano.py": ""}, "configs/nano.py", 5),
     "gates": Experiment(
         "gate variants after a transition of 160 steps (the paper's Table 3)",
-        {gate: f"student.gate={gate} phases=transition transition.steps=160" for gate in ("elementwise", "scalar", "mean", "ema", "last")},
+        {gate: f"student.gate={gate} phases=transition transition.steps=160" for gate in GATES[1:]},
         seeds=5,
     ),
     "recipe": Experiment(
@@ -118,6 +122,7 @@ TABLES = {
             "gate bias +2 at the start": f"{EXACT} student.gate_bias=2.0",
             "α is 1 after half of the transition": f"{EXACT} transition.ramp=0.5",
             "reverse KL": f"{EXACT} distillation.divergence=reverse",
+            "60 steps of warm start for 30 of the transition": f"{EXACT} {WARM_START}",
             "gradients stop at chunks": f"{EXACT} distillation.gradient=chunk",
             **{
                 f"alignment: {reduction}, β {beta}": f"{EXACT} alignment.reduction={reduction} alignment.beta={beta}"

@@ -3,9 +3,9 @@
     JAX_PLATFORMS=cpu python -m tests.long.transformers_parity [--checkpoint=runs/nano/alignment/model …]
 
 Exports every golden checkpoint, the embedded LoopLM, the same with new gates, and each --checkpoint; opens the folders
-with `AutoModelForCausalLM` in float32; generates 64 tokens after a left-padded batch of prompts by `generate`; and prints
-the largest differences of logits and whether all tokens are equal. Models of the arithmetic task also answer 64 problems
-with either. Exits with status 1 if a logit differs by more than 2e-4 or a token differs. Takes about three minutes on
+with `AutoModelForCausalLM` in float32; generates 64 tokens after a left-padded batch of prompts by `generate`; and
+prints the largest differences of logits and whether all tokens are equal. Models of the arithmetic task also answer 64
+problems with either. Exits with status 1 if a logit differs by more than 2e-4 or a token differs. Takes about three minutes on
 one core.
 """
 
@@ -72,7 +72,8 @@ def compare(name: str, folder: pathlib.Path, fields: dict[str, int]) -> bool:
     differences = np.abs(logits - want_logits).max(axis=(0, 2))
     same = bool((tokens == want_tokens).all())
     good = same and differences.max() <= BOUND
-    line = f"{name:40}{differences[0]:12.1e}{differences.max():12.1e}{f'{(tokens == want_tokens).sum()} of {tokens.size}':>14}"
+    equal = f"{(tokens == want_tokens).sum()} of {tokens.size}"
+    line = f"{name:40}{differences[0]:12.1e}{differences.max():12.1e}{equal:>14}"
     if (folder / "tokenizer.json").is_file() and not tokenizer_errors(folder):
         problems = fresh_problems(5, PROBLEMS)
         ours = exact_answers(model, problems, chunk).completions

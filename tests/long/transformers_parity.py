@@ -5,8 +5,8 @@
 Exports every golden checkpoint, the embedded LoopLM, the same with new gates, and each --checkpoint; opens the folders
 with `AutoModelForCausalLM` in float32; generates 64 tokens after a left-padded batch of prompts by `generate`; and
 prints the largest differences of logits and whether all tokens are equal. Models of the arithmetic task also answer 64
-problems with either. Exits with status 1 if a logit differs by more than 2e-4 or a token differs. Takes about three minutes on
-one core.
+problems with either. Exits with status 1 if a logit differs by more than 2e-4 or a token differs. Takes about three
+minutes on one core.
 """
 
 import argparse

@@ -113,7 +113,7 @@ def test_train_reports_all_config_errors():
             "melt_jax.train: the configuration has errors:",
             "  - alignmnt.beta: unknown key; did you mean alignment.beta?",
             "  - seed: expected at least 0 and at most 4294967295, found -1",
-            "  - phases: expected one of pretraining, transition, alignment, found ('x', 'y')",
+            "  - phases: expected one of pretraining, warm_start, transition, alignment, found ('x', 'y')",
         ]
     )
 

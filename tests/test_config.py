@@ -116,7 +116,7 @@ def test_all_errors_are_reported_at_once():
     assert errors(config) == [
         "alignmnt.beta: unknown key; did you mean alignment.beta?",
         "seed: expected at least 0 and at most 4294967295, found -1",
-        "phases: expected one of pretraining, transition, alignment, found ('align',)",
+        "phases: expected one of pretraining, warm_start, transition, alignment, found ('align',)",
         "student.gate: expected one of elementwise, scalar, mean, ema, last, found 'none'",
         "student.gate_std: expected a finite number, at least 0, found nan",
         "chunk_size: expected an integer, at least 1, found 'many'",
@@ -154,7 +154,7 @@ def test_unknown_keys_get_suggestions():
         "transition__lerning_rate": "; did you mean transition.learning_rate?",
         "chunk_sise": "; did you mean chunk_size?",
         "beta": "; did you mean alignment.beta?",
-        "steps": "; did you mean pretraining.steps or transition.steps or alignment.steps?",
+        "steps": "; did you mean pretraining.steps or warm_start.steps or transition.steps or alignment.steps?",
         "qqqq": "",
     }
     for name, suggestion in unknown.items():
@@ -179,7 +179,7 @@ def test_unknown_recipe_key_is_an_error():
 
 
 CONTRADICTIONS = {
-    "phases: expected transition, alignment or both": [
+    "phases: expected some of warm_start, transition, alignment": [
         {"phases": phases}
         for phases in ((), ("alignment", "transition"), ("transition",) * 2, ("pretraining", "alignment"))
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 import shutil
 
 import jax
@@ -32,6 +33,8 @@ from tests.helpers.synthetic import (
     stored_tensors,
     write_published,
 )
+
+ASSETS = pathlib.Path(__file__).parent.parent / "melt_jax/assets"
 
 
 def refusal(folder, **options):
@@ -233,7 +236,10 @@ def test_saved_folders_are_bitwise_identical(tmp_path, config):
     save_published(tmp_path / "b", load_model(folder, dtype=None), tokenizer_from=folder)
     assert_same_bits(stored_tensors(folder), stored_tensors(tmp_path / "b"))
     read = lambda name: json.loads((tmp_path / name / "config.json").read_text())
-    assert read("a") == read("b")
+    code = read("b")["auto_map"]
+    assert read("a") | {"auto_map": code} == read("b")
+    for file in {value.split(".")[0] + ".py" for value in code.values()}:
+        assert (tmp_path / "b" / file).read_bytes() == (ASSETS / file).read_bytes()
     for name, content in TOKENIZER_FILES.items():
         assert (tmp_path / "b" / name).read_bytes() == content
     with safe_open(tmp_path / "b" / "model.safetensors", framework="numpy") as tensors:
@@ -259,7 +265,9 @@ def test_saving_copies_nothing_from_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "a")
     for i, nothing in enumerate((None, "")):
         save_published(tmp_path / str(i), model, tokenizer_from=nothing)
-        assert sorted(file.name for file in (tmp_path / str(i)).iterdir()) == ["config.json", "model.safetensors"]
+        code = sorted(file.name for file in ASSETS.glob("*_melt.py"))
+        files = sorted(file.name for file in (tmp_path / str(i)).iterdir())
+        assert files == sorted([*code, "config.json", "model.safetensors"])
         assert "initializer_range" not in json.loads((tmp_path / str(i) / "config.json").read_text())
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from melt_jax import command_line
-from melt_jax.checkpoints.folder import chosen_dtype, override
+from melt_jax.checkpoints.folder import KINDS, chosen_dtype, override
 from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import write_weights
 from melt_jax.checkpoints.published_config import add_model_code, published_config, raise_errors, write_config
@@ -65,7 +65,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights. Default: the input's.")
     flags.DEFINE_integer("seed", 0, "Seed of new gates.")
-    flags.DEFINE_bool("overwrite", False, "Replace the output if it exists.")
+    flags.DEFINE_bool("overwrite", False, "Replace the output if it is a folder of that form written by melt_jax.")
     flags.DEFINE_bool("keep_existing", False, "Do nothing if the output exists.")
 
 
@@ -97,8 +97,9 @@ def convert(
       existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form.
 
     Raises:
-      InputError: the input is not a model folder, the changes contradict it, the output would replace the input, or the
-        kept output is not a model folder of that form. In other processes: process 0 failed.
+      InputError: the input is not a model folder, the changes contradict it, the output would replace the input or a
+        folder that melt_jax did not write in that form, or the kept output is not a model folder of that form. In other
+        processes: process 0 failed.
       FileExistsError: the output exists.
     """
     run_on_process_0(_convert, pathlib.Path(source), pathlib.Path(output), form, changes, existing)
@@ -127,7 +128,7 @@ def _convert(source, output, form, changes, existing):
     # Write it completely or not at all.
     abstract = abstract_model(config, dtype)
     weights = _stream_weights(folder, _fresh_gates(folder, abstract, changes.seed, dtype), abstract, dtype)
-    with atomic_folder(output, existing == "overwrite") as temporary:
+    with atomic_folder(output, KINDS[form], existing == "overwrite", [source]) as temporary:
         if form == "orbax":
             write_params(temporary / PARAMS, dict(weights))
         else:

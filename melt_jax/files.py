@@ -1,13 +1,16 @@
 """Files and folders that are written completely or not at all, and the files that accompany a model's weights."""
 
 import contextlib
+import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from melt_jax.digests import check_replaceable, write_digests
 
 # Tokenizer files and generation defaults.
 COMPANIONS = (
@@ -17,23 +20,33 @@ COMPANIONS = (
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | pathlib.Path, overwrite: bool = False) -> Iterator[pathlib.Path]:
+def atomic_folder(
+    folder: str | pathlib.Path, kind: str, overwrite: bool = False, inputs: Iterable[str | pathlib.Path] = ()
+) -> Iterator[pathlib.Path]:
     """Yields a new, empty folder, which is renamed to `folder` at the end of the block and removed if the block fails.
 
     Until then it is a hidden sibling, `.{name}.incomplete`, so that an interrupted writer leaves nothing that looks
-    complete. For a single process; several processes use `collective_atomic_folder`.
+    complete. Its record (`melt_jax.digests`) is written last. For a single process; several processes use
+    `collective_atomic_folder`.
+
+    Args:
+      folder: the folder to write.
+      kind: what it is, for its record.
+      overwrite: replace a folder of the same kind that melt_jax wrote.
+      inputs: files and folders that the block reads.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is false.
+      InputError: `folder` must not be replaced; see `digests.check_replaceable`.
     """
     folder = pathlib.Path(folder).absolute()
-    if folder.exists() and not overwrite:
-        raise _exists(folder)
+    _check_output(folder, kind, overwrite, inputs)
     temporary, replaced = _sibling(folder, "incomplete"), _sibling(folder, "replaced")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        write_digests(temporary, kind)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -45,13 +58,16 @@ def atomic_folder(folder: str | pathlib.Path, overwrite: bool = False) -> Iterat
 
 
 @contextlib.contextmanager
-def collective_atomic_folder(folder: str | pathlib.Path, overwrite: bool = False) -> Iterator[pathlib.Path]:
+def collective_atomic_folder(
+    folder: str | pathlib.Path, kind: str, overwrite: bool = False, inputs: Iterable[str | pathlib.Path] = ()
+) -> Iterator[pathlib.Path]:
     """`atomic_folder` for a folder that all processes of a run fill together: each yields the same path.
 
     Process 0 decides whether the folder exists, creates it, and renames or removes it.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is false; in every process.
+      InputError: as `atomic_folder`.
     """
     folder = pathlib.Path(folder).absolute()
     if multihost_utils.broadcast_one_to_all(np.int32(folder.exists())) and not overwrite:
@@ -59,7 +75,7 @@ def collective_atomic_folder(folder: str | pathlib.Path, overwrite: bool = False
     with contextlib.ExitStack() as stack:
         temporary = _sibling(folder, "incomplete")
         if jax.process_index() == 0:
-            stack.enter_context(atomic_folder(folder, overwrite))
+            stack.enter_context(atomic_folder(folder, kind, overwrite, inputs))
         _wait_for_all("created")
         yield temporary
         _wait_for_all("filled")
@@ -84,6 +100,14 @@ def copy_companions(source: str | pathlib.Path, target: str | pathlib.Path) -> l
 def folder_bytes(folder: str | pathlib.Path) -> int:
     """The size of all files in a folder and its subfolders, in bytes."""
     return sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*") if file.is_file())
+
+
+def _check_output(folder, kind, overwrite, inputs):
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise _exists(folder)
+    check_replaceable(folder, kind, inputs)
 
 
 def _exists(folder):

@@ -43,6 +43,7 @@ from melt_jax.data.text import Tokenizer
 from melt_jax.files import atomic_folder
 
 MALFORMED_SHOWN = 10  # malformed rows that are printed one by one
+KIND = "prepared data"  # in the record of the output folder
 LONG, MALFORMED = ("error", "drop", "split"), ("stop", "count")
 
 
@@ -79,7 +80,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("window", 64, "Sequences kept open for further documents; 1: one after the other.")
     flags.DEFINE_integer("shard_sequences", 4096, "Sequences per shard.")
     flags.DEFINE_integer("threads", 0, "Tokenizer threads; 0: all cores.")
-    flags.DEFINE_boolean("overwrite", False, "Replace the output folder if it exists.")
+    flags.DEFINE_boolean("overwrite", False, "Replace the output if it is prepared data written by melt_jax.")
 
 
 def main(argv: list[str]) -> None:
@@ -122,7 +123,7 @@ def prepare(
     Raises:
       FileExistsError: `output` exists.
       FileNotFoundError: the folder has no tokenizer.
-      InputError: the inputs cannot be read.
+      InputError: the inputs cannot be read, or `output` must not be replaced.
       PrepareError: a malformed row or a long document, unless `settings` allow it, or no documents at all.
     """
     rows, opened = InputRows(paths, form.columns), Tokenizer(tokenizer)
@@ -130,7 +131,8 @@ def prepare(
         raise PrepareError(f"{opened.folder}: expected a chat template for conversations, found none")
     layout, counts = Layout.of(settings.length, opened.vocab), collections.Counter()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with atomic_folder(output, overwrite) as folder, _progress(console, rows.total) as show:
+    inputs = [tokenizer, *paths]
+    with atomic_folder(output, KIND, overwrite, inputs) as folder, _progress(console, rows.total) as show:
         writer = ShardWriter(folder, settings.shard_sequences)
         for sequence in sequences(documents(rows, opened, form), settings, counts, console):
             writer.write(layout.encode(sequence))

@@ -502,7 +502,7 @@ def test_bytes_do_not_depend_on_the_cores(tmp_path, folder):
     out, _ = process.communicate()
     assert process.returncode == 0 and "120 documents read" in out, out
     one, other = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "all"))
-    assert one == other and sorted(one) == ["00000.arrayrecord", "manifest.json"]
+    assert one == other and sorted(one) == ["00000.arrayrecord", "digests.json", "manifest.json"]
 
 
 def test_killed_run_leaves_no_output(tmp_path, folder):

@@ -267,7 +267,7 @@ def test_saving_copies_nothing_from_working_directory(tmp_path, monkeypatch):
         save_published(tmp_path / str(i), model, tokenizer_from=nothing)
         code = sorted(file.name for file in ASSETS.glob("*_melt.py"))
         files = sorted(file.name for file in (tmp_path / str(i)).iterdir())
-        assert files == sorted([*code, "config.json", "model.safetensors"])
+        assert files == sorted([*code, "config.json", "digests.json", "model.safetensors"])
         assert "initializer_range" not in json.loads((tmp_path / str(i) / "config.json").read_text())
 
 

@@ -14,6 +14,9 @@ from melt_jax.checkpoints.published_config import parse_config, raise_errors, re
 from melt_jax.config import ModelConfig, model_errors
 from melt_jax.model.model import LoopedTransformer, abstract_model, module_leaves
 
+# {form: its kind in the record of a folder}
+KINDS = {"orbax": "a model folder in Orbax form", "published": "a model folder in published form"}
+
 
 class ModelFolder(abc.ABC):
     """A model checkpoint: checked completely when it is opened, weights read on demand.

@@ -12,7 +12,8 @@ whose column it has.
 
 Conversations are rendered with the tokenizer's chat template, and the assistant's answers are scored. With --thinking,
 the default, a Thinking model's generation prompt ends with `<think>`, and answers are scored from there on. Generate
-with the same setting. Plain text ends with the tokenizer's end token and is scored throughout.
+with the same setting. In messages and plain text, the text of special tokens is ordinary text, so that it cannot end a
+turn or forge one. Plain text ends with the tokenizer's end token and is scored throughout.
 
 Several documents share a sequence but do not attend to each other; documents are cut only with --long=split. The same
 inputs and flags give the same bytes on any number of cores. An interrupted run leaves no output folder. To train on the
@@ -28,6 +29,7 @@ import glob
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -75,6 +77,11 @@ def define_flags() -> None:
     flags.DEFINE_string("answer", None, "Column of answers, with --question.")
     flags.DEFINE_enum("score", "assistant", SCORES, "Scored tokens of conversations: the assistant's turns, or all.")
     flags.DEFINE_boolean("thinking", True, "Render the chat template with enable_thinking.")
+    flags.DEFINE_boolean(
+        "allow_special_tokens",
+        False,
+        "Special tokens in messages and text, such as <|im_end|>, become their ids; by default they are ordinary text.",
+    )
     flags.DEFINE_enum("long", "error", LONG, "Documents longer than a sequence: stop, drop them, or split them.")
     flags.DEFINE_enum("malformed", "stop", MALFORMED, "Rows that are not documents: stop, or skip and count them.")
     flags.DEFINE_integer("window", 64, "Sequences kept open for further documents; 1: one after the other.")
@@ -95,7 +102,8 @@ def main(argv: list[str]) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(values.threads)
     if values.verify:
         return print(verify(values.verify))
-    form = Form(values.messages, values.text, values.question, values.answer, values.score, values.thinking)
+    given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Form)}
+    form = Form(**given)
     settings = Settings(values.length, values.long, values.malformed, values.window, values.shard_sequences)
     paths = input_files(values.input)
     manifest = prepare(values.tokenizer, paths, values.output, form, settings, values.overwrite)
@@ -162,6 +170,7 @@ def sequences(
         counts["documents"] += 1
         counts["conversations"] += document.traits.conversation
         counts["unprompted"] += document.traits.unprompted
+        counts["markers"] += document.traits.markers
         counts["extra_keys"] += bool(document.traits.extra_keys)
         counts.update(("extra_keys", key) for key in document.traits.extra_keys)
         for piece in _fit(document, settings, counts):
@@ -204,6 +213,7 @@ def _sequence_counts(sequence: list[Document], length: int) -> dict[str, int]:
 
 COUNTS = (
     *("documents", "conversations", "malformed", "dropped", "dropped_tokens", "split", "unprompted", "extra_keys"),
+    "markers",
     *("sequences", "tokens", "scored", "padding"),
 )
 
@@ -236,7 +246,10 @@ def summary(output: str | pathlib.Path, manifest: dict) -> str:
     ]
     if manifest["thinking"] is not None:
         lines.append(f"chat template rendered with enable_thinking={manifest['thinking']}")
+    allowed = manifest["form"]["allow_special_tokens"]
     notes = {
+        "markers": "documents contain the text of special tokens: "
+        + ("they became these tokens" if allowed else "it is encoded as ordinary text"),
         "malformed": "malformed rows skipped",
         "dropped": f"documents longer than a sequence dropped, {counts['dropped_tokens']:,} tokens",
         "split": "documents longer than a sequence split",

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 import grain
@@ -18,6 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from melt_jax.config import InputError
+from melt_jax.config_keys import INT_LIMIT
 from melt_jax.data.batch import Batch
 from melt_jax.data.documents import Document
 from melt_jax.data.text import Tokenizer
@@ -27,6 +29,7 @@ from melt_jax.files import write_text
 FORMAT = "melt_jax records 1"
 MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:3"  # each record is compressed alone, for random access
+DTYPES = ("<u2", "<u4")
 KEYS = {
     "format": str,
     "length": int,
@@ -55,7 +58,7 @@ class Layout:
     @classmethod
     def of(cls, length: int, vocab: int) -> "Layout":
         """The smallest layout for sequences of `length` tokens with ids below `vocab`."""
-        narrow = lambda limit: "<u2" if limit <= 2**16 else "<u4"
+        narrow = lambda limit: DTYPES[limit > 2**16]
         return cls(length, narrow(vocab), narrow(length + 1))
 
     @property
@@ -151,6 +154,8 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
         raise InputError(f"{path}: expected a manifest, found {error}; prepare the data again") from error
     if not errors and manifest["format"] != FORMAT:
         errors = [f'format: expected "{FORMAT}", found "{manifest["format"]}"']
+    if not errors:
+        errors = _value_errors(manifest)
     if errors:
         raise InputError(f"{path}: {'; '.join(errors)}; prepare the data again")
     if errors := _shard_errors(pathlib.Path(folder), manifest["shards"]):
@@ -265,7 +270,27 @@ def sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _value_errors(manifest: dict) -> list[str]:
+    errors = []
+    for name in ("token_dtype", "segment_dtype"):
+        if manifest[name] not in DTYPES:
+            errors.append(f"{name}: expected {' or '.join(DTYPES)}, found {manifest[name]!r:.100}")
+    if not 2 <= manifest["length"] < INT_LIMIT:
+        errors.append(f"length: expected 2 tokens or more, below {INT_LIMIT}, found {manifest['length']}")
+    for name, kind in (("sha256", str), ("vocab", int)):
+        if type(found := manifest["tokenizer"].get(name)) is not kind:
+            errors.append(f"tokenizer {name}: expected {kind.__name__}, found {found!r:.100}")
+    return errors
+
+
 def _shard_errors(folder: pathlib.Path, shards: list[dict]) -> list[str]:
+    fields = {"file": str, "sequences": int, "bytes": int, "sha256": str}
+    for shard in shards:
+        if not isinstance(shard, dict) or any(type(shard.get(name)) is not kind for name, kind in fields.items()):
+            expected = ", ".join(fields)
+            return [f"{folder / MANIFEST}: expected {expected} of each shard, found {shard!r:.100}; copy it again"]
+        if not re.fullmatch(r"\d+\.arrayrecord", shard["file"]):  # no path, which could lead out of the folder
+            return [f"{folder / MANIFEST}: expected a shard such as 00000.arrayrecord, found {shard['file']!r:.100}"]
     errors = []
     for shard in shards:
         path = folder / shard["file"]

@@ -1,12 +1,17 @@
 """Text and token ids: a model folder's own tokenizer and chat template, read only from its files."""
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
 
 from melt_jax.config import InputError
+from melt_jax.data.markers import ESCAPE, Markers
 
 CHAT_END = "<|im_end|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -49,20 +54,24 @@ class Tokenizer:
         self.stop_ids = self._find_stop_ids()
         self.eos: int | None = self._tokenizer.eos_token_id
         self.bos: int | None = self._tokenizer.bos_token_id
-        added = self._tokenizer.added_tokens_decoder.values()
+        added = list(self._tokenizer.added_tokens_decoder.values())
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        self._markers = Markers(added, normalizer.normalize_str if normalizer else None)
         self.special_tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self.template = self._tokenizer.chat_template
         self.template_sha256 = hashlib.sha256(str(self.template).encode()).hexdigest() if self.template else None
         self.has_thinking = "enable_thinking" in str(self.template)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens in the text become their ids; none are added.
+        """Token ids of a text. Special tokens in the text become their ids, unless protected; none are added.
 
         Raises:
           InputError: the tokenizer has no token for some characters.
         """
         try:
             return self._encode(text)
+        except InputError:
+            raise
         except Exception as error:  # the tokenizers library raises no narrower class
             missing = "".join(sorted({c for c in text if not self._knows(c)}))
             if not missing:
@@ -72,6 +81,8 @@ class Tokenizer:
     def encode_many(self, texts: Sequence[str]) -> list[list[int] | InputError]:
         """`encode` of each text, on all cores, with the InputError in place of the ids of a text that fails."""
         backend = self._tokenizer.backend_tokenizer
+        if any(ESCAPE in text for text in texts):
+            return [self._encode_or_error(text) for text in texts]
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception:  # as in `encode`; only trying each text shows which one failed
@@ -98,7 +109,15 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
-    def chat(self, messages: list[dict], thinking: bool = True) -> list[int]:
+    def protect(self, value: Any) -> Any:
+        """A text or messages, changed so that `encode` reads markers of special tokens in them as ordinary text.
+
+        Raises:
+          InputError: see `Markers.protect`.
+        """
+        return self._markers.protect(value)
+
+    def chat(self, messages: list[dict], thinking: bool = True, allow_special_tokens: bool = False) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template.
 
         Args:
@@ -106,9 +125,10 @@ class Tokenizer:
             the assistant's, the ids end with the generation prompt.
           thinking: passed to the template as `enable_thinking`; the generation prompt of a Thinking model then ends
             with `<think>`, which the model does not write itself.
+          allow_special_tokens: special tokens in messages become their ids; otherwise they are ordinary text.
 
         Raises:
-          InputError: no messages, or no chat template.
+          InputError: no messages, no chat template, or one that rejects the messages.
         """
         if not messages:
             raise InputError("chat: expected at least one message, found none")
@@ -117,13 +137,21 @@ class Tokenizer:
                 f"{self.folder}: expected a chat template in tokenizer_config.json, found none; give the prompt as"
                 " plain text"
             )
-        return self.encode(self.render(messages, messages[-1]["role"] != "assistant", thinking))
+        unfinished = messages[-1]["role"] != "assistant"
+        try:
+            text = self.render(messages if allow_special_tokens else self.protect(messages), unfinished, thinking)
+        except InputError:
+            raise
+        except Exception as error:  # a template may raise anything
+            raise InputError(f"{self.folder}: the chat template rejects the messages: {error}") from error
+        return self.encode(text)
 
     def render(
         self, messages: list[dict], generation_prompt: bool, thinking: bool = True, unfinished: bool = False
     ) -> str:
         """The text of a conversation in the chat template, with or without a generation prompt at its end.
 
+        Messages from others must be protected before. Templates run in a sandbox of the transformers library.
         `unfinished` leaves the last message open, so that a model can continue it.
         """
         return self._tokenizer.apply_chat_template(
@@ -139,7 +167,24 @@ class Tokenizer:
         return Streamer(self, skip_special)
 
     def _encode(self, text):
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        if ESCAPE not in text:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+        ids = []
+        for part, is_marker in self._markers.split(text):
+            ids += self._encode_marker(part) if is_marker else self._tokenizer.encode(part, add_special_tokens=False)
+        return ids
+
+    def _encode_marker(self, text):
+        """The ids of a marker as ordinary text."""
+        ids = self._without_added_tokens.encode(text, add_special_tokens=False).ids
+        if any(i in self._tokenizer.added_tokens_decoder for i in ids):
+            raise InputError(f"{self.folder}: the tokenizer cannot encode {text!r} as ordinary text; rewrite the text")
+        return ids
+
+    @functools.cached_property
+    def _without_added_tokens(self):
+        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
 
     def _encode_or_error(self, text):
         try:

@@ -9,6 +9,7 @@ A command ends with its results on standard output and status 0, or with one mes
 
 import importlib.machinery
 import importlib.util
+import os
 import pathlib
 import re
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from melt_jax import digests
 from melt_jax.config import KEYS, InputError
 
 flags.disclaim_key_flags()  # --help lists the flags defined here with those of the command
@@ -35,11 +37,15 @@ def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
     traceback.
     """
     logging.set_verbosity(logging.WARNING)
+    if "check_digests" not in flags.FLAGS:
+        flags.DEFINE_boolean("check_digests", True, "Compare folders that are read with their digests.json.")
 
     def guarded(argv: list[str]) -> None:
         try:
             if len(argv) > 1 and not positional:
                 raise InputError(f"arguments: expected flags only, found {' '.join(argv[1:])!r}; quote patterns")
+            if not flags.FLAGS["check_digests"].value:
+                os.environ[digests.SKIP] = "1"
             main(argv)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error

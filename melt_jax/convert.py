@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from melt_jax import command_line
-from melt_jax.checkpoints.folder import KINDS, chosen_dtype, override
+from melt_jax.checkpoints.folder import KINDS, chosen_dtype, not_finite_errors, override
 from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import write_weights
 from melt_jax.checkpoints.published_config import add_model_code, published_config, raise_errors, write_config
@@ -123,6 +123,7 @@ def _convert(source, output, form, changes, existing):
         raise_errors(output, first_loop_errors(config.gate, config.first_loop))
     elif changes.first_loop is not None:
         raise InputError(f"first_loop: expected none for a LoopLM, found {changes.first_loop!r}; omit it")
+    folder.check_digests()
     print(f"{source}: {folder.form}, gate {folder.config.gate}, {folder.dtype or 'several dtypes'}")
 
     # Write it completely or not at all.
@@ -153,7 +154,9 @@ def _stream_weights(folder, gates, abstract, dtype):
     done, total = 0, parameter_count(abstract)
     # Embedding and head first: reading a tensor needs twice its size besides the weights, and these are the largest.
     for path, leaf in sorted(module_leaves(abstract), key=lambda entry: entry[0].startswith("layers.")):
-        yield path, gates[path] if path in gates else folder.read(path, dtype)
+        weight = gates[path] if path in gates else folder.read(path, dtype)
+        raise_errors(folder.folder, not_finite_errors(folder, {path: weight}))
+        yield path, weight
         done += leaf.size
         if sys.stdout.isatty():
             print(f"\r{done / total:4.0%} {path:40s}", end="\n" if done == total else "", flush=True)

@@ -23,12 +23,20 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from melt_jax import command_line
+from melt_jax.checkpoints.folder import not_finite
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
 from melt_jax.inference import scoring
 from melt_jax.inference.results import Results
-from melt_jax.model.model import LoopedTransformer, abstract_model, init_model, parameter_count, reconfigure
+from melt_jax.model.model import (
+    LoopedTransformer,
+    abstract_model,
+    init_model,
+    module_leaves,
+    parameter_count,
+    reconfigure,
+)
 from melt_jax.sharding import (
     batch_sharding,
     for_inference,
@@ -46,6 +54,7 @@ from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
 from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
 from melt_jax.training.run_config import keep_config
+from melt_jax.training.skipped import NonFiniteError
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 from melt_jax.training.wandb_log import wandb_run
@@ -178,7 +187,7 @@ def run_phase(
       The trained weights, float32.
 
     Raises:
-      NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
+      NonFiniteError: the loss or a gradient was not finite in too many steps in a row, or in all steps of the phase.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
     exit_if_preempted()
@@ -189,7 +198,7 @@ def run_phase(
     params = reconfigure(params, remat=config.remat, attention_block=config.attention_block)
     optimizer = make_optimizer(phase, config.optimizer, params)
     state = init_state(params, optimizer)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint_every, config.checkpoints_kept, console.print)
     start = checkpoints.latest() or 0
     if start:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -211,7 +220,7 @@ def run_phase(
             batch = place_batch(batch, sharding, indices, size)
             with monitor.annotate(step, state):
                 state, metrics = train_step(state, teacher, batch)
-            last = monitor.after_dispatch(step, metrics)
+            last = monitor.after_dispatch(step, metrics, lambda params=state.params: not_finite_weights(params))
             checkpoints.save(step, state, force=last)
             if last:
                 break
@@ -222,6 +231,11 @@ def run_phase(
         sys.exit(PREEMPTED)
 
     # ---- the result
+    if int(state.skipped) == phase.steps:
+        raise NonFiniteError(
+            f"{name}: expected a step with a finite loss and finite gradients, found none in {phase.steps} steps; no"
+            " model is written; inspect teacher and data, or use a lower learning rate in another workdir"
+        )
     with spent("saving"):
         save_model(folder / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     _delete_checkpoints(name, config, folder)
@@ -243,6 +257,12 @@ def read_model(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> LoopedTransform
     """The model of a phase that has ended, float32, split over the mesh."""
     shardings = weight_shardings(abstract_model(open_folder(folder / "model").config), mesh)
     return open_model(folder / "model", dtype="float32", shardings=shardings)
+
+
+def not_finite_weights(params: LoopedTransformer) -> list[str]:
+    """The names of weights with NaN or infinity. Every process of a run must call it."""
+    found = not_finite(dict(module_leaves(params)))
+    return [path if layer is None else f"{path} of layer {layer}" for path, layer in found]
 
 
 def _delete_checkpoints(name: str, config: TrainConfig, folder: pathlib.Path) -> None:

@@ -210,6 +210,12 @@ def test_process_reads_only_its_rows(folder, monkeypatch):
     assert len(read) == 2
 
 
+def test_data_without_scores_is_refused(folder):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"counts": {"scored": 0}}))
+    assert record_errors(folder, LENGTH, VOCAB) == [f"{folder}: expected scored tokens, found none; prepare other data"]
+
+
 def test_mismatched_data_is_refused(folder, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()

@@ -264,6 +264,16 @@ class TestSkippedSteps:
         assert "alignment: the loss or a gradient was not finite in 3 steps in a row, 4 to 6" in text
         assert "(batches 103 to 105 of the run)" in text and "those of step 3" in text and "checkpoint 4" in text
 
+    def test_causes_of_skipped_steps_are_named(self, capsys):
+        counter = SkippedSteps("alignment", 100, limit=3)
+        cause = {"not_finite/loss": (np.float32(0), 1), "not_finite/gradient_norm/gate": (np.float32(1), 1)}
+        steps = [{"skipped": (np.float32(value), 1), **cause} for value in (0, 1)]
+        counter.read(2, steps, latest=lambda: None)
+        begin = "warning: alignment: step 2 (batch 101 of the run) skipped: gradient_norm/gate not finite"
+        assert capsys.readouterr().out == f"{begin}\n"
+        counter.read(2, steps, latest=lambda: None, weights=lambda: list("abcd"))
+        assert capsys.readouterr().out == f"{begin}; so are the weights a, b, c and 1 more, and no later step can be\n"
+
     def test_skipped_steps_count_across_restarts(self):
         counter = SkippedSteps("alignment", 100, limit=3, start=7, row=2)
         with pytest.raises(NonFiniteError, match=r"in 3 steps in a row, 6 to 8 .*checkpoint 4"):

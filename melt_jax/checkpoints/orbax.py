@@ -129,10 +129,11 @@ def weights_digest(folder: str | pathlib.Path) -> str:
     through `training.processes.run_outside`: Orbax counts each process's reads and waits until all have the same count.
 
     Raises:
-      InputError: as in `open_folder`.
+      InputError: as in `open_folder`, or files differ from the folder's record.
     """
     digest = hashlib.sha256()
     source = open_folder(folder)
+    source.check_digests()
     for path, shape in sorted(source.shapes.items()):
         dtype = source.dtypes[path] or "float32"
         digest.update(f"{path} {dtype} {shape}\n".encode())

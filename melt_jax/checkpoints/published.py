@@ -147,6 +147,9 @@ class PublishedFolder(ModelFolder):
         several = {path: {dtypes[name] for name in names} for path, names in self._names.items()}
         self.dtypes = {path: names.pop() if len(names) == 1 else None for path, names in several.items()}
 
+    def tensor_name(self, path: str, layer: int | None) -> str:
+        return self._names[path][layer or 0]
+
     def read(self, path: str, dtype: str) -> np.ndarray:
         weight = np.empty(self.shapes[path], jnp.dtype(dtype))
         targets = weight if path.startswith("layers.") else [weight]

@@ -24,6 +24,7 @@ from melt_jax.data.batch import Batch
 from melt_jax.data.documents import Document
 from melt_jax.data.text import Tokenizer
 from melt_jax.data.token_files import TokenSequences
+from melt_jax.digests import check_digests
 from melt_jax.files import write_text
 
 FORMAT = "melt_jax records 1"
@@ -138,7 +139,7 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
 
     Raises:
       InputError: the manifest is missing or malformed; otherwise, lists every shard that is missing or has another
-        size.
+        size; otherwise, every file that differs from the folder's record.
     """
     path = pathlib.Path(folder) / MANIFEST
     if not path.is_file():
@@ -160,6 +161,7 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
         raise InputError(f"{path}: {'; '.join(errors)}; prepare the data again")
     if errors := _shard_errors(pathlib.Path(folder), manifest["shards"]):
         raise InputError("\n".join(errors))
+    check_digests(folder)
     return manifest
 
 
@@ -207,6 +209,8 @@ def record_errors(
             f"{folder}: expected sequences of data.length, {length} tokens, found {manifest['length']}; set data.length"
             f" to {manifest['length']}, or prepare the data with --length={length}"
         )
+    if manifest["counts"].get("scored") == 0:
+        errors.append(f"{folder}: expected scored tokens, found none; prepare other data")
     if manifest["tokenizer"]["vocab"] > vocab:
         errors.append(
             f"{folder}: expected a tokenizer of at most the model's {vocab} ids, found"

@@ -17,6 +17,8 @@ from melt_jax.training import wandb_log
 
 ALIGNMENT_RATIO = 10.0  # of β·L_align to L_KD, above which a warning is printed
 
+NOT_FINITE = "not_finite/"  # begins the names of metrics that name the causes of a skipped step; they are not logged
+
 StepMetrics: TypeAlias = Mapping[str, tuple[Any, Any]]  # {name: (sum, count)} of one step
 
 
@@ -31,7 +33,8 @@ def add_up(interval: Sequence[StepMetrics]) -> dict[str, np.ndarray]:
         return np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
 
     with np.errstate(invalid="ignore"):
-        return {name: total(name, 0) / total(name, 1) for name in interval[0]}
+        names = [name for name in interval[0] if not name.startswith(NOT_FINITE)]
+        return {name: total(name, 0) / total(name, 1) for name in names}
 
 
 def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from rich.console import Console
 from melt_jax import command_line
 from melt_jax.checkpoints.folder import not_finite
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
-from melt_jax.config import ConfigError, ModelConfig, TrainConfig, freeze
+from melt_jax.config import ConfigError, InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
 from melt_jax.inference import scoring
 from melt_jax.inference.results import Results
@@ -58,6 +58,7 @@ from melt_jax.training.skipped import NonFiniteError
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 from melt_jax.training.wandb_log import wandb_run
+from melt_jax.training.workdir import claim_workdir
 
 
 def define_flags() -> None:
@@ -69,6 +70,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Reads the flags and trains."""
     config = command_line.read_config()
+    if not flags.FLAGS.workdir.strip():
+        raise InputError("--workdir: expected a folder, found an empty name")
     freeze(config)  # reports errors of the config before the processes join
     initialize_distributed()
     exit_on_sigterm()
@@ -86,7 +89,8 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
       The trained model, float32, split over the mesh.
 
     Raises:
-      InputError: config, teacher, data and devices do not match, or the folder holds a run with other ones.
+      InputError: config, teacher, data and devices do not match, the folder holds a run with other ones, another run
+        uses it, or it cannot be written.
       NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
@@ -104,16 +108,17 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
     if errors:
         mismatch = "teacher, data and devices do not fit the run:\n"
         raise ConfigError(mismatch + "\n".join(f"  - {error}" for error in errors))
-    keep_config(config, workdir)
-    for line in plan(config, trained, workdir):
-        console.print(line)
+    with claim_workdir(config, trained, workdir):
+        keep_config(config, workdir)
+        for line in plan(config, trained, workdir):
+            console.print(line)
 
-    mesh = make_mesh(config.mesh)
-    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    parameters = parameter_count(abstract_model(trained))
-    console.print(f"{parameters:,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
-    with Attempt(workdir, console), wandb_run(config, workdir), jax.set_mesh(mesh):
-        return _run(config, looplm, workdir, mesh, console)
+        mesh = make_mesh(config.mesh)
+        axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        parameters = parameter_count(abstract_model(trained))
+        console.print(f"{parameters:,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
+        with Attempt(workdir, console), wandb_run(config, workdir), jax.set_mesh(mesh):
+            return _run(config, looplm, workdir, mesh, console)
 
 
 def _run(

@@ -271,6 +271,19 @@ class TestCheckpoints:
             else:  # a file that says nothing of the state
                 assert path.name in ("_CHECKPOINT_METADATA", "commit_success.txt", "digests.json") and not lines
 
+    def test_failed_save_is_one_line(self, tmp_path, monkeypatch):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=2)
+
+        def fail(*args, **kwargs):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing\nNo space left on device")
+
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(
+            InputError, match="found ValueError: RESOURCE_EXHAUSTED: Error writing No space left"
+        ) as error:
+            checkpoints.save(1, self.state())
+        assert "resumes from the last checkpoint" in str(error.value) and "\n" not in str(error.value)
+
     def test_every_leaf_is_accounted_for(self, tmp_path):
         checkpoints = Checkpoints(tmp_path, every=1, keep=1)
         checkpoints.save(1, self.state())

@@ -1,7 +1,8 @@
 """Checkpoints of a phase: Orbax saves them in the background; restoring one checks every file and leaf first."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -84,7 +85,8 @@ class Checkpoints:
 
         Steps must increase, starting after the restored one.
         """
-        return self._manager.save(step, args=_Save(flatten(state)), force=force)
+        with self._saving():
+            return self._manager.save(step, args=_Save(flatten(state)), force=force)
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, with the shapes, dtypes and shardings of `abstract`.
@@ -107,17 +109,36 @@ class Checkpoints:
         restored = self._manager.restore(step, args=_Restore(wanted))
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Turns the errors of the background save, which Orbax raises at its next call, into one line."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore have no common class
+            reason = " ".join(str(error).split())[:300]
+            raise SaveError(
+                f"{self._manager.directory}: expected to save a checkpoint, found {type(error).__name__}: {reason};"
+                " make the folder writable or free disk space, then rerun the command: it resumes from the last"
+                " checkpoint"
+            ) from error
+
     @spent("saving")
     def wait_until_finished(self) -> int | None:
         """Waits until all saves are complete and returns `latest`."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
         return self.latest()
 
     @spent("saving")
     def close(self) -> None:
         """Waits until all saves are complete and releases the folder."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+
+class SaveError(InputError):
+    """A checkpoint that cannot be written."""
 
 
 def _set_damaged_aside(folder: pathlib.Path, report: Callable[[str], object]) -> None:

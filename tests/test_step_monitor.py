@@ -349,15 +349,19 @@ class TestProcesses:
             monkeypatch.setenv(f"MELT_{name}", value)
         initialize_distributed()
         assert joined == [(), ("host:1234", 3, 2)]
+        for coordinator in ("10.0.0.7:8476", "[::1]:8476", "run-0.pods.default.svc:8476", "h:1"):
+            monkeypatch.setenv("MELT_COORDINATOR", coordinator)
+            initialize_distributed()
+            assert joined[-1] == (coordinator, 3, 2)
 
     @pytest.mark.parametrize(
         "values, message",
         [
             ({"MELT_PROCESS": "0"}, "MELT_COORDINATOR, MELT_PROCESSES: expected a value"),
             ({"MELT_COORDINATOR": "h:1", "MELT_PROCESSES": "2", "MELT_PROCESS": "2"}, "0 <= process < processes"),
-            (
-                {"MELT_COORDINATOR": "h", "MELT_PROCESSES": "2", "MELT_PROCESS": "0"},
-                "address:port.*, found 'h'",
+            *(
+                ({"MELT_COORDINATOR": found, "MELT_PROCESSES": "2", "MELT_PROCESS": "0"}, f"port.*, found '{found}'")
+                for found in ("h", "h:", ":1", "h:x", "h:0", "h:65536", "h:1:2", "tcp://h:1", "a b:1", "h:1 ", "-h:1")
             ),
         ],
     )

@@ -45,8 +45,7 @@ def disk_line(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) ->
     existing = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
     used = folder_bytes(workdir) if workdir.exists() else 0
     needed, free = disk_bytes(config, model), shutil.disk_usage(existing).free
-    note = "" if needed - used <= free else ": NOT ENOUGH, the run may fail when it saves"
-    return f"disk: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far, {_gb(free)} free{note}"
+    return f"disk: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far, {_gb(free)} free"
 
 
 def disk_bytes(config: TrainConfig, model: ModelConfig) -> int:

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     del argv
     prompts = list(FLAGS.prompt)
     if FLAGS.prompts_file:
-        prompts += [line for line in pathlib.Path(FLAGS.prompts_file).read_text().splitlines() if line.strip()]
+        prompts += read_prompts(FLAGS.prompts_file)
     if not prompts:
         raise InputError("--prompt, --prompts_file: expected at least one prompt, found none")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
@@ -115,6 +115,18 @@ def main(argv: list[str]) -> None:
         for prompt, completion in zip(prompts, texts.completions):
             print(f"{prompt}\n{completion}\n")
     print(texts.summary)
+
+
+def read_prompts(path: str | pathlib.Path) -> list[str]:
+    """The lines of a file of prompts that are not blank.
+
+    Raises:
+      InputError: the file is not text in UTF-8.
+    """
+    try:
+        return [line for line in pathlib.Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts_file: expected text in UTF-8 in {path}, found {error}") from error
 
 
 def generate_text(settings: Settings, on_text: Callable[[str], None] | None = None) -> Texts:

@@ -299,9 +299,10 @@ def flag_errors(values: flags.FlagValues) -> list[str]:
         errors.append(
             f"--messages, --question, --answer, --text: expected different columns, found {', '.join(columns)}"
         )
-    for name, least in (("length", 2), ("window", 1), ("shard_sequences", 1), ("threads", 0)):
-        if (found := getattr(values, name)) < least:
-            errors.append(f"--{name}: expected at least {least}, found {found}")
+    limits = {"length": (2, 10**7), "window": (1, 10**6), "shard_sequences": (1, 10**9), "threads": (0, 1024)}
+    for name, (least, most) in limits.items():
+        if not least <= (found := getattr(values, name)) <= most:
+            errors.append(f"--{name}: expected at least {least} and at most {most}, found {found}")
     return errors
 
 

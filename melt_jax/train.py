@@ -48,7 +48,7 @@ from melt_jax.sharding import (
     weight_shardings,
 )
 from melt_jax.training.attempts import Attempt, spent
-from melt_jax.training.checkpoints import Checkpoints
+from melt_jax.training.checkpoints import Checkpoints, SaveError
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
@@ -75,7 +75,10 @@ def main(argv: list[str]) -> None:
     freeze(config)  # reports errors of the config before the processes join
     initialize_distributed()
     exit_on_sigterm()
-    run(config, pathlib.Path(flags.FLAGS.workdir))
+    try:
+        run(config, pathlib.Path(flags.FLAGS.workdir))
+    except SaveError as error:
+        command_line.exit_at_once(error)
 
 
 def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransformer:
@@ -92,6 +95,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
       InputError: config, teacher, data and devices do not match, the folder holds a run with other ones, another run
         uses it, or it cannot be written.
       NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
+      SaveError: the run's files cannot be written, or files that it needs cannot be read.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
     workdir = pathlib.Path(workdir)
@@ -117,8 +121,14 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
         axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         parameters = parameter_count(abstract_model(trained))
         console.print(f"{parameters:,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
-        with Attempt(workdir, console), wandb_run(config, workdir), jax.set_mesh(mesh):
-            return _run(config, looplm, workdir, mesh, console)
+        try:
+            with Attempt(workdir, console), wandb_run(config, workdir), jax.set_mesh(mesh):
+                return _run(config, looplm, workdir, mesh, console)
+        except OSError as error:
+            raise SaveError(
+                f"{workdir}: expected to read and write files, found {_reason(error)}; correct it, then rerun the"
+                " command: it resumes from the last checkpoint"
+            ) from error
 
 
 def _run(
@@ -268,6 +278,10 @@ def not_finite_weights(params: LoopedTransformer) -> list[str]:
     """The names of weights with NaN or infinity. Every process of a run must call it."""
     found = not_finite(dict(module_leaves(params)))
     return [path if layer is None else f"{path} of layer {layer}" for path, layer in found]
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
 
 
 def _delete_checkpoints(name: str, config: TrainConfig, folder: pathlib.Path) -> None:

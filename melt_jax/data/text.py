@@ -73,7 +73,7 @@ class Tokenizer:
         except InputError:
             raise
         except Exception as error:  # the tokenizers library raises no narrower class
-            missing = "".join(sorted({c for c in text if not self._knows(c)}))
+            missing = "".join(sorted(c for c in self._characters(text) if not self._knows(c)))
             if not missing:
                 raise
             raise InputError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
@@ -165,6 +165,15 @@ class Tokenizer:
     def stream(self, skip_special: bool = False) -> "Streamer":
         """A `Streamer` for one text."""
         return Streamer(self, skip_special)
+
+    def _characters(self, text):
+        """The characters of a text outside its special tokens."""
+        characters = set()
+        for part, is_marker in self._markers.split(text):
+            for special in () if is_marker else self.special_tokens:
+                part = part.replace(special, "")
+            characters |= set(part)
+        return characters
 
     def _encode(self, text):
         if ESCAPE not in text:

@@ -19,6 +19,10 @@ NEEDED = ("_METADATA", "manifest.ocdbt")
 DAMAGED = "damaged_checkpoints"  # beside the folder of checkpoints
 
 
+class SaveError(InputError):
+    """A checkpoint or another file of a run that cannot be written."""
+
+
 class RestoreError(InputError):
     """A checkpoint that does not fit the run; the message lists every leaf that differs."""
 
@@ -135,10 +139,6 @@ class Checkpoints:
         with self._saving():
             self._manager.wait_until_finished()
         self._manager.close()
-
-
-class SaveError(InputError):
-    """A checkpoint that cannot be written."""
 
 
 def _set_damaged_aside(folder: pathlib.Path, report: Callable[[str], object]) -> None:

@@ -41,7 +41,11 @@ def claim_workdir(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path
             try:
                 stack.enter_context(_locked(workdir))
                 error = disk_error(config, model, workdir)
-            except (InputError, OSError) as problem:  # the other processes wait for this one
+            except OSError as problem:  # the other processes wait for this one
+                error = (
+                    f"{workdir}: expected a folder that can be written, found {problem.strerror}; use another workdir"
+                )
+            except InputError as problem:
                 error = str(problem)
         wait_for_process_0()
         if error := broadcast_text_from_process_0(error):

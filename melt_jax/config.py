@@ -32,7 +32,6 @@ CHOICES = {
     "gradient": ("full", "chunk"),
 }
 
-FLOAT_LIMIT = 1e30  # numbers are float32 on the device
 # The sizes of a model are far below these; larger ones are typing errors, refused before anything is allocated.
 Layers = Annotated[int, Range(1, 4096)]
 Loops = Annotated[int, Range(1, 1024)]
@@ -41,8 +40,8 @@ Vocab = Annotated[int, Range(1, 2**24)]
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-Positive = Annotated[float, Range(above=0, most=FLOAT_LIMIT)]
-PositiveOrZero = Annotated[float, Range(0, FLOAT_LIMIT)]
+Positive = Annotated[float, Range(above=0)]
+PositiveOrZero = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, below=1)]
 

@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.overwrite and values.keep_existing:
         raise InputError("--overwrite, --keep_existing: expected one of them, found both")
+    if not 0 <= values.seed < 2**32:
+        raise InputError(f"--seed: expected at least 0 and below 2**32, found {values.seed}")
     existing = "overwrite" if values.overwrite else "keep" if values.keep_existing else "refuse"
     changes = Changes(values.gate, values.first_loop, values.dtype, values.seed)
     initialize_distributed()

@@ -1,15 +1,18 @@
 """Files and folders that are written completely or not at all, and the files that accompany a model's weights."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from melt_jax.config import InputError
 from melt_jax.digests import check_replaceable, write_digests
 
 # Tokenizer files and generation defaults.
@@ -87,6 +90,30 @@ def write_text(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      InputError: the file holds something else.
+    """
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes, place: object) -> dict[str, Any]:
+    """The JSON object in a text of UTF-8; `place` names it in errors.
+
+    Raises:
+      InputError: the text is something else.
+    """
+    try:
+        value = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: expected a JSON object, found {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: expected a JSON object, found {value!r:.60}")
+    return value
 
 
 def copy_companions(source: str | pathlib.Path, target: str | pathlib.Path) -> list[str]:

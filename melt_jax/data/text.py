@@ -37,6 +37,7 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: lists the tokenizer files missing from the folder.
+          InputError: the files cannot be read.
         """
         self.folder = pathlib.Path(folder)
         missing = [name for name in TOKENIZER_FILES if not (self.folder / name).is_file()]
@@ -45,6 +46,18 @@ class Tokenizer:
                 f"{self.folder}: expected {' and '.join(missing)}, found none; copy the tokenizer files from the"
                 " published checkpoint"
             )
+        try:
+            self._read()
+        except InputError:
+            raise
+        except Exception as error:  # the libraries raise almost anything for files that are not a tokenizer's
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(
+                f"{self.folder}: expected the tokenizer of a published checkpoint, found files that cannot be read"
+                f" ({reason}); copy the tokenizer files again"
+            ) from error
+
+    def _read(self):
         self._tokenizer = _load(self.folder)
         # Set once: a backend must not be changed while another thread encodes with it.
         self._tokenizer.backend_tokenizer.no_truncation()
@@ -211,6 +224,8 @@ class Tokenizer:
         file = self.folder / "generation_config.json"
         declared = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         stops = set(declared if isinstance(declared, list) else [declared])
+        if not all(stop is None or (type(stop) is int and 0 <= stop < 2**31) for stop in stops):
+            raise InputError(f"{file}: expected ids in eos_token_id, found {declared!r:.100}")
         stops |= {self._tokenizer.eos_token_id, self._tokenizer.get_vocab().get(CHAT_END)}
         return tuple(sorted(stop for stop in stops if stop is not None))
 

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.model.model import LoopedTransformer, exit_loop
 
-
 TEMPERATURES = "0 (greedy) or 0.0001 to 10000"
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from melt_jax.files import write_text
+from melt_jax.config import InputError
+from melt_jax.files import parse_json, write_text
 from melt_jax.training import wandb_log
 
 ALIGNMENT_RATIO = 10.0  # of β·L_align to L_KD, above which a warning is printed
@@ -50,6 +51,18 @@ def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: number for name, number in out.items() if math.isfinite(number)}
 
 
+def _drop_later_steps(path: pathlib.Path, start: int) -> None:
+    """Rewrites a log without the lines of steps after `start` and without an incomplete last line."""
+    kept, end = [], path.read_bytes().rpartition(b"\n")[0]
+    for number, line in enumerate(end.splitlines(), 1):
+        step = parse_json(line, f"{path}:{number}").get("step")
+        if not isinstance(step, int):
+            raise InputError(f"{path}:{number}: expected a step, found {step!r:.60}; remove the line")
+        if step <= start:
+            kept.append(line.decode() + "\n")
+    write_text(path, "".join(kept))
+
+
 class RunLog:
     """Writes one phase's metrics, as a context manager. Only process 0 writes.
 
@@ -70,8 +83,7 @@ class RunLog:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
-                whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("\n")]
-                write_text(self._path, "".join(line for line in whole if json.loads(line)["step"] <= start))
+                _drop_later_steps(self._path, start)
             self._board = SummaryWriter(str(folder), purge_step=start + 1)
         columns = (TextColumn(phase), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)

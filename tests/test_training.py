@@ -314,5 +314,5 @@ def test_reconfigure_keeps_what_both_models_have():
         reconfigure(looplm, gate="elementwise")
     with pytest.raises(InputError, match=r"layers\.up_proj"):
         reconfigure(looplm, feed_forward=24)
-    with pytest.raises(InputError, match="loops: expected at least 1, found 0"):
+    with pytest.raises(InputError, match="loops: expected at least 1 and at most 1024, found 0"):
         reconfigure(looplm, loops=0)

@@ -9,6 +9,7 @@ import pytest
 
 from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.training.processes import broadcast_from_process_0, broadcast_text_from_process_0
+from tests.helpers.devices import several_devices
 from tests.helpers.mesh_steps import gap
 from tests.helpers.process_run import OTHERS, STEPS
 from tests.helpers.start_processes import start_processes
@@ -22,8 +23,7 @@ pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the runs
 def start(folder, name, count, devices, *other):
     """Starts processes that train together and write their results to FOLDER/NAMEi.json."""
     arguments = ["-m", "tests.helpers.process_run", folder / "teacher", folder / name, folder / name, *other]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return start_processes(count, *arguments, stderr=subprocess.STDOUT, **flags)
+    return start_processes(count, *arguments, stderr=subprocess.STDOUT, **several_devices(devices))
 
 
 def wait(processes):

@@ -9,6 +9,7 @@ folder there is filled in place and has the object `INCOMPLETE` in it until it i
 """
 
 import contextlib
+import glob
 import importlib.util
 import os
 import pathlib
@@ -38,8 +39,12 @@ COMPANIONS = (
 )
 
 
-def as_path(path: PathLike) -> Path:
+def as_path(path: PathLike, name: str = "path") -> Path:
     """The path as a `Path`; nothing is read.
+
+    Args:
+      path: a path, or the text of one.
+      name: of the flag or key, for the error of an empty text.
 
     Raises:
       InputError: it is empty, has a scheme other than `gs://`, names no bucket, or the package gcsfs is missing.
@@ -48,7 +53,7 @@ def as_path(path: PathLike) -> Path:
         return path
     text = os.fspath(path)
     if not text:
-        raise InputError("path: expected a file or folder, or gs://BUCKET/PATH, found an empty text")
+        raise InputError(f"{name}: expected a file or folder, or gs://BUCKET/PATH, found an empty text")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
     if scheme is None:
         return pathlib.Path(path)
@@ -156,6 +161,18 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Adds text at the end of a file, which is created if it is missing; an object in a bucket is written anew.
+
+    If the writer of a file on a disk is killed, an incomplete line may remain at its end.
+    """
+    if in_bucket(path):
+        path.write_text((path.read_text() if path.exists() else "") + text)
+        return
+    with path.open("a") as file:
+        file.write(text)
+
+
 def make_folder(folder: Path) -> None:
     """Creates a folder and its parents, if they are missing. A bucket has no empty folders."""
     if not in_bucket(folder):
@@ -185,6 +202,18 @@ def written_on_disk(path: Path) -> Iterator[pathlib.Path]:
         local = pathlib.Path(folder) / path.name
         yield local
         copy_file(local, path)
+
+
+@contextlib.contextmanager
+def folder_on_disk(folder: Path) -> Iterator[pathlib.Path]:
+    """`written_on_disk` for files that a block adds to a folder, and to its subfolders."""
+    if isinstance(folder, pathlib.Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="melt_jax_") as local:
+        yield pathlib.Path(local)
+        for name in file_sizes(pathlib.Path(local)):
+            copy_file(pathlib.Path(local) / name, folder / name)
 
 
 @contextlib.contextmanager
@@ -224,6 +253,32 @@ def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
+def find_files(pattern: str) -> list[Path]:
+    """The files that match a pattern, in which `**` stands for any folders, sorted.
+
+    Raises:
+      InputError: as in `as_path`.
+    """
+    if isinstance(as_path(pattern), pathlib.Path):
+        return [pathlib.Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    return [as_path(f"gs://{name}") for name in sorted(_filesystem().glob(pattern))]
+
+
+def file_bytes(file: Path) -> int:
+    """The size of a file in bytes."""
+    return file.stat().st_size if isinstance(file, pathlib.Path) else file.stat().length or 0
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """{name: bytes} of all files in a folder and its subfolders, whose names are relative to it."""
+    if isinstance(folder, pathlib.Path):
+        files = ((file, file.stat().st_size) for file in folder.rglob("*") if file.is_file())
+        return {str(file.relative_to(folder)): size for file, size in files}
+    prefix = str(folder).removeprefix("gs://") + "/"
+    found = _filesystem().find(str(folder), detail=True)
+    return {name.removeprefix(prefix): entry["size"] for name, entry in found.items()}
+
+
 def copy_companions(source: PathLike, target: PathLike) -> list[str]:
     """Copies the `COMPANIONS` of one model folder into another; returns their names."""
     files = matching(as_path(source), COMPANIONS)
@@ -234,10 +289,7 @@ def copy_companions(source: PathLike, target: PathLike) -> list[str]:
 
 def folder_bytes(folder: PathLike) -> int:
     """The size of all files in a folder and its subfolders, in bytes; 0 if there is no such folder."""
-    folder = as_path(folder)
-    if isinstance(folder, pathlib.Path):
-        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return sum(entry["size"] for entry in _filesystem().find(str(folder), detail=True).values())
+    return sum(file_sizes(as_path(folder)).values())
 
 
 @contextlib.contextmanager

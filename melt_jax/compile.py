@@ -40,6 +40,7 @@ from melt_jax.analysis.topology import OFFLINE, describe_devices
 from melt_jax.checkpoints.orbax import open_folder
 from melt_jax.config import InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data.batch import Batch
+from melt_jax.files import as_path
 from melt_jax.inference import scoring
 from melt_jax.inference.generation import STOP_SLOTS, DecodeState, decode_block, prefill_chunk
 from melt_jax.inference.sampling import GREEDY, SamplingRequest
@@ -290,7 +291,7 @@ def _placed(model, mesh):
 
 def looplm_config(config: TrainConfig) -> ModelConfig:
     """The LoopLM's `ModelConfig`: of the teacher's folder if it exists, else `config.model`."""
-    return open_folder(config.teacher).config if pathlib.Path(config.teacher).is_dir() else config.model
+    return open_folder(config.teacher).config if config.teacher and as_path(config.teacher).is_dir() else config.model
 
 
 def define_flags() -> None:

@@ -14,7 +14,6 @@ In a run of several processes, process 0 converts, and the others wait and fail 
 """
 
 import dataclasses
-import pathlib
 import sys
 import time
 from typing import Literal
@@ -29,7 +28,7 @@ from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import write_weights
 from melt_jax.checkpoints.published_config import add_model_code, published_config, raise_errors, write_config
 from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
-from melt_jax.files import atomic_folder, copy_companions, folder_bytes
+from melt_jax.files import PathLike, absolute, as_path, atomic_folder, copy_companions, folder_bytes, is_complete
 from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
 from melt_jax.training.processes import initialize_distributed, run_on_process_0
 
@@ -81,8 +80,8 @@ def main(argv: list[str]) -> None:
 
 
 def convert(
-    source: str | pathlib.Path,
-    output: str | pathlib.Path,
+    source: PathLike,
+    output: PathLike,
     form: Literal["orbax", "published"],
     changes: Changes = Changes(),
     existing: Literal["refuse", "overwrite", "keep"] = "refuse",
@@ -101,16 +100,16 @@ def convert(
         kept output is not a model folder of that form. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
-    run_on_process_0(_convert, pathlib.Path(source), pathlib.Path(output), form, changes, existing)
+    run_on_process_0(_convert, as_path(source, "--input"), as_path(output, "--output"), form, changes, existing)
 
 
 def _convert(source, output, form, changes, existing):
     start = time.perf_counter()
     if form not in FORMS:
         raise InputError(f"form: expected one of {', '.join(FORMS)}, found {form!r}")
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
+    if absolute(output) in (absolute(source), *absolute(source).parents):
         raise InputError(f"{output}: expected an output that neither is nor contains the input, found input {source}")
-    if existing == "keep" and output.exists():
+    if existing == "keep" and is_complete(output):
         _check_kept(output, form)
         return
 

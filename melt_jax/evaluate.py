@@ -10,7 +10,6 @@ the first --decoding_tokens of each. The difference between the two on the same 
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from melt_jax.data.arithmetic_tokenizer import tokenizer_errors
 from melt_jax.data.batch import Batch
 from melt_jax.data.records import open_records, read_manifest, record_errors
 from melt_jax.data.token_files import open_tokens, token_errors
+from melt_jax.files import as_path
 from melt_jax.inference import scoring
 from melt_jax.inference.answers import Answers, BeforePiece, exact_answers, fresh_problems, problem_batch, silent
 from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
@@ -188,7 +188,7 @@ def settings_errors(settings: Settings) -> list[str]:
         errors.append("--data: expected a token file or a folder for --task=tokens, found none")
     elif settings.task != "tokens" and settings.data is not None:
         errors.append(f"--data: expected none for --task={settings.task}, found {settings.data}; set --task=tokens")
-    elif settings.length is not None and settings.data is not None and pathlib.Path(settings.data).is_dir():
+    elif settings.length is not None and settings.data is not None and as_path(settings.data).is_dir():
         errors.append(
             f"--length: expected none, found {settings.length}; the manifest of {settings.data} states the length"
         )
@@ -216,7 +216,7 @@ def read_batch(settings: Settings, config: ModelConfig) -> Batch:
       InputError: the data cannot be read, or its token ids or length exceed the model's.
     """
     assert settings.data is not None, "checked by settings_errors"
-    if pathlib.Path(settings.data).is_dir():
+    if as_path(settings.data).is_dir():
         length = read_manifest(settings.data)["length"]
         sequences = open_records(settings.data)
         errors = record_errors(settings.data, length, config.vocab, settings.checkpoint)

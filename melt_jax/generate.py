@@ -8,7 +8,6 @@ report tokens, tokens per second without compilation, and the size of the KV cac
 """
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from melt_jax import command_line
 from melt_jax.checkpoints.orbax import default_chunk
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
+from melt_jax.files import as_path
 from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, generate
 from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     del argv
     prompts = list(FLAGS.prompt)
     if FLAGS.prompts_file:
-        prompts += [line for line in pathlib.Path(FLAGS.prompts_file).read_text().splitlines() if line.strip()]
+        prompts += [line for line in as_path(FLAGS.prompts_file).read_text().splitlines() if line.strip()]
     if not prompts:
         raise InputError("--prompt, --prompts_file: expected at least one prompt, found none")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)

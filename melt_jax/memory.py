@@ -8,7 +8,6 @@ The figures are for one sequence and 2 bytes per number. They are computed from 
 sequence may be longer than the model's positions. The activations of a step are left out.
 """
 
-import pathlib
 from collections.abc import Callable, Sequence
 
 from absl import flags
@@ -160,7 +159,7 @@ def main(argv: list[str]) -> None:
     models = models_of(FLAGS.checkpoint, windows)
     print(tables(models, FLAGS.length, loops, lengths))
     if FLAGS.output:
-        figures.save(draw(models, FLAGS.length, loops, lengths), pathlib.Path(FLAGS.output))
+        figures.save(draw(models, FLAGS.length, loops, lengths), FLAGS.output)
         print(f"\nwrote {FLAGS.output}")
 
 

@@ -24,9 +24,7 @@ result:
 import collections
 import contextlib
 import dataclasses
-import glob
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -40,7 +38,7 @@ from melt_jax.data.documents import SCORES, Document, Form, InputRows, Malformed
 from melt_jax.data.packing import Packer, split
 from melt_jax.data.records import Layout, ShardWriter, verify_shards, write_manifest
 from melt_jax.data.text import Tokenizer
-from melt_jax.files import atomic_folder
+from melt_jax.files import PathLike, atomic_folder, find_files
 
 MALFORMED_SHOWN = 10  # malformed rows that are printed one by one
 LONG, MALFORMED = ("error", "drop", "split"), ("stop", "count")
@@ -102,9 +100,9 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(
-    tokenizer: str | pathlib.Path,
-    paths: Sequence[str | pathlib.Path],
-    output: str | pathlib.Path,
+    tokenizer: PathLike,
+    paths: Sequence[PathLike],
+    output: PathLike,
     form: Form,
     settings: Settings,
     overwrite: bool = False,
@@ -217,11 +215,11 @@ def _manifest(counts: collections.Counter, tokenizer: Tokenizer, rows: InputRows
         # Both are None if no conversation was rendered; `thinking` also if the template does not depend on it.
         "template_sha256": tokenizer.template_sha256 if rendered else None,
         "thinking": thinking if rendered and tokenizer.has_thinking else None,
-        "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in rows.paths],
+        "inputs": [{"file": str(path), "bytes": size} for path, size in zip(rows.paths, rows.sizes)],
     }
 
 
-def summary(output: str | pathlib.Path, manifest: dict) -> str:
+def summary(output: PathLike, manifest: dict) -> str:
     """The contents of a manifest as text, with everything that was dropped or needs attention."""
     counts = manifest["counts"]
     slots = counts["sequences"] * manifest["length"]
@@ -246,7 +244,7 @@ def summary(output: str | pathlib.Path, manifest: dict) -> str:
     return "\n".join([*lines, *(f"{counts[name]:,} {note}" for name, note in notes.items() if counts[name])])
 
 
-def verify(folder: str | pathlib.Path) -> str:
+def verify(folder: PathLike) -> str:
     """Compares all shards of prepared data with the manifest; returns a line that confirms it.
 
     Raises:
@@ -264,7 +262,7 @@ def input_files(patterns: Sequence[str]) -> list[str]:
       InputError: lists the patterns without a match.
     """
     patterns = [part for pattern in patterns for part in pattern.split("|") if part]
-    matches = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in patterns}
+    matches = {pattern: [str(file) for file in find_files(pattern)] for pattern in patterns}
     if empty := [pattern for pattern, paths in matches.items() if not paths]:
         raise InputError(f"--input: expected files that match {', '.join(empty)}, found none")
     return list(dict.fromkeys(path for paths in matches.values() for path in paths))

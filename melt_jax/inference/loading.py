@@ -1,6 +1,7 @@
 """Opens a checkpoint's model for generation and evaluation; the flags that replace values of its config."""
 
 import dataclasses
+import pathlib
 
 import jax
 from absl import flags
@@ -63,7 +64,9 @@ def read_model_flags(loops: int | None = None) -> ModelChanges:
     return ModelChanges(loops, **{name: flags.FLAGS[name].value for name in names})
 
 
-def open_for_inference(folder: str, changes: ModelChanges, mesh: jax.sharding.Mesh | None = None) -> LoopedTransformer:
+def open_for_inference(
+    folder: str | pathlib.Path, changes: ModelChanges, mesh: jax.sharding.Mesh | None = None
+) -> LoopedTransformer:
     """Opens a model folder, in published or Orbax form, and changes the model.
 
     Args:

@@ -104,7 +104,7 @@ def reads_and_trains(walk: Walk, folder: pathlib.Path, commits: dict[str, str]) 
     resumed = lambda texts: "alignment: complete" in texts[0]
     walk.run("train again, offline", [[*train, f"--workdir={folder / 'run'}"]], resumed, offline=True)
     compiled = ["melt_jax.compile", "--config=configs/nano.py", f"--config.teacher={LOOPLM}", "--topology=v5e:2x2"]
-    walk.run("compile for a TPU", [compiled], lambda texts: "FLOPs" in texts[0])
+    walk.run("compile for a TPU", [compiled], lambda texts: "263,041 parameters" in texts[0])
     model = str(folder / "run/alignment/model")
     evaluate = ["melt_jax.evaluate", f"--checkpoint={model}", f"--teacher={LOOPLM}", "--problems=8", "--sequences=4"]
     walk.run("evaluate with a teacher", [evaluate], lambda texts: "KL(teacher" in texts[0])

@@ -234,7 +234,7 @@ def check_card(text):
     rows = dict(
         line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| ") and line != "| | |"
     )
-    assert rows["teacher"] == LOOPLM
+    assert rows["teacher"] == f"{LOOPLM}@0123"
     assert rows["window"].startswith("8 tokens") and rows["chunk"] == "9 tokens, sweeps 1"
     assert rows["recipe: alignment"] == "steps 180, learning_rate 0.001, beta 0.1"
     assert rows["KL to the teacher, decoding"] == "0.0004 nats per token, 1,800 tokens"
@@ -244,7 +244,10 @@ def check_card(text):
 def test_card_without_records(tmp_path):
     """It states what the folder holds, and that the rest is not recorded."""
     text = model_card(NANO, "org/name", str(NANO))
-    assert "not recorded" in text and "LoopLM" in text and "base_model" not in text and "None" not in text
+    assert "LoopLM" in text and not any(word in text for word in ("base_model", "None", "teacher", "recipe"))
+    convert(NANO, tmp_path / "melt", "published", Changes("elementwise"))
+    text = model_card(tmp_path / "melt", "org/name", str(tmp_path / "melt"), base_model=LOOPLM)
+    assert f"| teacher | {LOOPLM} |" in text and "| recipe | not recorded |" in text and "None" not in text
 
 
 def test_push_needs_published_form(tmp_path):

@@ -49,9 +49,11 @@ def model_card(
         pipeline_tag="text-generation",
         tags=[kind.lower(), "looped-transformer", "melt_jax", "custom_code"],
     )
-    training = [*_recipe_rows(run), *_score_rows(scores)] if kind == "MELT" else []
-    rows = [("teacher", base_model or teacher or "not recorded"), *_model_rows(opened), *training]
-    table = "\n".join(f"| {label} | {value} |" for label, value in [*rows, ("licence", license_name)])
+    rows = [*_model_rows(opened), ("licence", license_name)]
+    if kind == "MELT":
+        named = teacher.removeprefix(PREFIX) if teacher and _hub_name(teacher) else base_model or teacher
+        rows = [("teacher", named or "not recorded"), *rows, *_recipe_rows(run), *_score_rows(scores)]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return f"""---
 {data.to_yaml().strip()}
 ---

@@ -1,13 +1,13 @@
 """The model card of an exported model: README.md with the hub's YAML front matter."""
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from melt_jax.checkpoints.hub import PREFIX, repository
 from melt_jax.checkpoints.orbax import open_folder
 from melt_jax.config import InputError
+from melt_jax.files import PathLike, absolute
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import abstract_model, parameter_count
 
@@ -20,7 +20,7 @@ PHASE_KEYS = ("steps", "learning_rate", "gate_learning_rate", "beta", "reduction
 
 
 def model_card(
-    folder: pathlib.Path, name: str, source: str, base_model: str | None = None, license_name: str = LICENSE
+    folder: PathLike, name: str, source: str, base_model: str | None = None, license_name: str = LICENSE
 ) -> str:
     """The text of a model card.
 
@@ -39,7 +39,7 @@ def model_card(
 
     opened = open_folder(folder)
     kind = "LoopLM" if opened.config.gate == "none" else "MELT"
-    run, scores = run_records(pathlib.Path(source))
+    run, scores = ({}, {}) if repository(source) else run_records(source)
     teacher = run.get("teacher") if kind == "MELT" else None
     base_model = base_model or _hub_name(teacher)
     data = ModelCardData(
@@ -77,13 +77,14 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 """
 
 
-def run_records(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_records(source: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config of the run, results of the model) of a phase's `model` folder; empty if they are missing.
 
     Raises:
       InputError: a record is no JSON.
     """
-    workdir, phase = source.absolute().parent.parent, source.absolute().parent.name
+    phase_folder = absolute(source).parent
+    workdir, phase = phase_folder.parent, phase_folder.name
     run, results = _read(workdir / "config.json"), _read(workdir / "results.json")
     if phase not in run.get("phases", ()):
         return {}, {}

@@ -1,7 +1,6 @@
 """Opens a checkpoint's model for generation and evaluation; the flags that replace values of its config."""
 
 import dataclasses
-import pathlib
 
 import jax
 from absl import flags
@@ -9,6 +8,7 @@ from absl import flags
 from melt_jax.checkpoints.folder import override
 from melt_jax.checkpoints.orbax import open_folder, open_model
 from melt_jax.config import CHOICES, GATES
+from melt_jax.files import PathLike
 from melt_jax.model.model import LoopedTransformer, abstract_model, reconfigure
 from melt_jax.sharding import for_inference, weight_shardings
 
@@ -65,7 +65,7 @@ def read_model_flags(loops: int | None = None) -> ModelChanges:
 
 
 def open_for_inference(
-    folder: str | pathlib.Path, changes: ModelChanges, mesh: jax.sharding.Mesh | None = None
+    folder: PathLike, changes: ModelChanges, mesh: jax.sharding.Mesh | None = None
 ) -> LoopedTransformer:
     """Opens a model folder, in published or Orbax form, and changes the model.
 

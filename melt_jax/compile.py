@@ -37,10 +37,10 @@ from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops, w
 from melt_jax.analysis.hlo import analyse, innermost
 from melt_jax.analysis.report import SCOPES, Memory, Report, StoredWeights
 from melt_jax.analysis.topology import OFFLINE, describe_devices
-from melt_jax.checkpoints.orbax import open_folder
+from melt_jax.checkpoints import hub
+from melt_jax.checkpoints.published_config import read_config
 from melt_jax.config import InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data.batch import Batch
-from melt_jax.files import as_path
 from melt_jax.inference import scoring
 from melt_jax.inference.generation import STOP_SLOTS, DecodeState, decode_block, prefill_chunk
 from melt_jax.inference.sampling import GREEDY, SamplingRequest
@@ -290,8 +290,21 @@ def _placed(model, mesh):
 
 
 def looplm_config(config: TrainConfig) -> ModelConfig:
-    """The LoopLM's `ModelConfig`: of the teacher's folder if it exists, else `config.model`."""
-    return open_folder(config.teacher).config if config.teacher and as_path(config.teacher).is_dir() else config.model
+    """The LoopLM's `ModelConfig`: the teacher's, if it is a folder or a model of the hub, else `config.model`.
+
+    Raises:
+      InputError: the teacher starts with hf:// and cannot be read.
+    """
+    if not config.teacher:
+        return config.model
+    try:
+        folder = hub.local_folder(config.teacher, hub.CONFIG)
+    except InputError as error:
+        if config.teacher.startswith(hub.PREFIX):
+            raise
+        print(f"{error}; compiling the model of the config", file=sys.stderr)
+        return config.model
+    return read_config(folder) if folder.is_dir() else config.model
 
 
 def define_flags() -> None:

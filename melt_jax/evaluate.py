@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from melt_jax import command_line
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import default_chunk, open_model
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.arithmetic import NAMES, VOCABULARY, Problem
@@ -43,8 +44,8 @@ class Settings:
     """Settings of an evaluation. None: the checkpoint's value, or the default stated here.
 
     Attributes:
-      checkpoint: folder of the model.
-      teacher: folder of the teacher; None: no KL is measured.
+      checkpoint: folder of the model, or a model of the hub.
+      teacher: folder of the teacher, or a model of the hub; None: no KL is measured.
       task: "arithmetic", fresh problems; "tokens", the sequences in `data`.
       data: a token file (.npy or .npz), or a folder written by `melt_jax.prepare`.
       length: tokens per sequence, for a file that is one stream.
@@ -97,8 +98,8 @@ def define_flags() -> None:
     """Defines the command's flags: those of the model, and one for each other field of `Settings`, with its default."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
     integer = lambda name, text: flags.DEFINE_integer(name, defaults[name], text)
-    flags.DEFINE_string("checkpoint", None, "Model folder, in published or Orbax form.", required=True)
-    flags.DEFINE_string("teacher", None, "Model folder of the teacher; without one, no KL is measured.")
+    flags.DEFINE_string("checkpoint", None, "Model folder in either form, or a model of the hub.", required=True)
+    flags.DEFINE_string("teacher", None, "The teacher, like --checkpoint; without one, no KL is measured.")
     flags.DEFINE_enum("task", defaults["task"], TASKS, "Fresh arithmetic problems, or the sequences in --data.")
     flags.DEFINE_string("data", None, "For --task=tokens: a token file, or a folder written by melt_jax.prepare.")
     integer("length", "Tokens per sequence, for a file that is one stream.")
@@ -142,6 +143,11 @@ def evaluate_checkpoint(
     """
     if errors := settings_errors(settings):
         raise InputError("\n".join(errors))
+    settings = dataclasses.replace(
+        settings,
+        checkpoint=str(hub.local_folder(settings.checkpoint)),
+        teacher=settings.teacher and str(hub.local_folder(settings.teacher)),
+    )
     model = open_for_inference(settings.checkpoint, settings.changes)
     models = {loops: reconfigure(model, loops=loops) for loops in settings.loops or (model.config.loops,)}
     teacher = open_model(settings.teacher, dtype=settings.changes.dtype) if settings.teacher else None

@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from melt_jax import command_line
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import default_chunk
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
@@ -64,7 +65,7 @@ class Texts:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("checkpoint", None, "Model folder, in published or Orbax form.", required=True)
+    flags.DEFINE_string("checkpoint", None, "Model folder in either form, or a model of the hub.", required=True)
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A file with one prompt per line, added to those of --prompt.")
     flags.DEFINE_boolean("chat", True, "Put prompts into the checkpoint's chat template; --nochat: as they are.")
@@ -122,13 +123,13 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
     """
     if on_text and len(settings.prompts) != 1:
         raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
-    model = open_for_inference(settings.checkpoint, settings.changes)
-    tokenizer = Tokenizer(settings.checkpoint)
+    folder = hub.local_folder(settings.checkpoint)
+    model, tokenizer = open_for_inference(folder, settings.changes), Tokenizer(folder)
     prompts = [encode_prompt(tokenizer, text, settings.chat, settings.thinking) for text in settings.prompts]
     new_tokens, chunk = settings.max_new_tokens, settings.prefill_chunk
     options = GenerationOptions(
         most_new_tokens(model.config, prompts) if new_tokens is None else new_tokens,
-        default_chunk(settings.checkpoint, model.config) if chunk is None else chunk,
+        default_chunk(folder, model.config) if chunk is None else chunk,
         settings.sampling,
         tuple(tokenizer.stop_ids),
         block=1 if on_text else 32,

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melt_jax import __version__, command_line
+from melt_jax.checkpoints import hub
 from melt_jax.config import InputError
 from melt_jax.data.documents import SCORES, Document, Form, InputRows, Malformed, documents
 from melt_jax.data.packing import Packer, split
@@ -61,8 +62,14 @@ class Settings:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("tokenizer", None, "Model folder that has the tokenizer and the chat template.")
-    flags.DEFINE_multi_string("input", [], "Input files, .jsonl or .parquet: patterns, joined by | or repeated.")
+    flags.DEFINE_string(
+        "tokenizer", None, "Model folder, or model of the hub, that has the tokenizer and the chat template."
+    )
+    flags.DEFINE_multi_string(
+        "input",
+        [],
+        "Input files, .jsonl or .parquet: patterns, joined by | or repeated; hf://datasets/org/name/path: of the hub.",
+    )
     flags.DEFINE_string("output", None, "Folder to write.")
     flags.DEFINE_string("verify", None, "Folder of prepared data to verify; nothing is written.")
     flags.DEFINE_integer("length", 10_000, "Tokens per sequence.")
@@ -110,7 +117,7 @@ def prepare(
     """Writes prepared data; returns its manifest.
 
     Args:
-      tokenizer: model folder.
+      tokenizer: model folder, or a model of the hub.
       paths: input files, read in this order.
       output: the new folder.
       form: the form of the rows.
@@ -123,7 +130,7 @@ def prepare(
       InputError: the inputs cannot be read.
       PrepareError: a malformed row or a long document, unless `settings` allow it, or no documents at all.
     """
-    rows, opened = InputRows(paths, form.columns), Tokenizer(tokenizer)
+    rows, opened = InputRows(paths, form.columns), Tokenizer(hub.local_folder(tokenizer, hub.TOKENIZER))
     if opened.template is None and (form.question or form.messages):
         raise PrepareError(f"{opened.folder}: expected a chat template for conversations, found none")
     layout, counts = Layout.of(settings.length, opened.vocab), collections.Counter()
@@ -256,16 +263,22 @@ def verify(folder: PathLike) -> str:
 
 
 def input_files(patterns: Sequence[str]) -> list[str]:
-    """The files that match patterns, each once, sorted within a pattern.
+    """The files that match patterns, each once, sorted within a pattern. Those of the hub are downloaded.
 
     Raises:
-      InputError: lists the patterns without a match.
+      InputError: a data set of the hub cannot be read; or lists the patterns without a match.
     """
     patterns = [part for pattern in patterns for part in pattern.split("|") if part]
-    matches = {pattern: [str(file) for file in find_files(pattern)] for pattern in patterns}
+    matches = {pattern: _matches(pattern) for pattern in patterns}
     if empty := [pattern for pattern, paths in matches.items() if not paths]:
         raise InputError(f"--input: expected files that match {', '.join(empty)}, found none")
     return list(dict.fromkeys(path for paths in matches.values() for path in paths))
+
+
+def _matches(pattern: str) -> list[str]:
+    if pattern.startswith(hub.PREFIX):
+        return hub.local_files(pattern)
+    return [str(file) for file in find_files(pattern)]
 
 
 def flag_errors(values: flags.FlagValues) -> list[str]:

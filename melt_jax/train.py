@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from melt_jax import command_line
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
@@ -44,7 +45,7 @@ from melt_jax.training.checkpoints import Checkpoints
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
-from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
+from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed, text_from_process_0
 from melt_jax.training.run_config import keep_config
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 from melt_jax.training.step_monitor import PhaseStart, StepMonitor
@@ -85,7 +86,9 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
     console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
 
     # ---- check everything before anything is allocated
-    config = freeze(config_dict)
+    named = freeze(config_dict)
+    named = dataclasses.replace(named, teacher=text_from_process_0(hub.pinned, named.teacher))
+    config = with_local_folders(named)
     pretraining = config.phases == ("pretraining",)
     looplm = config.model if pretraining else open_folder(config.teacher).config
     student, trained = config.student, looplm
@@ -95,7 +98,7 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
     if errors:
         mismatch = "teacher, data and devices do not fit the run:\n"
         raise ConfigError(mismatch + "\n".join(f"  - {error}" for error in errors))
-    keep_config(config, workdir)
+    keep_config(named, workdir)
     for line in plan(config, trained, workdir):
         console.print(line)
 
@@ -226,6 +229,13 @@ def run_phase(
         save_model(folder / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     _delete_checkpoints(name, config, folder)
     return state.params
+
+
+def with_local_folders(config: TrainConfig) -> TrainConfig:
+    """The config with the folders of teacher and tokenizer in place of models of the hub, which are downloaded."""
+    folder = lambda text, files: str(hub.local_folder(text, files)) if text else ""
+    teacher, tokenizer = folder(config.teacher, hub.MODEL), folder(config.tokenizer, hub.TOKENIZER)
+    return dataclasses.replace(config, teacher=teacher, tokenizer=tokenizer)
 
 
 def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array) -> LoopedTransformer:

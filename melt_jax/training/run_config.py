@@ -5,13 +5,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import weights_digest
-from melt_jax.config import ConfigError, InputError, TrainConfig
+from melt_jax.config import ConfigError, TrainConfig
 from melt_jax.data import stream
 from melt_jax.files import Path, make_folder, write_text
-from melt_jax.training.processes import broadcast_text_from_process_0, run_outside, wait_for_process_0
+from melt_jax.training.processes import run_outside, text_from_process_0
 
 # May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
 RESUMABLE_KEYS = {
@@ -28,15 +27,9 @@ def keep_config(config: TrainConfig, workdir: Path) -> None:
 
     Raises:
       ConfigError: in every process: a key that is not in `RESUMABLE_KEYS`, the teacher or the data has changed.
+      InputError: in every process: the teacher cannot be read.
     """
-    error = ""
-    if jax.process_index() == 0:
-        try:
-            error = _config_error(config, workdir)
-        except (InputError, OSError) as problem:  # the other processes wait for this one
-            error = str(problem)
-    wait_for_process_0()
-    if error := broadcast_text_from_process_0(error):
+    if error := text_from_process_0(_config_error, config, workdir):
         raise ConfigError(error)
 
 
@@ -44,7 +37,7 @@ def _config_error(config: TrainConfig, workdir: Path) -> str:
     """Writes the config to the workdir; returns an error instead if the run there has another config."""
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if "pretraining" not in config.phases:
-        new["teacher weights"] = f"sha256 {run_outside(weights_digest, config.teacher)}"
+        new["teacher weights"] = f"sha256 {run_outside(weights_digest, hub.local_folder(config.teacher))}"
     if digest := stream.fingerprints(config).get("data.path"):
         new["manifest of data.path"] = f"sha256 {digest}"
     old = json.loads(path.read_text()) if path.exists() else new

@@ -191,11 +191,9 @@ def decode_block(
         step, cache, state, tokens, exits = carry
         live = (~state.done).astype(jnp.int32)[:, None]
         out = run_chunk(model, state.tokens[:, None], cache, state.lengths, segments=live)
-        # The cache is written after all loops have read it, in place.
-        kv, hidden = jax.lax.optimization_barrier((out.kv, out.hidden))
-        cache = cache.write(kv, out.segments, state.lengths)
+        cache = cache.write(out.kv, out.segments, state.lengths)
         state = state._replace(lengths=state.lengths + live[:, 0])
-        state, new, left = _advance(model, state, hidden[:, :, 0], request)
+        state, new, left = _advance(model, state, out.hidden[:, :, 0], request)
         return step + 1, cache, state, tokens.at[step].set(new), exits.at[step].set(left)
 
     start = jnp.int32(0), cache, state, nothing, nothing

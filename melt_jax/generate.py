@@ -20,7 +20,7 @@ from melt_jax.checkpoints.orbax import default_chunk
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
 from melt_jax.files import as_path
-from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, generate
+from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, for_decoding, generate
 from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer
@@ -124,7 +124,7 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
     if on_text and len(settings.prompts) != 1:
         raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
     folder = hub.local_folder(settings.checkpoint)
-    model, tokenizer = open_for_inference(folder, settings.changes), Tokenizer(folder)
+    model, tokenizer = for_decoding(open_for_inference(folder, settings.changes)), Tokenizer(folder)
     prompts = [encode_prompt(tokenizer, text, settings.chat, settings.thinking) for text in settings.prompts]
     new_tokens, chunk = settings.max_new_tokens, settings.prefill_chunk
     options = GenerationOptions(

@@ -23,7 +23,7 @@ from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import default_chunk, weights_digest
 from melt_jax.config import InputError, MeshConfig
 from melt_jax.data.text import Tokenizer
-from melt_jax.inference.generation import GenerationOptions, generate
+from melt_jax.inference.generation import GenerationOptions, for_decoding, generate
 from melt_jax.inference.likelihood import Continuation, score_continuations
 from melt_jax.inference.loading import UNCHANGED, ModelChanges, open_for_inference
 from melt_jax.inference.sampling import Sampling
@@ -91,6 +91,8 @@ class HarnessModel(TemplateLM):
         self.text = Tokenizer(self._folder)
         self._mesh = make_mesh(settings.mesh) if settings.mesh else None
         self.model = open_for_inference(self._folder, settings.changes, self._mesh)
+        with self._in_mesh():
+            self._decoder = for_decoding(self.model)
         positions = self.model.config.max_positions
         self.max_length = settings.max_length or positions
         if self.max_length > positions:
@@ -259,7 +261,7 @@ class HarnessModel(TemplateLM):
 
         indices = [_random_index(context, number) for _, context, number in batch]
         with self._in_mesh():
-            generate(self.model, [ids for ids, _, _ in batch], options, indices, on_tokens=all_done)
+            generate(self._decoder, [ids for ids, _, _ in batch], options, indices, on_tokens=all_done)
         texts = [postprocess_generated_text(finder.finish(), stops, end or None) for finder in finders]
         return [self._without_special(text) for text in texts]
 

@@ -97,6 +97,7 @@ def define_flags() -> None:
         "first_loop", None, CHOICES["first_loop"], "First loop of the output's model. Default: the input's."
     )
     flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights. Default: the input's.")
+    flags.DEFINE_string("dtype_of", None, "Instead of --dtype: a model folder whose dtype the weights get.")
     flags.DEFINE_integer("seed", 0, "Seed of new gates.")
     flags.DEFINE_bool("overwrite", False, "Replace the output if it exists.")
     flags.DEFINE_bool("keep_existing", False, "Convert nothing if the output exists.")
@@ -111,10 +112,15 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.overwrite and values.keep_existing:
         raise InputError("--overwrite, --keep_existing: expected one of them, found both")
+    if values.dtype and values.dtype_of:
+        raise InputError("--dtype, --dtype_of: expected one of them, found both")
     existing = "overwrite" if values.overwrite else "keep" if values.keep_existing else "refuse"
-    changes = Changes(values.gate, values.first_loop, values.dtype, values.seed)
     upload = Upload(values.push, values.base_model, values.license, values.private) if values.push else None
     initialize_distributed()
+    dtype = values.dtype
+    if values.dtype_of:
+        dtype = open_folder(as_path(values.dtype_of, "--dtype_of")).dtype
+    changes = Changes(values.gate, values.first_loop, dtype, values.seed)
     convert(values.input, values.output, values.to, changes, existing, upload)
 
 

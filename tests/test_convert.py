@@ -150,7 +150,7 @@ def test_existing_outputs_are_kept_or_overwritten(converted, tmp_path, capsys):
 def test_command_converts_and_reports_errors(converted, tmp_path):
     """Flags reach the conversion; bad input is one line and status 1."""
     flags = [f"--input={converted / 'looplm'}", f"--output={tmp_path / 'new'}", "--to=published"]
-    more = ["--gate=elementwise", "--first_loop=gated", "--seed=3"]
+    more = ["--gate=elementwise", "--first_loop=gated", "--seed=3", f"--dtype_of={converted / 'melt'}"]
     assert run_command(*flags, *more).returncode == 0
     assert weights_digest(tmp_path / "new") == weights_digest(converted / "melt")
     done = run_command(*flags)

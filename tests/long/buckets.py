@@ -160,7 +160,7 @@ def evaluate(place: Place) -> str:
     """Evaluates the first phase's model."""
     model, teacher = f"--checkpoint={place.base}/run/transition/model", f"--teacher={place.base}/teacher"
     data = f"--data={place.base}/data/traces"
-    return place.run("melt_jax.evaluate", model, teacher, "--task=tokens", data, "--sequences=4", "--decoding_tokens=4")
+    return place.run("melt_jax.evaluate", model, teacher, "--task=tokens", data, "--sequences=4", "--decoding_tokens=0")
 
 
 def export(place: Place) -> str:

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of new weights and data; step n's batch is a function of (seed, n)
     config.phases = ("transition", "alignment")  # run in this order, or pretraining alone
-    config.teacher = ""  # folder of the LoopLM, in published or Orbax form; the student starts from it too
-    config.tokenizer = ""  # folder of the tokenizer files to save with the weights; empty: the teacher's folder
+    config.teacher = ""  # the LoopLM: a folder in either form, or a model of the hub; the student starts from it too
+    config.tokenizer = ""  # whose files to save with the weights, a folder or a model of the hub; empty: the teacher's
 
     # The MELT that the LoopLM becomes.
     config.student = ConfigDict()

@@ -1,5 +1,5 @@
-# Creates the virtual environment .venv with the packages of requirements.txt, and libtpu if the machine has a TPU. The
-# first run takes some minutes. The other scripts of this folder source this one; launch/test.sh sets extra=test to add
+# Creates the virtual environment .venv with the packages of requirements.txt, and if the machine has a TPU libtpu and the
+# packages for buckets. The first run takes some minutes. The other scripts of this folder source this one; launch/test.sh sets extra=test to add
 # the test tools.
 #
 # Starts over if requirements.txt has changed or an earlier setup was interrupted.
@@ -25,7 +25,7 @@ else
         "${PYTHON:-python3}" -m venv --clear .venv
         pip_install --upgrade pip
         pip_install -e .
-        if has_tpu; then pip_install 'jax[tpu]'; fi
+        if has_tpu; then pip_install -e '.[gcs]' 'jax[tpu]'; fi
         cp requirements.txt .venv/installed.txt # last: without this file the next run starts over
     fi
     if [ "${extra:-}" = test ] && ! cmp -s pyproject.toml .venv/installed_test.toml; then

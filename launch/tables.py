@@ -99,6 +99,18 @@ TABLES = {
         {gate: f"student.gate={gate} phases=transition transition.steps=160" for gate in GATES[1:]},
         seeds=5,
     ),
+    "gate_order": Experiment(
+        "the two learned gates, with three times the steps, with an exact window, and with both",
+        {
+            f"{gate}, {name}": f"student.gate={gate} phases=transition {overrides}"
+            for name, overrides in (
+                ("480 steps", "transition.steps=480"),
+                ("W = 15", f"{EXACT} transition.steps=160"),
+                ("W = 15, 480 steps", f"{EXACT} transition.steps=480"),
+            )
+            for gate in ("elementwise", "scalar")
+        },
+    ),
     "recipe": Experiment(
         "parts of the recipe removed, with 160 steps in all (the paper's Table 4)",
         {

@@ -2,21 +2,22 @@
 # Trains on the Cloud TPU machines of a queued resource. Until the run is complete, requests new machines whenever they
 # are preempted.
 #
-#     ZONE=us-east5-b ACCELERATOR=v6e-16 RUNTIME=v2-alpha-tpuv6e NFS=10.0.0.2:/melt \
-#         launch/tpu_queued_resource.sh melt-1 --config=configs/ouro_1_4b.py --workdir=/mnt/melt/runs/melt_1_6b \
-#         --config.teacher=/mnt/melt/Ouro-1.4B-Thinking --config.data.path=/mnt/melt/data/traces
+#     ZONE=us-east5-b ACCELERATOR=v6e-16 RUNTIME=v2-alpha-tpuv6e \
+#         launch/tpu_queued_resource.sh melt-1 --config=configs/ouro_1_4b.py --workdir=gs://BUCKET/runs/melt_1_6b \
+#         --config.teacher=gs://BUCKET/Ouro-1.4B-Thinking --config.data.path=gs://BUCKET/data/traces
 #
 # Arguments: a name for the queued resource and its node, then the arguments of melt_jax.train.
 #
 # Needs:
 # - gcloud with a project and a login;
 # - a git clone, whose HEAD is copied to the machines;
-# - NFS, a network share (such as Filestore) that the machines can reach and that outlives them. Each machine mounts it
-#   at /mnt/melt. It contains the teacher and the prepared data, and receives the run.
+# - a bucket in the region of the machines, which their service account may read and write. It contains the teacher and
+#   the prepared data, and receives the run.
 #
 # Every host runs the same command; JAX finds the other hosts.
 #
-# Environment, besides the four variables above:
+# Environment, besides the three variables above:
+#   NFS=10.0.0.2:/melt   a network share that each machine mounts at /mnt/melt, to use paths there instead of a bucket
 #   PROVISION="--spot"   flags of the request; may be empty, or "--reserved"
 #   POLL=30              seconds between polls of the queue
 #   RESTARTS=10          consecutive restarts on the same machines
@@ -25,7 +26,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:?a name for the queued resource}
 shift
-: "${ZONE:?}" "${ACCELERATOR:?}" "${RUNTIME:?}" "${NFS:?}"
+: "${ZONE:?}" "${ACCELERATOR:?}" "${RUNTIME:?}"
 
 queue() { # verb, arguments
     local verb=$1
@@ -60,7 +61,7 @@ provide() {
     done
 }
 
-# Sets up the code, the share and the Python environment on every host. Quick if they are set up already.
+# Sets up the code, the share, if any, and the Python environment on every host. Quick if they are set up already.
 prepare() {
     git archive --format=tar.gz --output="$archive" HEAD &&
         gcloud compute tpus queued-resources scp "$archive" "$name:melt_jax.tar.gz" \
@@ -69,9 +70,11 @@ prepare() {
             mkdir -p melt_jax
             tar -xzf melt_jax.tar.gz -C melt_jax
             sudo apt-get update -q >/dev/null
-            sudo apt-get install -qy nfs-common python3.11-venv >/dev/null
-            sudo mkdir -p /mnt/melt
-            mountpoint -q /mnt/melt || sudo mount -t nfs $NFS /mnt/melt
+            sudo apt-get install -qy ${NFS:+nfs-common} python3.11-venv >/dev/null
+            if [ -n '${NFS:-}' ]; then
+                sudo mkdir -p /mnt/melt
+                mountpoint -q /mnt/melt || sudo mount -t nfs '${NFS:-}' /mnt/melt
+            fi
             cd melt_jax
             PYTHON=python3.11 bash -c 'set -e; source launch/setup.sh'"
 }

@@ -10,7 +10,6 @@ A command ends with its results on standard output and status 0, or with one mes
 import importlib.machinery
 import importlib.util
 import os
-import pathlib
 import re
 import sys
 import traceback
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 
 from melt_jax import digests
 from melt_jax.config import KEYS, InputError
+from melt_jax.files import absolute, as_path, storage_errors
 
 flags.disclaim_key_flags()  # --help lists the flags defined here with those of the command
 
@@ -33,9 +33,9 @@ _OVERRIDE = "config.KEY"
 def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
     """Parses the flags, runs `main(argv)` and exits. Positional arguments are errors unless `positional`.
 
-    A flag that cannot be parsed, `InputError`, `OSError` and too little memory are bad input: the message is printed
-    after the command's name, without a traceback, and the status is 1. Any other exception is a defect of this package
-    and keeps its traceback.
+    A flag that cannot be parsed, `InputError`, `OSError`, the errors of buckets and too little memory are bad input:
+    the message is printed after the command's name, without a traceback, and the status is 1. Any other exception is
+    a defect of this package and keeps its traceback.
     """
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(_without_traceback)
@@ -61,6 +61,8 @@ def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
                 raise
             reason = " ".join(str(error).split())[:200]
             sys.exit(f"{_name()}: memory: expected enough for the given sizes, found {reason}; lower them")
+        except storage_errors() as error:
+            sys.exit(f"{_name()}: bucket: expected access, found {type(error).__name__}: {_text(error)}")
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -121,13 +123,13 @@ def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     Unknown keys and texts of the wrong type are kept, so that `freeze` reports them with all other errors.
 
     Args:
-      path: a Python file; "file:text" calls `get_config(text)`.
+      path: a Python file, also in a bucket; "file:text" calls `get_config(text)`.
       overrides: (dotted key, text) pairs; if a key is repeated, the last one counts.
 
     Raises:
       InputError: the file is missing or fails.
     """
-    config = _call_get_config(*path.split(":", 1)).unlock()
+    config = _call_get_config(*re.split(":(?!//)", path, maxsplit=1)).unlock()
     with config.ignore_type():
         for name, text in overrides:
             set_key(config, name, KEYS[name].parse(text) if name in KEYS else text)
@@ -146,9 +148,9 @@ def set_key(config: ConfigDict, name: str, value: object) -> None:
 
 
 def _call_get_config(file: str, *argument: str) -> ConfigDict:
-    if not pathlib.Path(file).is_file():
+    if not file or not as_path(file).is_file():
         raise InputError(f"--config: expected a Python file with get_config(), found no file {file!r}")
-    loader = importlib.machinery.SourceFileLoader("melt_jax_recipe", file)
+    loader = _RecipeLoader("melt_jax_recipe", file)
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -168,13 +170,23 @@ def _without_traceback(record: Any) -> bool:
     return True
 
 
+class _RecipeLoader(importlib.machinery.SourceFileLoader):
+    """Reads the recipe, and no compiled form of it, from a disk or a bucket."""
+
+    def path_stats(self, path: str) -> Any:
+        raise OSError
+
+    def get_data(self, path: str) -> bytes:
+        return as_path(path).read_bytes()
+
+
 def _place(error: Exception, file: str) -> str:
     """File and line of an error in a recipe: the innermost line in the recipe's folder."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
-    folder = pathlib.Path(file).resolve().parent
+    folder = absolute(file).parent
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if pathlib.Path(frame.filename).resolve().parent == folder]
+    own = [frame for frame in frames if absolute(frame.filename).parent == folder]
     return f"{own[-1].filename}, line {own[-1].lineno}" if own else file
 
 

@@ -37,7 +37,8 @@ from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops, w
 from melt_jax.analysis.hlo import analyse, innermost
 from melt_jax.analysis.report import SCOPES, Memory, Report, StoredWeights
 from melt_jax.analysis.topology import OFFLINE, describe_devices
-from melt_jax.checkpoints.orbax import open_folder
+from melt_jax.checkpoints import hub
+from melt_jax.checkpoints.published_config import read_config
 from melt_jax.config import InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data.batch import Batch
 from melt_jax.inference import scoring
@@ -289,8 +290,21 @@ def _placed(model, mesh):
 
 
 def looplm_config(config: TrainConfig) -> ModelConfig:
-    """The LoopLM's `ModelConfig`: of the teacher's folder if it exists, else `config.model`."""
-    return open_folder(config.teacher).config if pathlib.Path(config.teacher).is_dir() else config.model
+    """The LoopLM's `ModelConfig`: the teacher's, if it is a folder or a model of the hub, else `config.model`.
+
+    Raises:
+      InputError: the teacher starts with hf:// and cannot be read.
+    """
+    if not config.teacher:
+        return config.model
+    try:
+        folder = hub.local_folder(config.teacher, hub.CONFIG)
+    except InputError as error:
+        if config.teacher.startswith(hub.PREFIX):
+            raise
+        print(f"{error}; compiling the model of the config", file=sys.stderr)
+        return config.model
+    return read_config(folder) if folder.is_dir() else config.model
 
 
 def define_flags() -> None:

@@ -230,8 +230,12 @@ class TrainConfig:
 
     seed: Annotated[Seed, "of new weights and data; step n's batch is a function of (seed, n)"]
     phases: Annotated[WORDS, OneOf(PHASES), "run in this order, or pretraining alone"]
-    teacher: Annotated[str, "folder of the LoopLM, in published or Orbax form; the student starts from it too"]
-    tokenizer: Annotated[str, "folder of the tokenizer files to save with the weights; empty: the teacher's folder"]
+    teacher: Annotated[
+        str, "the LoopLM: a folder in either form, or a model of the hub; the student starts from it too"
+    ]
+    tokenizer: Annotated[
+        str, "whose files to save with the weights, a folder or a model of the hub; empty: the teacher's"
+    ]
     model: ModelConfig
     student: StudentConfig
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]
@@ -274,7 +278,7 @@ def _phases_are_in_order(values):
 
 def _teacher_is_given(values):
     if values["phases"] != ("pretraining",) and not values["teacher"]:
-        yield "teacher: expected the folder of a LoopLM checkpoint, found ''"
+        yield "teacher: expected the folder of a LoopLM checkpoint, or a model of the hub, found ''"
 
 
 def _pretraining_makes_a_looplm(values):

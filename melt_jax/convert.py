@@ -4,17 +4,21 @@
     python -m melt_jax.convert --input=Ouro-1.4B-Thinking --output=checkpoints/melt --to=orbax --gate=elementwise
     python -m melt_jax.convert --input=checkpoints/melt --output=melt-published --to=published
     python -m melt_jax.convert --input=checkpoints/melt --output=ouro-again --to=published --gate=none
+    python -m melt_jax.convert --input=ByteDance/Ouro-1.4B-Thinking --output=checkpoints/ouro --to=orbax
+    python -m melt_jax.convert --input=runs/melt/alignment/model --output=MELT --to=published --push=org/MELT
 
 A published folder holds config.json, one or several safetensors files and tokenizer files. The Orbax form has the same
 config.json and tokenizer files, and stores the weights under `params/`. --gate=elementwise or scalar turns a LoopLM
 into a MELT with new gates (normal with standard deviation 0.02, biases zero, drawn from --seed); --gate=none removes
-a MELT's gates. The output folder appears when it is complete.
+a MELT's gates. The output folder appears when it is complete. --input may name a model of the Hugging Face Hub
+(`melt_jax.checkpoints.hub`). --push uploads the output to the hub, with a model card; to upload a folder that exists,
+add --keep_existing.
 
 In a run of several processes, process 0 converts, and the others wait and fail if it fails.
 """
 
 import dataclasses
-import pathlib
+import os
 import sys
 import time
 from typing import Literal
@@ -24,12 +28,24 @@ import jax.numpy as jnp
 from absl import flags
 
 from melt_jax import command_line
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.folder import KINDS, chosen_dtype, not_finite_errors, override
+from melt_jax.checkpoints.model_card import LICENSE, model_card
 from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import write_weights
 from melt_jax.checkpoints.published_config import add_model_code, published_config, raise_errors, write_config
 from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
-from melt_jax.files import atomic_folder, copy_companions, folder_bytes
+from melt_jax.files import (
+    PathLike,
+    absolute,
+    as_path,
+    atomic_folder,
+    copy_companions,
+    folder_bytes,
+    is_complete,
+    read_on_disk,
+    write_text,
+)
 from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
 from melt_jax.training.processes import initialize_distributed, run_on_process_0
 
@@ -54,9 +70,26 @@ class Changes:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Upload:
+    """An upload of the output to the hub.
+
+    Attributes:
+      name: of the repository, "org/name"; it is created if it is missing.
+      base_model: name of the LoopLM on the hub, for the model card; None: the run's teacher, if that is on the hub.
+      license: of the weights, as the hub spells it.
+      private: a new repository is private.
+    """
+
+    name: str
+    base_model: str | None = None
+    license: str = LICENSE
+    private: bool = False
+
+
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("input", None, "Model folder to read, in either form.", required=True)
+    flags.DEFINE_string("input", None, "Model to read: a folder in either form, or a model of the hub.", required=True)
     flags.DEFINE_string("output", None, "Folder to write.", required=True)
     flags.DEFINE_enum("to", None, FORMS, "Form of the output.", required=True)
     flags.DEFINE_enum("gate", None, GATES, "Gate of the output's model. Default: the input's.")
@@ -64,9 +97,14 @@ def define_flags() -> None:
         "first_loop", None, CHOICES["first_loop"], "First loop of the output's model. Default: the input's."
     )
     flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights. Default: the input's.")
+    flags.DEFINE_string("dtype_of", None, "Instead of --dtype: a model folder whose dtype the weights get.")
     flags.DEFINE_integer("seed", 0, "Seed of new gates.")
     flags.DEFINE_bool("overwrite", False, "Replace the output if it is a folder of that form written by melt_jax.")
-    flags.DEFINE_bool("keep_existing", False, "Do nothing if the output exists.")
+    flags.DEFINE_bool("keep_existing", False, "Convert nothing if the output exists.")
+    flags.DEFINE_string("push", None, "Upload the output to this repository of the hub, org/name.")
+    flags.DEFINE_string("base_model", None, "Model card: the LoopLM on the hub. Default: the run's teacher.")
+    flags.DEFINE_string("license", LICENSE, "Model card: license of the weights, as the hub spells it.")
+    flags.DEFINE_bool("private", False, "With --push: a new repository is private.")
 
 
 def main(argv: list[str]) -> None:
@@ -76,46 +114,63 @@ def main(argv: list[str]) -> None:
         raise InputError("--overwrite, --keep_existing: expected one of them, found both")
     if not 0 <= values.seed < 2**32:
         raise InputError(f"--seed: expected at least 0 and below 2**32, found {values.seed}")
+    if values.dtype and values.dtype_of:
+        raise InputError("--dtype, --dtype_of: expected one of them, found both")
     existing = "overwrite" if values.overwrite else "keep" if values.keep_existing else "refuse"
-    changes = Changes(values.gate, values.first_loop, values.dtype, values.seed)
+    upload = Upload(values.push, values.base_model, values.license, values.private) if values.push else None
     initialize_distributed()
-    convert(values.input, values.output, values.to, changes, existing)
+    dtype = values.dtype
+    if values.dtype_of:
+        dtype = open_folder(as_path(values.dtype_of, "--dtype_of")).dtype
+    changes = Changes(values.gate, values.first_loop, dtype, values.seed)
+    convert(values.input, values.output, values.to, changes, existing, upload)
 
 
 def convert(
-    source: str | pathlib.Path,
-    output: str | pathlib.Path,
+    source: PathLike,
+    output: PathLike,
     form: Literal["orbax", "published"],
     changes: Changes = Changes(),
     existing: Literal["refuse", "overwrite", "keep"] = "refuse",
+    upload: Upload | None = None,
 ) -> None:
     """Converts a model folder and prints a summary. Every process of a run must call it; process 0 does the work.
 
     Args:
-      source: model folder to read, in either form.
+      source: model to read: a folder in either form, or a model of the hub.
       output: folder to write.
       form: of the output, "orbax" or "published".
       changes: to the model.
       existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form.
+      upload: of the output, which must be in published form.
 
     Raises:
       InputError: the input is not a model folder, the changes contradict it, the output would replace the input or a
-        folder that melt_jax did not write in that form, or the kept output is not a model folder of that form. In other
-        processes: process 0 failed.
+        folder that melt_jax did not write in that form, the kept output is not a model folder of that form, or the hub
+        cannot be reached or refuses. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
-    run_on_process_0(_convert, pathlib.Path(source), pathlib.Path(output), form, changes, existing)
+    output = as_path(output, "--output")
+    run_on_process_0(_convert_and_upload, os.fspath(source), output, form, changes, existing, upload)
 
 
-def _convert(source, output, form, changes, existing):
-    start = time.perf_counter()
+def _convert_and_upload(name, output, form, changes, existing, upload):
     if form not in FORMS:
         raise InputError(f"form: expected one of {', '.join(FORMS)}, found {form!r}")
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise InputError(f"{output}: expected an output that neither is nor contains the input, found input {source}")
-    if existing == "keep" and output.exists():
+    if upload is not None and form != "published":
+        raise InputError(f"--push: expected --to=published, found {form}; the hub gets published folders")
+    if existing == "keep" and is_complete(output):
         _check_kept(output, form)
-        return
+    else:
+        _convert(name, hub.local_folder(name, argument="--input"), output, form, changes, existing)
+    if upload is not None:
+        _upload(name, output, upload)
+
+
+def _convert(name, source, output, form, changes, existing):
+    start = time.perf_counter()
+    if absolute(output) in (absolute(source), *absolute(source).parents):
+        raise InputError(f"{output}: expected an output that neither is nor contains the input, found input {source}")
 
     # Read the input's metadata and decide on the output's.
     folder = open_folder(source)
@@ -126,7 +181,7 @@ def _convert(source, output, form, changes, existing):
     elif changes.first_loop is not None:
         raise InputError(f"first_loop: expected none for a LoopLM, found {changes.first_loop!r}; omit it")
     folder.check_digests()
-    print(f"{source}: {folder.form}, gate {folder.config.gate}, {folder.dtype or 'several dtypes'}")
+    print(f"{name}: {folder.form}, gate {folder.config.gate}, {folder.dtype or 'several dtypes'}")
 
     # Write it completely or not at all.
     abstract = abstract_model(config, dtype)
@@ -162,6 +217,19 @@ def _stream_weights(folder, gates, abstract, dtype):
         done += leaf.size
         if sys.stdout.isatty():
             print(f"\r{done / total:4.0%} {path:40s}", end="\n" if done == total else "", flush=True)
+
+
+def _upload(source, output, upload):
+    """Uploads a published folder with a model card. A README.md that the folder has is the card."""
+    card = output / "README.md"
+    if not card.exists():
+        write_text(card, model_card(output, upload.name, source, upload.base_model, upload.license))
+    try:
+        with read_on_disk(output, ("*",)) as on_disk:
+            commit = hub.upload(on_disk, upload.name, upload.private)
+    except InputError as error:
+        raise InputError(f"{error}. {output} is complete: to upload it, add --keep_existing") from error
+    print(f"uploaded {output} as {upload.name}: {commit}")
 
 
 def _check_kept(output, form):

@@ -10,11 +10,16 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from etils import epath
 
 from melt_jax.config import InputError
 
+Path = pathlib.Path | epath.Path
+
 DIGESTS = "digests.json"
+UNRECORDED = (DIGESTS, ".incomplete")  # the second marks a folder in a bucket until it is complete
 FORMAT = "melt_jax digests 1"
 SKIP = "MELT_SKIP_DIGESTS"  # environment variable, inherited by child processes; set by --nocheck_digests
 BLOCK = 2**22  # bytes read at a time
@@ -23,28 +28,32 @@ THREADS = 8
 _compared: dict[str, tuple] = {}  # {folder: sizes and times of the files that matched}
 
 
-def write_digests(folder: str | pathlib.Path, kind: str) -> None:
+def write_digests(folder: Path, kind: str, sizes: Mapping[str, int]) -> None:
     """Writes the record of a folder whose files are complete.
 
     Args:
-      folder: the folder.
+      folder: the folder. In a bucket only sizes are recorded: it compares checksums of its own.
       kind: what it is, such as "prepared data".
+      sizes: {name: bytes} of its files.
     """
-    folder = pathlib.Path(folder)
-    names = sorted(_files(folder) - {DIGESTS})
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        digests = dict(zip(names, pool.map(lambda name: _digest(folder / name), names)))
+    names = sorted(set(sizes) - set(UNRECORDED))
+    if isinstance(folder, pathlib.Path):
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            digests = dict(zip(names, pool.map(lambda name: _digest(folder / name), names)))
+    else:
+        digests = {name: (sizes[name], "") for name in names}
     record = {"format": FORMAT, "kind": kind, "files": digests}
     (folder / DIGESTS).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def digest_errors(folder: str | pathlib.Path) -> list[str]:
-    """Files of a folder that differ from its record: one message each. A folder without a record has no errors.
+def digest_errors(folder: Path) -> list[str]:
+    """Files of a folder that differ from its record: one message each.
+
+    A folder without a record has no errors, and neither has one in a bucket, which compares checksums of its own.
 
     A folder that matched is not read again in this process unless the size or time of a file has changed.
     """
-    folder = pathlib.Path(folder)
-    if os.environ.get(SKIP) or not (folder / DIGESTS).exists():
+    if os.environ.get(SKIP) or not isinstance(folder, pathlib.Path) or not (folder / DIGESTS).exists():
         return []
     try:
         files = _read(folder)["files"]
@@ -74,7 +83,7 @@ def digest_errors(folder: str | pathlib.Path) -> list[str]:
     return errors
 
 
-def check_digests(folder: str | pathlib.Path) -> None:
+def check_digests(folder: Path) -> None:
     """Compares a folder's files with its record, if it has one.
 
     Raises:
@@ -88,26 +97,24 @@ def check_digests(folder: str | pathlib.Path) -> None:
         )
 
 
-def check_replaceable(folder: str | pathlib.Path, kind: str, inputs: Iterable[str | pathlib.Path] = ()) -> None:
+def check_replaceable(folder: Path, kind: str, sizes: Mapping[str, int], inputs: Iterable[Path] = ()) -> None:
     """Checks that an existing folder may be replaced: melt_jax wrote it, it is of that kind, and it is no input.
 
     Args:
       folder: the output that exists.
       kind: of the new folder.
-      inputs: files and folders from which the new folder is made.
+      sizes: {name: bytes} of the files of the one that exists.
+      inputs: absolute paths of files and folders from which the new folder is made.
 
     Raises:
       InputError: the folder has no record, another kind or further files, or contains an input or is inside one.
     """
-    folder = pathlib.Path(folder)
     hint = "use another output, or remove it yourself"
     for source in inputs:
-        read, written = pathlib.Path(source).resolve(), folder.resolve()
-        if written == read or written in read.parents or read in written.parents:
+        if folder == source or folder in source.parents or source in folder.parents:
             raise InputError(f"{folder}: expected an output apart from the inputs, found input {source}; {hint}")
-    if folder.is_symlink() or not folder.is_dir():
-        found = "a symbolic link" if folder.is_symlink() else "a file"
-        raise InputError(f"{folder}: expected a folder to overwrite, found {found}; {hint}")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder to overwrite, found a file; {hint}")
     if not (folder / DIGESTS).is_file():
         raise InputError(
             f"{folder}: expected a folder written by melt_jax to overwrite, found one without {DIGESTS}; {hint}"
@@ -115,16 +122,12 @@ def check_replaceable(folder: str | pathlib.Path, kind: str, inputs: Iterable[st
     record = _read(folder)
     if record["kind"] != kind:
         raise InputError(f"{folder}: expected {kind} to overwrite, found {record['kind']}; {hint}")
-    if further := sorted(_files(folder) - set(record["files"]) - {DIGESTS}):
+    if further := sorted(set(sizes) - set(record["files"]) - set(UNRECORDED)):
         names = ", ".join(further[:3]) + (", …" if len(further) > 3 else "")
         raise InputError(f"{folder}: expected only files that melt_jax wrote, found also {names}; {hint}")
 
 
-def _files(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-
-
-def _read(folder: pathlib.Path) -> dict:
+def _read(folder: Path) -> dict:
     """The checked record of a folder."""
     path = folder / DIGESTS
     try:

@@ -10,7 +10,6 @@ the first --decoding_tokens of each. The difference between the two on the same 
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from melt_jax import command_line
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import default_chunk, open_model
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.arithmetic import NAMES, VOCABULARY, Problem
@@ -27,6 +27,7 @@ from melt_jax.data.arithmetic_tokenizer import tokenizer_errors
 from melt_jax.data.batch import Batch
 from melt_jax.data.records import open_records, read_manifest, record_errors
 from melt_jax.data.token_files import open_tokens, token_errors
+from melt_jax.files import as_path
 from melt_jax.inference import scoring
 from melt_jax.inference.answers import Answers, BeforePiece, exact_answers, fresh_problems, problem_batch, silent
 from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
@@ -44,8 +45,8 @@ class Settings:
     """Settings of an evaluation. None: the checkpoint's value, or the default stated here.
 
     Attributes:
-      checkpoint: folder of the model.
-      teacher: folder of the teacher; None: no KL is measured.
+      checkpoint: folder of the model, or a model of the hub.
+      teacher: folder of the teacher, or a model of the hub; None: no KL is measured.
       task: "arithmetic", fresh problems; "tokens", the sequences in `data`.
       data: a token file (.npy or .npz), or a folder written by `melt_jax.prepare`.
       length: tokens per sequence, for a file that is one stream.
@@ -98,8 +99,8 @@ def define_flags() -> None:
     """Defines the command's flags: those of the model, and one for each other field of `Settings`, with its default."""
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
     integer = lambda name, text: flags.DEFINE_integer(name, defaults[name], text)
-    flags.DEFINE_string("checkpoint", None, "Model folder, in published or Orbax form.", required=True)
-    flags.DEFINE_string("teacher", None, "Model folder of the teacher; without one, no KL is measured.")
+    flags.DEFINE_string("checkpoint", None, "Model folder in either form, or a model of the hub.", required=True)
+    flags.DEFINE_string("teacher", None, "The teacher, like --checkpoint; without one, no KL is measured.")
     flags.DEFINE_enum("task", defaults["task"], TASKS, "Fresh arithmetic problems, or the sequences in --data.")
     flags.DEFINE_string("data", None, "For --task=tokens: a token file, or a folder written by melt_jax.prepare.")
     integer("length", "Tokens per sequence, for a file that is one stream.")
@@ -143,6 +144,11 @@ def evaluate_checkpoint(
     """
     if errors := settings_errors(settings):
         raise InputError("\n".join(errors))
+    settings = dataclasses.replace(
+        settings,
+        checkpoint=str(hub.local_folder(settings.checkpoint)),
+        teacher=settings.teacher and str(hub.local_folder(settings.teacher)),
+    )
     model = open_for_inference(settings.checkpoint, settings.changes)
     models = {loops: reconfigure(model, loops=loops) for loops in settings.loops or (model.config.loops,)}
     teacher = open_model(settings.teacher, dtype=settings.changes.dtype) if settings.teacher else None
@@ -191,7 +197,7 @@ def settings_errors(settings: Settings) -> list[str]:
         errors.append("--data: expected a token file or a folder for --task=tokens, found none")
     elif settings.task != "tokens" and settings.data is not None:
         errors.append(f"--data: expected none for --task={settings.task}, found {settings.data}; set --task=tokens")
-    elif settings.length is not None and settings.data is not None and pathlib.Path(settings.data).is_dir():
+    elif settings.length is not None and settings.data is not None and as_path(settings.data).is_dir():
         errors.append(
             f"--length: expected none, found {settings.length}; the manifest of {settings.data} states the length"
         )
@@ -219,7 +225,7 @@ def read_batch(settings: Settings, config: ModelConfig) -> Batch:
       InputError: the data cannot be read, or its token ids or length exceed the model's.
     """
     assert settings.data is not None, "checked by settings_errors"
-    if pathlib.Path(settings.data).is_dir():
+    if as_path(settings.data).is_dir():
         length = read_manifest(settings.data)["length"]
         sequences = open_records(settings.data)
         errors = record_errors(settings.data, length, config.vocab, settings.checkpoint)

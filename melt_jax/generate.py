@@ -8,7 +8,6 @@ report tokens, tokens per second without compilation, and the size of the KV cac
 """
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +15,12 @@ from typing import Any
 from absl import flags
 
 from melt_jax import command_line
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import default_chunk
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.data.text import Tokenizer
-from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, generate
+from melt_jax.files import as_path
+from melt_jax.inference.generation import GREEDY, Generation, GenerationOptions, Sampling, for_decoding, generate
 from melt_jax.inference.loading import UNCHANGED, ModelChanges, define_model_flags, open_for_inference, read_model_flags
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer
@@ -67,7 +68,7 @@ class Texts:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("checkpoint", None, "Model folder, in published or Orbax form.", required=True)
+    flags.DEFINE_string("checkpoint", None, "Model folder in either form, or a model of the hub.", required=True)
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A file with one prompt per line, added to those of --prompt.")
     flags.DEFINE_boolean("chat", True, "Put prompts into the checkpoint's chat template; --nochat: as they are.")
@@ -117,14 +118,14 @@ def main(argv: list[str]) -> None:
     print(texts.summary)
 
 
-def read_prompts(path: str | pathlib.Path) -> list[str]:
+def read_prompts(path: str) -> list[str]:
     """The lines of a file of prompts that are not blank.
 
     Raises:
       InputError: the file is not text in UTF-8.
     """
     try:
-        return [line for line in pathlib.Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
+        return [line for line in as_path(path).read_bytes().decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts_file: expected text in UTF-8 in {path}, found {error}") from error
 
@@ -142,13 +143,13 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
     """
     if on_text and len(settings.prompts) != 1:
         raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
-    model = open_for_inference(settings.checkpoint, settings.changes)
-    tokenizer = Tokenizer(settings.checkpoint)
+    folder = hub.local_folder(settings.checkpoint)
+    model, tokenizer = for_decoding(open_for_inference(folder, settings.changes)), Tokenizer(folder)
     prompts = [encode_prompt(tokenizer, text, settings) for text in settings.prompts]
     new_tokens, chunk = settings.max_new_tokens, settings.prefill_chunk
     options = GenerationOptions(
         most_new_tokens(model.config, prompts) if new_tokens is None else new_tokens,
-        default_chunk(settings.checkpoint, model.config) if chunk is None else chunk,
+        default_chunk(folder, model.config) if chunk is None else chunk,
         settings.sampling,
         tuple(tokenizer.stop_ids),
         block=1 if on_text else 32,

@@ -13,7 +13,6 @@ runs the evaluation, on one device or on a mesh of its devices.
 import dataclasses
 import json
 import os
-import pathlib
 import types
 import typing
 from typing import Any
@@ -22,6 +21,7 @@ from absl import flags
 
 from melt_jax import command_line
 from melt_jax.config import CHOICES, GATES, InputError, MeshConfig
+from melt_jax.files import as_path, folder_on_disk, in_bucket
 from melt_jax.inference.loading import ModelChanges
 
 FLAGS = flags.FLAGS
@@ -84,6 +84,11 @@ def evaluate() -> dict[str, Any]:
 
     from melt_jax.inference.harness import HarnessModel, HarnessSettings
 
+    for name in ("include_path", "use_cache"):
+        if FLAGS[name].value and in_bucket(as_path(FLAGS[name].value)):
+            raise InputError(
+                f"--{name}: expected a folder on a disk, which the harness needs, found {FLAGS[name].value}"
+            )
     settings = read_settings(simple_parse_args_string(FLAGS.model_args), HarnessSettings)
     gen_kwargs, samples = _read_gen_kwargs(simple_parse_args_string), _read_json("samples")
     tasks = _open_tasks()  # before the model, whose loading takes longer
@@ -206,12 +211,14 @@ def _set_repeats(name: str, task: Any) -> None:
 
 def _save(tracker: Any, results: dict[str, Any]) -> None:
     """Writes the harness's result files; it only logs an error, which this raises as an OSError."""
-    samples = results.pop("samples", None)
-    tracker.save_results_aggregated(results=results, samples=samples)
-    folder = pathlib.Path(FLAGS.output_path, str(tracker.general_config_tracker.model_name_sanitized))
-    for task, rows in (samples or {}).items():
-        tracker.save_results_samples(task_name=task, samples=rows)
-    written = [path.name for path in folder.glob(f"*{getattr(tracker, 'date_id', 'none')}*")]
+    samples, model = results.pop("samples", None), str(tracker.general_config_tracker.model_name_sanitized)
+    folder = as_path(FLAGS.output_path) / model
+    with folder_on_disk(as_path(FLAGS.output_path)) as output:
+        tracker.output_path = str(output)
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task, rows in (samples or {}).items():
+            tracker.save_results_samples(task_name=task, samples=rows)
+        written = [path.name for path in (output / model).glob(f"*{getattr(tracker, 'date_id', 'none')}*")]
     if len(written) != 1 + len(samples or {}):
         raise OSError(
             f"{folder}: expected {1 + len(samples or {})} files of results, found {', '.join(written) or 'none'}"

@@ -8,7 +8,6 @@ The figures are for one sequence and 2 bytes per number. They are computed from 
 sequence may be longer than the model's positions. The activations of a step are left out.
 """
 
-import pathlib
 from collections.abc import Callable, Sequence
 
 from absl import flags
@@ -18,6 +17,7 @@ from rich.table import Table
 from melt_jax import command_line
 from melt_jax.analysis import figures
 from melt_jax.analysis.memory import PAPER, PAPER_LENGTH, Model, looplm_and_melts, published_models
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.published_config import read_config
 from melt_jax.config import InputError
 from melt_jax.inference.results import render
@@ -32,7 +32,7 @@ def models_of(checkpoint: str | None, windows: Sequence[int]) -> list[Model]:
     """The models of the tables: Ouro, its MELTs and Qwen3; or a folder's model as a LoopLM and as a MELT.
 
     Args:
-      checkpoint: a model folder, in published or Orbax form, or None.
+      checkpoint: a model folder, in published or Orbax form, a model of the hub, or None.
       windows: W of the MELTs with a window. That of a folder's MELT is added.
 
     Raises:
@@ -40,7 +40,7 @@ def models_of(checkpoint: str | None, windows: Sequence[int]) -> list[Model]:
     """
     if checkpoint is None:
         return published_models(sorted(windows))
-    config = read_config(checkpoint)
+    config = read_config(hub.local_folder(checkpoint, hub.CONFIG))
     gate = "elementwise" if config.gate == "none" else config.gate
     return looplm_and_melts(config, ("LoopLM", "MELT"), sorted({*windows, config.window} - {0}), gate)
 
@@ -145,7 +145,9 @@ def define_flags() -> None:
     flags.DEFINE_list("loops", text(LOOPS), "Numbers of loops of the second table and the figure.")
     flags.DEFINE_list("lengths", text(LENGTHS), "Tokens of the third table and the figure.")
     flags.DEFINE_list("windows", text(WINDOWS), "Windows W of the MELTs, in tokens.")
-    flags.DEFINE_string("checkpoint", None, "Model folder to show instead of Ouro, its MELTs and Qwen3.")
+    flags.DEFINE_string(
+        "checkpoint", None, "Model folder, or model of the hub, to show instead of Ouro, its MELTs and Qwen3."
+    )
     flags.DEFINE_string("output", None, f"File of the figure: a name that ends in {', '.join(figures.FORMATS)}.")
 
 
@@ -160,7 +162,7 @@ def main(argv: list[str]) -> None:
     models = models_of(FLAGS.checkpoint, windows)
     print(tables(models, FLAGS.length, loops, lengths))
     if FLAGS.output:
-        figures.save(draw(models, FLAGS.length, loops, lengths), pathlib.Path(FLAGS.output))
+        figures.save(draw(models, FLAGS.length, loops, lengths), FLAGS.output)
         print(f"\nwrote {FLAGS.output}")
 
 

@@ -13,7 +13,6 @@ each, with the last loop alone; the command also prints the config keys in which
 
 import collections
 import dataclasses
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from melt_jax import command_line
 from melt_jax.analysis import figures
 from melt_jax.config import InputError
-from melt_jax.files import parse_json, read_json
+from melt_jax.files import Path, PathLike, absolute, as_path, parse_json, read_json
 
 GRAY = "0.55"
 GROUP_COLORS = {"backbone": "0.25", "gate": "tab:red", "alpha": GRAY}
@@ -76,13 +75,13 @@ class Run:
     curves: dict[str, dict[str, tuple[list[int], list[float]]]]
 
 
-def read_run(workdir: str | pathlib.Path) -> Run:
+def read_run(workdir: PathLike) -> Run:
     """Reads the config and the logs in a run's workdir.
 
     Raises:
       InputError: the folder holds no run, or nothing has been logged yet.
     """
-    workdir, config = pathlib.Path(workdir), read_config(workdir)
+    workdir, config = as_path(workdir, "--workdir"), read_config(workdir)
     phases, curves, start = {}, {}, 0
     for name in config["phases"]:
         phases[name] = (start, start + config[name]["steps"])
@@ -98,9 +97,9 @@ def read_run(workdir: str | pathlib.Path) -> Run:
     return Run(phases, curves)
 
 
-def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+def read_config(workdir: PathLike) -> dict[str, Any]:
     """The config of the run in a workdir; raises InputError if the folder holds no run."""
-    file = pathlib.Path(workdir) / "config.json"
+    file = as_path(workdir, "--workdir") / "config.json"
     if not file.is_file():
         raise InputError(f"{workdir}: expected the workdir of a run of melt_jax.train, found no config.json")
     config = read_json(file)
@@ -112,7 +111,7 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def read_log(path: pathlib.Path) -> list[dict[str, float]]:
+def read_log(path: Path) -> list[dict[str, float]]:
     """The records of a `metrics.jsonl`, without an incomplete last line; none if there is no such file."""
     if not path.exists():
         return []
@@ -227,7 +226,7 @@ def run_labels(workdirs: Sequence[str]) -> dict[str, str]:
     Raises:
       InputError: a workdir is given twice.
     """
-    parts = [pathlib.Path(workdir).absolute().parts for workdir in workdirs]
+    parts = [absolute(workdir).parts for workdir in workdirs]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-count:]) for part in parts]
         if len(set(labels)) == len(labels):
@@ -287,7 +286,7 @@ def natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def read_gates(workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
+def read_gates(workdir: PathLike) -> dict[str, np.ndarray]:
     """{phase, with its last logged step: gate openness [T, L]} of the run in a workdir.
 
     Raises:
@@ -295,7 +294,7 @@ def read_gates(workdir: str | pathlib.Path) -> dict[str, np.ndarray]:
     """
     gates = {}
     for name in read_config(workdir)["phases"]:
-        for record in read_log(pathlib.Path(workdir) / name / "metrics.jsonl")[-1:]:
+        for record in read_log(as_path(workdir) / name / "metrics.jsonl")[-1:]:
             values = {
                 (int(match[1]), int(match[2])): value
                 for key, value in record.items()
@@ -328,7 +327,7 @@ def draw_gates(gates: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path, gates: bool = False) -> None:
+def plot_run(workdir: PathLike, output: PathLike, gates: bool = False) -> None:
     """Draws the curves of a run, or with `gates` the openness of its gates, into a file.
 
     Args:
@@ -343,7 +342,7 @@ def plot_run(workdir: str | pathlib.Path, output: str | pathlib.Path, gates: boo
     figures.save(draw_gates(read_gates(workdir)) if gates else draw(read_run(workdir)), output)
 
 
-def plot_comparison(workdirs: Sequence[str], output: str | pathlib.Path) -> list[str]:
+def plot_comparison(workdirs: Sequence[str], output: PathLike) -> list[str]:
     """Draws several runs into a file; returns the lines of `config_differences`.
 
     Raises:

@@ -25,9 +25,7 @@ result:
 import collections
 import contextlib
 import dataclasses
-import glob
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,12 +35,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melt_jax import __version__, command_line
+from melt_jax.checkpoints import hub
 from melt_jax.config import InputError
 from melt_jax.data.documents import SCORES, Document, Form, InputRows, Malformed, documents
 from melt_jax.data.packing import Packer, split
 from melt_jax.data.records import Layout, ShardWriter, verify_shards, write_manifest
 from melt_jax.data.text import Tokenizer
-from melt_jax.files import atomic_folder
+from melt_jax.files import PathLike, atomic_folder, find_files
 
 MALFORMED_SHOWN = 10  # malformed rows that are printed one by one
 KIND = "prepared data"  # in the record of the output folder
@@ -66,8 +65,14 @@ class Settings:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("tokenizer", None, "Model folder that has the tokenizer and the chat template.")
-    flags.DEFINE_multi_string("input", [], "Input files, .jsonl or .parquet: patterns, joined by | or repeated.")
+    flags.DEFINE_string(
+        "tokenizer", None, "Model folder, or model of the hub, that has the tokenizer and the chat template."
+    )
+    flags.DEFINE_multi_string(
+        "input",
+        [],
+        "Input files, .jsonl or .parquet: patterns, joined by | or repeated; hf://datasets/org/name/path: of the hub.",
+    )
     flags.DEFINE_string("output", None, "Folder to write.")
     flags.DEFINE_string("verify", None, "Folder of prepared data to verify; nothing is written.")
     flags.DEFINE_integer("length", 10_000, "Tokens per sequence.")
@@ -111,9 +116,9 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(
-    tokenizer: str | pathlib.Path,
-    paths: Sequence[str | pathlib.Path],
-    output: str | pathlib.Path,
+    tokenizer: PathLike,
+    paths: Sequence[PathLike],
+    output: PathLike,
     form: Form,
     settings: Settings,
     overwrite: bool = False,
@@ -121,7 +126,7 @@ def prepare(
     """Writes prepared data; returns its manifest.
 
     Args:
-      tokenizer: model folder.
+      tokenizer: model folder, or a model of the hub.
       paths: input files, read in this order.
       output: the new folder.
       form: the form of the rows.
@@ -134,12 +139,12 @@ def prepare(
       InputError: the inputs cannot be read, or `output` must not be replaced.
       PrepareError: a malformed row or a long document, unless `settings` allow it, or no documents at all.
     """
-    rows, opened = InputRows(paths, form.columns), Tokenizer(tokenizer)
+    rows, opened = InputRows(paths, form.columns), Tokenizer(hub.local_folder(tokenizer, hub.TOKENIZER))
     if opened.template is None and (form.question or form.messages):
         raise PrepareError(f"{opened.folder}: expected a chat template for conversations, found none")
     layout, counts = Layout.of(settings.length, opened.vocab), collections.Counter()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    inputs = [tokenizer, *paths]
+    inputs = [opened.folder, *paths]
     with atomic_folder(output, KIND, overwrite, inputs) as folder, _progress(console, rows.total) as show:
         writer = ShardWriter(folder, settings.shard_sequences)
         for sequence in sequences(documents(rows, opened, form), settings, counts, console):
@@ -229,11 +234,11 @@ def _manifest(counts: collections.Counter, tokenizer: Tokenizer, rows: InputRows
         # Both are None if no conversation was rendered; `thinking` also if the template does not depend on it.
         "template_sha256": tokenizer.template_sha256 if rendered else None,
         "thinking": thinking if rendered and tokenizer.has_thinking else None,
-        "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in rows.paths],
+        "inputs": [{"file": str(path), "bytes": size} for path, size in zip(rows.paths, rows.sizes)],
     }
 
 
-def summary(output: str | pathlib.Path, manifest: dict) -> str:
+def summary(output: PathLike, manifest: dict) -> str:
     """The contents of a manifest as text, with everything that was dropped or needs attention."""
     counts = manifest["counts"]
     slots = counts["sequences"] * manifest["length"]
@@ -261,7 +266,7 @@ def summary(output: str | pathlib.Path, manifest: dict) -> str:
     return "\n".join([*lines, *(f"{counts[name]:,} {note}" for name, note in notes.items() if counts[name])])
 
 
-def verify(folder: str | pathlib.Path) -> str:
+def verify(folder: PathLike) -> str:
     """Compares all shards of prepared data with the manifest; returns a line that confirms it.
 
     Raises:
@@ -273,16 +278,22 @@ def verify(folder: str | pathlib.Path) -> str:
 
 
 def input_files(patterns: Sequence[str]) -> list[str]:
-    """The files that match patterns, each once, sorted within a pattern.
+    """The files that match patterns, each once, sorted within a pattern. Those of the hub are downloaded.
 
     Raises:
-      InputError: lists the patterns without a match.
+      InputError: a data set of the hub cannot be read; or lists the patterns without a match.
     """
     patterns = [part for pattern in patterns for part in pattern.split("|") if part]
-    matches = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in patterns}
+    matches = {pattern: _matches(pattern) for pattern in patterns}
     if empty := [pattern for pattern, paths in matches.items() if not paths]:
         raise InputError(f"--input: expected files that match {', '.join(empty)}, found none")
     return list(dict.fromkeys(path for paths in matches.values() for path in paths))
+
+
+def _matches(pattern: str) -> list[str]:
+    if pattern.startswith(hub.PREFIX):
+        return hub.local_files(pattern)
+    return [str(file) for file in find_files(pattern)]
 
 
 def flag_errors(values: flags.FlagValues) -> list[str]:

@@ -1,6 +1,7 @@
 """Trains a MELT from a LoopLM in two phases, or a small LoopLM from scratch.
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
+    python -m melt_jax.train --config=configs/nano.py --workdir=gs://BUCKET/nano
 
 Rerun the command to resume a killed run from its last checkpoint; the result is bitwise identical to an uninterrupted
 run. The workdir gets `config.json`, `results.json` (the evaluations), `attempts/` (the seconds and the git commit of
@@ -12,8 +13,6 @@ cases (`melt_jax.training.preemption`).
 """
 
 import dataclasses
-import pathlib
-import shutil
 import sys
 
 import jax
@@ -23,10 +22,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from melt_jax import command_line
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.folder import not_finite
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
+from melt_jax.files import Path, PathLike, as_path, is_complete, remove_folder
 from melt_jax.inference import scoring
 from melt_jax.inference.results import Results
 from melt_jax.model.model import (
@@ -52,7 +53,7 @@ from melt_jax.training.checkpoints import Checkpoints, SaveError
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
-from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed
+from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed, text_from_process_0
 from melt_jax.training.run_config import keep_config
 from melt_jax.training.skipped import NonFiniteError
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
@@ -76,12 +77,12 @@ def main(argv: list[str]) -> None:
     initialize_distributed()
     exit_on_sigterm()
     try:
-        run(config, pathlib.Path(flags.FLAGS.workdir))
+        run(config, as_path(flags.FLAGS.workdir, "--workdir"))
     except SaveError as error:
         command_line.exit_at_once(error)
 
 
-def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransformer:
+def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
     """Trains as configured, from the start or from the last checkpoint in the folder.
 
     Args:
@@ -98,11 +99,13 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
       SaveError: the run's files cannot be written, or files that it needs cannot be read.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
 
     # ---- check everything before anything is allocated
-    config = freeze(config_dict)
+    named = freeze(config_dict)
+    named = dataclasses.replace(named, teacher=text_from_process_0(hub.pinned, named.teacher))
+    config = with_local_folders(named)
     pretraining = config.phases == ("pretraining",)
     looplm = config.model if pretraining else open_folder(config.teacher).config
     student, trained = config.student, looplm
@@ -113,7 +116,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
         mismatch = "teacher, data and devices do not fit the run:\n"
         raise ConfigError(mismatch + "\n".join(f"  - {error}" for error in errors))
     with claim_workdir(config, trained, workdir):
-        keep_config(config, workdir)
+        keep_config(named, workdir)
         for line in plan(config, trained, workdir):
             console.print(line)
 
@@ -132,7 +135,7 @@ def run(config_dict: ConfigDict, workdir: str | pathlib.Path) -> LoopedTransform
 
 
 def _run(
-    config: TrainConfig, looplm: ModelConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh, console: Console
+    config: TrainConfig, looplm: ModelConfig, workdir: Path, mesh: jax.sharding.Mesh, console: Console
 ) -> LoopedTransformer:
     # ---- the teacher
     pretraining = config.phases == ("pretraining",)
@@ -147,7 +150,7 @@ def _run(
             results.measure("single shared KV entry, untrained", untrained, teacher, config)
 
     # ---- phases that an earlier run has ended; their evaluation may be missing
-    ended = [name for name in config.phases if broadcast_from_process_0((workdir / name / "model").exists())]
+    ended = [name for name in config.phases if broadcast_from_process_0(is_complete(workdir / name / "model"))]
     for name in ended:
         _delete_checkpoints(name, config, workdir / name)
         results.measure(f"after {name}", lambda name=name: read_model(workdir / name, mesh), teacher, config)
@@ -182,7 +185,7 @@ def run_phase(
     name: str,
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
-    folder: pathlib.Path,
+    folder: Path,
     params: LoopedTransformer,
     teacher: LoopedTransformer | None,
     console: Console,
@@ -257,6 +260,13 @@ def run_phase(
     return state.params
 
 
+def with_local_folders(config: TrainConfig) -> TrainConfig:
+    """The config with the folders of teacher and tokenizer in place of models of the hub, which are downloaded."""
+    folder = lambda text, files: str(hub.local_folder(text, files)) if text else ""
+    teacher, tokenizer = folder(config.teacher, hub.MODEL), folder(config.tokenizer, hub.TOKENIZER)
+    return dataclasses.replace(config, teacher=teacher, tokenizer=tokenizer)
+
+
 def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array) -> LoopedTransformer:
     """The MELT that training starts from: the LoopLM's weights and new gates."""
     student = config.student
@@ -268,7 +278,7 @@ def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array)
     return jax.tree_util.tree_map_with_path(fill, melt)
 
 
-def read_model(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:
+def read_model(folder: Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:
     """The model of a phase that has ended, float32, split over the mesh."""
     shardings = weight_shardings(abstract_model(open_folder(folder / "model").config), mesh)
     return open_model(folder / "model", dtype="float32", shardings=shardings)
@@ -284,13 +294,13 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
 
 
-def _delete_checkpoints(name: str, config: TrainConfig, folder: pathlib.Path) -> None:
+def _delete_checkpoints(name: str, config: TrainConfig, folder: Path) -> None:
     """Deletes a phase's checkpoints, except the last phase's, once its model is written.
 
     If the process is killed meanwhile, the next start deletes the rest.
     """
     if jax.process_index() == 0 and name != config.phases[-1]:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        remove_folder(folder / "checkpoints")
 
 
 if __name__ == "__main__":

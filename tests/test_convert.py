@@ -28,6 +28,7 @@ from melt_jax.checkpoints.published import load_model, to_hf_tensors
 from melt_jax.config import InputError
 from melt_jax.convert import Changes, convert
 from melt_jax.model.model import abstract_model, module_leaves
+from tests.helpers.devices import several_devices
 from tests.helpers.synthetic import (
     MELT,
     OURO,
@@ -149,7 +150,7 @@ def test_existing_outputs_are_kept_or_overwritten(converted, tmp_path, capsys):
 def test_command_converts_and_reports_errors(converted, tmp_path):
     """Flags reach the conversion; bad input is one line and status 1."""
     flags = [f"--input={converted / 'looplm'}", f"--output={tmp_path / 'new'}", "--to=published"]
-    more = ["--gate=elementwise", "--first_loop=gated", "--seed=3"]
+    more = ["--gate=elementwise", "--first_loop=gated", "--seed=3", f"--dtype_of={converted / 'melt'}"]
     assert run_command(*flags, *more).returncode == 0
     assert weights_digest(tmp_path / "new") == weights_digest(converted / "melt")
     done = run_command(*flags)
@@ -216,9 +217,9 @@ def test_weights_have_the_given_shardings(converted):
 
 
 def test_sharded_models_are_restored_in_place(tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    environment = several_devices(4) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.helpers.shard_round_trip", tmp_path]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "same weights, same shardings" in done.stdout, done.stderr
 
 

@@ -88,11 +88,6 @@ def _more_files(folder):
     (folder / "sub/thesis.tex").write_text("years of work")
 
 
-def _link(folder):
-    folder.rename(folder.with_name("target"))
-    folder.symlink_to("target")
-
-
 def _file(folder):
     folder.rename(folder.with_name("target"))
     folder.write_text("")
@@ -104,7 +99,6 @@ def _file(folder):
         (_foreign, "found one without digests.json"),
         (_other_kind, "a test folder to overwrite, found another kind"),
         (_more_files, "found also sub/thesis.tex"),
-        (_link, "found a symbolic link"),
         (_file, "found a file"),
     ],
 )

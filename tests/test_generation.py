@@ -1,7 +1,9 @@
 """Generation: chunks, batches, stop tokens, loops, exits, compilations and times."""
 
 import dataclasses
+import functools
 import pathlib
+import re
 
 import chex
 import jax
@@ -23,7 +25,7 @@ from melt_jax.inference.generation import (
     request_errors,
 )
 from melt_jax.inference.sampling import Sampling
-from melt_jax.model.model import reconfigure
+from melt_jax.model.model import reconfigure, unstack
 from tests.helpers.tiny import TINY, looplm, make_model, random_tokens, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -276,3 +278,30 @@ def test_every_error_of_a_request_is_listed():
         assert words in errors
     with pytest.raises(InputError, match="prompts: expected at least one, found none"):
         generate(make_model(), [], OPTIONS)
+
+
+@pytest.mark.parametrize("changes", [{"gate": "none"}, {}, {"window": 3, "sweeps": 2}], ids=str)
+def test_unstacked_models_generate_the_same(changes):
+    """A list of layers and of entries computes what the stacked weights and the stacked cache do."""
+    model = reconfigure(make_model(), **changes)
+    assert generate(unstack(model), PROMPTS, OPTIONS).tokens == generate(model, PROMPTS, OPTIONS).tokens
+    (cache, hidden, _), (want, want_hidden, _) = (prefill(m, PROMPTS, NEW, CHUNK) for m in (unstack(model), model))
+    np.testing.assert_allclose(hidden, want_hidden, atol=1e-11)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-11), cache, want.unstack())
+
+
+@pytest.mark.parametrize("gate", ["none", "elementwise"])
+def test_unstacked_models_copy_no_weights(gate):
+    """A decoded token reads weights and entries where they are, but for what a LoopLM's last layer reads in loop T."""
+    model = unstack(make_model(dataclasses.replace(TINY, gate=gate)))
+    inputs = prepare_prefill(model, PROMPTS, 64, CHUNK)
+    state = generation._initial_state(inputs.lengths)
+    request = generation._request(GenerationOptions(64), range(len(PROMPTS)))
+    text = decode_block.lower(model, inputs.cache, state, request, block=4).compile().as_text()
+    body = text[text.index("\n%") : text.index("\nENTRY")]  # what is outside the loop runs once in a block
+    big = {
+        tuple(sorted(x.shape)) for x in jax.tree.leaves((model, inputs.cache._replace(segments=None))) if x.size > 64
+    }
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (copy|transpose|slice|dynamic-slice|concatenate)\(", body)
+    copied = [(shape, kind) for shape, kind in found if tuple(sorted(map(int, shape.split(",")))) in big]
+    assert len(copied) <= (4 if gate == "none" else 0), copied

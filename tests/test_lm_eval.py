@@ -1,7 +1,6 @@
 """The command for lm-evaluation-harness and its model, on local tasks of the embedded LoopLM."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import melt_jax.lm_eval as command  # noqa: E402
 from melt_jax.config import InputError  # noqa: E402
 from melt_jax.inference import harness  # noqa: E402
 from melt_jax.inference.harness import HarnessModel, HarnessSettings  # noqa: E402
+from tests.helpers.devices import several_devices  # noqa: E402
 
 # The harness and its libraries warn of their own deprecated calls.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -84,8 +84,7 @@ def test_mesh_gives_the_same_scores(tmp_path):
     """Four devices: scoring is split over fsdp and tensor, generation over tensor."""
     words = ["--tasks=arithmetic_choice,arithmetic_step", "--include_path=tests/tasks", "--limit=6"]
     words += [f"--model_args=checkpoint={TEACHER},fsdp=2,tensor=2", f"--output_path={tmp_path}"]
-    flag = "--xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flag, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "data")}
+    environment = several_devices(4) | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "data")}
     command = [sys.executable, "-m", "melt_jax.lm_eval", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from melt_jax.checkpoints.orbax import open_model, save_model
-from melt_jax.training.processes import broadcast_from_process_0, broadcast_text_from_process_0
+from melt_jax.training.processes import (
+    broadcast_from_process_0,
+    broadcast_text_from_process_0,
+    text_from_process_0,
+)
+from tests.helpers.devices import several_devices
 from tests.helpers.mesh_steps import gap
 from tests.helpers.process_run import OTHERS, STEPS
 from tests.helpers.start_processes import start_processes
@@ -22,8 +27,7 @@ pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the runs
 def start(folder, name, count, devices, *other):
     """Starts processes that train together and write their results to FOLDER/NAMEi.json."""
     arguments = ["-m", "tests.helpers.process_run", folder / "teacher", folder / name, folder / name, *other]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return start_processes(count, *arguments, stderr=subprocess.STDOUT, **flags)
+    return start_processes(count, *arguments, stderr=subprocess.STDOUT, **several_devices(devices))
 
 
 def wait(processes):
@@ -117,18 +121,27 @@ def test_comparison_of_runs_is_bitwise(monkeypatch, tmp_path):
 def test_single_process_broadcasts_to_itself():
     assert broadcast_from_process_0(True) is True and broadcast_from_process_0(False) is False
     assert [broadcast_text_from_process_0(text) for text in ("", "T × L")] == ["", "T × L"]
+    assert text_from_process_0(str.upper, "loop") == "LOOP"
 
 
 @pytest.mark.slow
 def test_text_of_process_0_reaches_every_process():
-    """Texts may have any length, even 0."""
+    """Texts may have any length, even 0. Bad input that process 0 finds is reported by every process."""
     program = """
 import jax
-from melt_jax.training.processes import broadcast_text_from_process_0, initialize_distributed
+from melt_jax.config import InputError
+from melt_jax.training.processes import broadcast_text_from_process_0, initialize_distributed, text_from_process_0
 initialize_distributed()
 for text in ("", "T × L", "a" * 1000):
     print(broadcast_text_from_process_0(text if jax.process_index() == 0 else "ignored"))
+print(text_from_process_0(lambda: f"process {jax.process_index()}"))
+def fail():
+    raise InputError("no such model")
+try:
+    text_from_process_0(fail)
+except InputError as error:
+    print(error)
 """
     for process in start_processes(2, "-c", program):
         output = process.communicate(timeout=900)[0]  # Gloo prints a line first
-        assert output.endswith("\n\nT × L\n" + "a" * 1000 + "\n")
+        assert output.endswith("\n\nT × L\n" + "a" * 1000 + "\nprocess 0\nno such model\n")

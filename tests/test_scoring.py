@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from melt_jax.config import InputError
 from melt_jax.data.batch import Batch
 from melt_jax.inference import scoring
 from melt_jax.model.model import reconfigure
+from tests.helpers.devices import several_devices
 from tests.helpers.tiny import TINY, looplm, make_model, random_batch, run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -166,7 +166,7 @@ def test_memory_is_linear_in_the_sequence(monkeypatch):
 @pytest.mark.slow
 def test_meshes_give_the_single_device_result():
     """Weights split over fsdp and tensor, gathered at each use or before; sequences split over the batch axes."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = several_devices(8)
     command = [sys.executable, "-m", "tests.helpers.mesh_scores"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

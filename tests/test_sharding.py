@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from melt_jax.sharding import (
     place_batch,
     weight_shardings,
 )
+from tests.helpers.devices import several_devices
 from tests.helpers.tiny import TINY
 from tests.helpers.topology import topology_devices
 
@@ -129,7 +129,7 @@ def test_placed_batch_is_the_global_batch():
 @pytest.mark.slow
 def test_steps_do_not_depend_on_the_mesh():
     """In float64: both phases, several meshes of eight devices, weights gathered once per step or at each use."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = several_devices(8)
     command = [sys.executable, "-m", "tests.helpers.mesh_steps", "--quick", "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -35,11 +35,16 @@ CACHE = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast)
 Rope = tuple[Tensor, Tensor]
 
 
+def upcast(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """Softmax attention in plain operations; the mask is boolean."""
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(2, 3)).float() * scaling
+    scores = upcast(query @ key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
     weights = scores.softmax(-1).to(query.dtype)
@@ -47,7 +52,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs
 
 
 class MeltNorm(nn.Module):
-    """weight · x / sqrt(mean(x²) + eps), computed in float32."""
+    """weight · x / sqrt(mean(x²) + eps), computed in at least float32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -55,22 +60,23 @@ class MeltNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x.float()
+        normed = upcast(x)
         normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return (normed * self.weight.float()).to(x.dtype)
+        return (normed * upcast(self.weight)).to(x.dtype)
 
 
-def rope_table(config: OuroConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position · theta^(−2j/E), [B, 1, C, E/2], float32."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angles = positions[:, None, :, None].float() * config.rope_parameters["rope_theta"] ** -exponents
+def rope_table(config: OuroConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position · theta^(−2j/E), [B, 1, C, E/2], in at least float32."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
+    angles = positions[:, None, :, None].to(dtype) * config.rope_parameters["rope_theta"] ** -exponents
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates component j of each head with component j + E/2; x is [B, heads, C, E]."""
     cos, sin = rope
-    first, second = x.float().chunk(2, -1)
+    first, second = upcast(x).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
@@ -83,8 +89,8 @@ class MeltGate(nn.Module):
         self.u_z = nn.Linear(width, width, bias=False)
 
     def forward(self, u: Tensor, latent: Tensor) -> Tensor:
-        """z = σ(u W_z + h U_z + b_z), float32."""
-        return torch.sigmoid(self.w_z(u).float() + self.u_z(latent).float())
+        """z = σ(u W_z + h U_z + b_z), at least float32."""
+        return torch.sigmoid(upcast(self.w_z(u)) + upcast(self.u_z(latent)))
 
 
 class LoopAttention(nn.Module):
@@ -150,7 +156,7 @@ class MeltAttention(nn.Module):
         else:
             z = self.kv_gate(u, latent)
             z = z[..., :1] if gate == "scalar" else z
-        return (z * latent.float() + (1 - z) * u.float()).to(u.dtype)
+        return (z * upcast(latent) + (1 - z) * upcast(u)).to(u.dtype)
 
 
 class MeltMLP(nn.Module):
@@ -237,7 +243,7 @@ class OuroModel(OuroPreTrainedModel):
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config._attn_implementation == "vllm":
-            return (self.exit_hidden(self.run_loops(x, rope_table(self.config, position_ids), None)),)
+            return (self.exit_hidden(self.run_loops(x, rope_table(self.config, position_ids, x.dtype), None)),)
         cache = past_key_values if cache is None else cache
         cache = MeltCache(self.config.window) if cache is None else cache
         if not isinstance(cache, MeltCache):
@@ -273,7 +279,7 @@ class OuroModel(OuroPreTrainedModel):
         parts = []
         for first in range(0, packed.shape[1], size):
             chunk, at, indices = (tensor[:, first : first + size] for tensor in (packed, positions, ordinals))
-            parts.append(self.run_chunk(chunk, rope_table(self.config, at), indices, cache))
+            parts.append(self.run_chunk(chunk, rope_table(self.config, at, chunk.dtype), indices, cache))
         return [torch.zeros_like(x).scatter(1, columns, torch.cat(loop, 1)) for loop in zip(*parts)]
 
     def run_chunk(self, x: Tensor, rope: Rope, ordinals: Tensor, cache: MeltCache) -> list[Tensor]:
@@ -307,7 +313,7 @@ class OuroModel(OuroPreTrainedModel):
             return hidden
         stay, cumulative, reached = 1.0, 0.0, []
         for x in loops[:-1]:
-            leave = torch.sigmoid(self.early_exit_gate(x).float())
+            leave = torch.sigmoid(upcast(self.early_exit_gate(x)))
             cumulative, stay = cumulative + stay * leave, stay * (1 - leave)
             reached.append(cumulative >= threshold)
         for x, here in zip(reversed(loops[:-1]), reversed(reached)):

@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ import numpy as np
 from melt_jax.checkpoints.published_config import parse_config, raise_errors, read_raw_config
 from melt_jax.config import ModelConfig, model_errors
 from melt_jax.digests import check_digests
+from melt_jax.files import PathLike, absolute
 from melt_jax.model.model import LoopedTransformer, abstract_model, module_leaves
 
 # {form: its kind in the record of a folder}
@@ -35,14 +35,14 @@ class ModelFolder(abc.ABC):
     form: ClassVar[str]
     dtypes: dict[str, str | None]
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: PathLike):
         """Reads config.json; a subclass also checks the weights.
 
         Raises:
           InputError: lists everything in config.json that this model does not support; if there is nothing, every
             missing, unknown or wrongly shaped weight.
         """
-        self.folder = pathlib.Path(folder).absolute()
+        self.folder = absolute(folder)
         self.raw = read_raw_config(folder)
         self.config = parse_config(self.raw, self.folder / "config.json")
         self.shapes = {path: tuple(leaf.shape) for path, leaf in module_leaves(abstract_model(self.config))}

@@ -7,7 +7,6 @@ to write them. Nothing is cast unless a dtype is given.
 
 import hashlib
 import math
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from melt_jax.checkpoints.published_config import (
     write_config,
 )
 from melt_jax.config import InputError, ModelConfig
-from melt_jax.files import collective_atomic_folder
+from melt_jax.files import PathLike, as_path, collective_atomic_folder
 from melt_jax.model.model import LoopedTransformer, module_leaves
 
 PARAMS = "params"
@@ -39,7 +38,7 @@ class OrbaxFolder(ModelFolder):
 
     form = "orbax"
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: PathLike):
         super().__init__(folder)
         stored = self._metadata()
         raise_errors(self.folder / PARAMS, _weight_errors(self.shapes, stored))
@@ -78,13 +77,13 @@ class OrbaxFolder(ModelFolder):
         return {path: _get(tree, path) for path in templates}
 
 
-def open_folder(folder: str | pathlib.Path) -> ModelFolder:
+def open_folder(folder: PathLike) -> ModelFolder:
     """Opens and checks a model folder of either form.
 
     Raises:
       InputError: there is no such folder; otherwise as in `ModelFolder`.
     """
-    path = pathlib.Path(folder)
+    path = as_path(folder)
     if not path.is_dir():
         raise InputError(
             f"{folder}: expected a model checkpoint, published or written by melt_jax.convert, found no such folder"
@@ -93,7 +92,7 @@ def open_folder(folder: str | pathlib.Path) -> ModelFolder:
 
 
 def open_model(
-    folder: str | pathlib.Path,
+    folder: PathLike,
     dtype: str | None = None,
     gate: str | None = None,
     first_loop: str | None = None,
@@ -110,7 +109,7 @@ def open_model(
     return assemble(open_folder(folder), dtype, shardings, **changes)
 
 
-def default_chunk(folder: str | pathlib.Path, config: ModelConfig) -> int:
+def default_chunk(folder: PathLike, config: ModelConfig) -> int:
     """The chunk, in tokens, with which to run a folder's model: a MELT's training chunk if known, else `CHUNK`.
 
     Args:
@@ -121,7 +120,7 @@ def default_chunk(folder: str | pathlib.Path, config: ModelConfig) -> int:
     return CHUNK if trained is None else trained
 
 
-def weights_digest(folder: str | pathlib.Path) -> str:
+def weights_digest(folder: PathLike) -> str:
     """The sha256 of a model folder's weights, in hexadecimal: of their paths, dtypes, shapes and bytes.
 
     Equal weights have equal digests in either form and in any folder. It reads one weight at a time. A published weight
@@ -142,9 +141,9 @@ def weights_digest(folder: str | pathlib.Path) -> str:
 
 
 def save_model(
-    folder: str | pathlib.Path,
+    folder: PathLike,
     model: LoopedTransformer,
-    tokenizer_from: str | pathlib.Path | None = None,
+    tokenizer_from: PathLike | None = None,
     overwrite: bool = False,
     chunk_size: int | None = None,
 ) -> None:
@@ -171,7 +170,7 @@ def save_model(
             write_config(temporary, published_config(model.config, model.dtype.name, raw, chunk_size))
 
 
-def write_params(folder: str | pathlib.Path, weights: Mapping[str, Any]) -> None:
+def write_params(folder: PathLike, weights: Mapping[str, Any]) -> None:
     """Writes {path: JAX or NumPy array} as an Orbax checkpoint, without a copy in memory.
 
     Each weight, or each of its shards, is written uncompressed and in one piece from the memory that holds it. This

@@ -9,14 +9,13 @@ import collections
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from melt_jax.checkpoints.folder import KINDS, ModelFolder, assemble
 from melt_jax.checkpoints.published_config import (
@@ -29,16 +28,16 @@ from melt_jax.checkpoints.published_config import (
     read_raw_config,
     write_config,
 )
+from melt_jax.checkpoints.tensor_files import Shape, list_tensors, read_tensor
 from melt_jax.config import InputError
-from melt_jax.files import atomic_folder, copy_companions
+from melt_jax.files import Path, PathLike, atomic_folder, copy_companions, written_on_disk
 from melt_jax.model.model import LoopedTransformer, abstract_model, module_leaves
 
 __all__ = ["PublishedFolder", "load_model", "read_config", "save_published", "to_hf_tensors"]
 
 INDEX = "model.safetensors.index.json"
 
-Shape = tuple[int, ...]
-StoredTensor = tuple[pathlib.Path, Shape, str]  # file, shape, safetensors dtype code
+StoredTensor = tuple[Path, Shape, str]  # file, shape, safetensors dtype code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ class PublishedFolder(ModelFolder):
 
     form = "published"
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: PathLike):
         super().__init__(folder)
         expected = published_tensors(abstract_model(self.config))
         self._names: dict[str, list[str]] = collections.defaultdict(list)
@@ -154,16 +153,14 @@ class PublishedFolder(ModelFolder):
         weight = np.empty(self.shapes[path], jnp.dtype(dtype))
         targets = weight if path.startswith("layers.") else [weight]
         for target, name in zip(targets, self._names[path], strict=True):
-            # Reopening the file for each tensor unmaps the pages read before.
-            with safe_open(self._files[name], framework="numpy") as tensors:
-                copy_weight(target, from_published(path, tensors.get_tensor(name), target.shape))
+            copy_weight(target, from_published(path, read_tensor(self._files[name], name), target.shape))
         return weight
 
     def load(self, paths: Iterable[str], dtype: str, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
         return {path: device_put_weight(self.read(path, dtype), shardings.get(path)) for path in paths}
 
 
-def scan_tensors(folder: pathlib.Path) -> tuple[dict[str, list[StoredTensor]], list[str]]:
+def scan_tensors(folder: Path) -> tuple[dict[str, list[StoredTensor]], list[str]]:
     """The tensors of a folder's safetensors files, from the files' headers.
 
     Returns:
@@ -176,10 +173,8 @@ def scan_tensors(folder: pathlib.Path) -> tuple[dict[str, list[StoredTensor]], l
         errors.append("*.safetensors: expected one file or several, found none")
     for file in files:
         try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():
-                    piece = tensors.get_slice(name)
-                    found[name].append((file, tuple(piece.get_shape()), piece.get_dtype()))
+            for name, (shape, dtype) in list_tensors(file).items():
+                found[name].append((file, shape, dtype))
         except SafetensorError as error:
             errors.append(f"{file.name}: expected a safetensors file, found {error}")
     if (folder / INDEX).is_file():
@@ -223,7 +218,7 @@ def _tensor_errors(expected, found):
 
 
 def load_model(
-    folder: str | pathlib.Path,
+    folder: PathLike,
     dtype: str | None = "float32",
     gate: str | None = None,
     first_loop: str | None = None,
@@ -264,10 +259,10 @@ def copy_weight(target: np.ndarray, weight: np.ndarray) -> None:
 
 
 def save_published(
-    folder: str | pathlib.Path,
+    folder: PathLike,
     model: LoopedTransformer,
     dtype: str = "bfloat16",
-    tokenizer_from: str | pathlib.Path | None = None,
+    tokenizer_from: PathLike | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a model as a published folder, completely or not at all. Only one process may call it.
@@ -291,7 +286,7 @@ def save_published(
         write_config(temporary, add_model_code(temporary, raw))
 
 
-def companions(source: str | pathlib.Path | None, target: pathlib.Path) -> dict[str, Any] | None:
+def companions(source: PathLike | None, target: Path) -> dict[str, Any] | None:
     """Copies the tokenizer files of a model folder; returns its config.json, or None if that is not supported.
 
     If `source` is None or "", nothing is copied.
@@ -307,9 +302,7 @@ def companions(source: str | pathlib.Path | None, target: pathlib.Path) -> dict[
         return None
 
 
-def write_weights(
-    file: pathlib.Path, abstract: LoopedTransformer, dtype: str, leaves: Iterable[tuple[str, Any]]
-) -> None:
+def write_weights(file: Path, abstract: LoopedTransformer, dtype: str, leaves: Iterable[tuple[str, Any]]) -> None:
     """Writes one safetensors file incrementally: the header, then each weight's tensors as the weight arrives.
 
     The layout is that of published files: tensors sorted by name, no `__metadata__`; file sizes are the same.
@@ -326,7 +319,7 @@ def write_weights(
     table, numpy_dtype = published_tensors(abstract), jnp.dtype(dtype)
     names = {(path, layer): name for name, (path, layer, _) in table.items()}
     header, offsets = safetensors_header({name: shape for name, (*_, shape) in table.items()}, numpy_dtype)
-    with open(file, "wb") as out:
+    with written_on_disk(file) as on_disk, on_disk.open("wb") as out:
         out.write(header)
         for path, weight in leaves:
             host = np.asarray(weight)

@@ -8,12 +8,12 @@ import dataclasses
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
 from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
 from melt_jax.config_keys import keys_of
+from melt_jax.files import PathLike, as_path, completeness_errors, copy_file, write_text
 
 STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors code: name
 DTYPES = tuple(STORED_DTYPES.values())
@@ -70,13 +70,14 @@ def raise_errors(subject: object, errors: Iterable[str]) -> None:
         raise InputError(f"{subject}: {count}\n" + "\n".join(f"  - {error}" for error in errors))
 
 
-def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
+def read_raw_config(folder: PathLike) -> dict[str, Any]:
     """The dict in a folder's config.json, in its key order.
 
     Raises:
       InputError: the file is missing or holds no JSON object.
     """
-    file = pathlib.Path(folder) / "config.json"
+    file = as_path(folder) / "config.json"
+    raise_errors(folder, completeness_errors(file.parent))
     if not file.is_file():
         raise InputError(
             f"{file}: expected a model checkpoint, published or written by melt_jax.convert, found no such file"
@@ -90,13 +91,13 @@ def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
     return raw
 
 
-def read_config(folder: str | pathlib.Path) -> ModelConfig:
+def read_config(folder: PathLike) -> ModelConfig:
     """The model's config from a folder's config.json.
 
     Raises:
       InputError: as in `read_raw_config` and `parse_config`.
     """
-    return parse_config(read_raw_config(folder), pathlib.Path(folder) / "config.json")
+    return parse_config(read_raw_config(folder), as_path(folder) / "config.json")
 
 
 def parse_config(raw: dict[str, Any], subject: object = "config.json") -> ModelConfig:
@@ -152,10 +153,10 @@ def published_config(
     return raw
 
 
-def add_model_code(folder: str | pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:
+def add_model_code(folder: PathLike, raw: dict[str, Any]) -> dict[str, Any]:
     """Copies the PyTorch code of the model into a published folder; returns config.json's dict with its `auto_map`."""
     for name in MODEL_CODE:
-        shutil.copyfile(ASSETS / name, pathlib.Path(folder) / name)
+        copy_file(ASSETS / name, as_path(folder) / name)
     name = {"ouro": "Ouro", "melt": "Melt"}[raw["model_type"]]
     auto_map = {
         "AutoConfig": f"configuration_melt.{name}Config",
@@ -165,9 +166,9 @@ def add_model_code(folder: str | pathlib.Path, raw: dict[str, Any]) -> dict[str,
     return {**raw, "auto_map": auto_map}
 
 
-def write_config(folder: str | pathlib.Path, raw: dict[str, Any]) -> None:
-    """Writes config.json."""
-    (pathlib.Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+def write_config(folder: PathLike, raw: dict[str, Any]) -> None:
+    """Writes config.json. It comes last: without it a folder is not a model folder."""
+    write_text(as_path(folder) / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
 def _describe(raw, config):

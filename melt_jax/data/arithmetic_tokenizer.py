@@ -7,11 +7,11 @@ writes the tokenizer files of the embedded checkpoint.
 
 import argparse
 import json
-import pathlib
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from melt_jax.data import arithmetic
+from melt_jax.files import PathLike, as_path, make_folder, write_text
 
 END, BEGIN, STOP, THINK, ANSWER = arithmetic.SPECIAL_TOKENS
 
@@ -55,16 +55,16 @@ def tokenizer_files() -> dict[str, str]:
     }
 
 
-def tokenizer_errors(folder: str | pathlib.Path) -> list[str]:
+def tokenizer_errors(folder: PathLike) -> list[str]:
     """The error of a model folder's tokenizer for the arithmetic task: at most one message.
 
     Empty if it gives every token of `arithmetic.VOCABULARY` its id, or if the folder has no tokenizer.json.
     """
-    file = pathlib.Path(folder) / "tokenizer.json"
+    file = as_path(folder) / "tokenizer.json"
     if not file.is_file():
         return []
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(file.read_text())
     except Exception as error:  # the library raises no narrower class
         return [f"{file}: expected a tokenizer, found {error}"]
     for token, expected in arithmetic.VOCABULARY.items():
@@ -86,12 +86,12 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
         return []
 
 
-def write_tokenizer(folder: str | pathlib.Path) -> None:
+def write_tokenizer(folder: PathLike) -> None:
     """Writes `tokenizer_files` into a folder, which is created if it is missing."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path(folder)
+    make_folder(folder)
     for name, text in tokenizer_files().items():
-        (folder / name).write_text(text)
+        write_text(folder / name, text)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from melt_jax.config import InputError
 from melt_jax.data.text import Tokenizer
+from melt_jax.files import Path, PathLike, as_path, file_bytes
 
 SUFFIXES = (".jsonl", ".parquet")
 MESSAGES, TEXT = ("messages", "conversations"), "text"
@@ -117,55 +117,57 @@ class InputRows:
 
     Attributes:
       paths: the files.
-      total: their size in bytes.
+      sizes: theirs in bytes, in the same order.
+      total: the sum of these.
       position: bytes read so far.
     """
 
-    def __init__(self, paths: Iterable[str | pathlib.Path], columns: list[str]):
+    def __init__(self, paths: Iterable[PathLike], columns: list[str]):
         """Checks the files.
 
         Raises:
           InputError: lists the files that are missing, are folders, or have another suffix.
         """
-        self.paths, self._columns, self.position = [pathlib.Path(path) for path in paths], columns, 0
+        self.paths, self._columns, self.position = [as_path(path) for path in paths], columns, 0
         errors = [f"{path}: {error}" for path in self.paths if (error := _path_error(path))]
         if errors or not self.paths:
             raise InputError("\n".join(errors) or "input: expected at least one file, found none")
-        self.total = sum(path.stat().st_size for path in self.paths)
+        self.sizes = [file_bytes(path) for path in self.paths]
+        self.total = sum(self.sizes)
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        for path in self.paths:
-            yield from self._lines(path) if path.suffix == ".jsonl" else self._parquet(path)
+        for path, size in zip(self.paths, self.sizes):
+            yield from self._lines(path) if path.suffix == ".jsonl" else self._parquet(path, size)
 
     def _lines(self, path):
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 self.position += len(line)
                 if line.strip():
                     yield f"{path}:{number}", line
 
-    def _parquet(self, path):
+    def _parquet(self, path, size):
         import pyarrow.parquet  # slow to import, and not needed for jsonl
 
         start, number = self.position, 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
                 names, total = file.schema_arrow.names, file.metadata.num_rows
                 columns = [name for name in self._columns if name in names]
                 for batch in file.iter_batches(64, columns=columns, use_threads=False) if columns else ():
                     for row in batch.to_pylist():
                         number += 1
-                        self.position = start + path.stat().st_size * number // total
+                        self.position = start + size * number // total
                         yield f"{path}:{number}", row
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{path}: expected a parquet file, found an error after row {number}: {error}") from error
-        self.position = start + path.stat().st_size
+        self.position = start + size
         if not columns:
             expected, found = ", ".join(self._columns), ", ".join(names)
             raise InputError(f"{path}: expected one of the columns {expected}, found {found}; name the right column")
 
 
-def _path_error(path: pathlib.Path) -> str | None:
+def _path_error(path: Path) -> str | None:
     if path.is_dir():
         return "expected a file, found a folder; name its files, for example folder/*.jsonl"
     if not path.is_file():

@@ -7,12 +7,18 @@
 own part of any step.
 """
 
+import bisect
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import pathlib
 import re
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -25,8 +31,19 @@ from melt_jax.data.documents import Document
 from melt_jax.data.text import Tokenizer
 from melt_jax.data.token_files import TokenSequences
 from melt_jax.digests import check_digests
-from melt_jax.files import write_text
+from melt_jax.files import (
+    Path,
+    PathLike,
+    as_path,
+    completeness_errors,
+    copy_file,
+    file_sizes,
+    in_bucket,
+    write_text,
+    written_on_disk,
+)
 
+_fetching = threading.Lock()
 FORMAT = "melt_jax records 1"
 MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:3"  # each record is compressed alone, for random access
@@ -102,14 +119,17 @@ class ShardWriter:
       shards: the manifest's entry of each finished shard: file, sequences, bytes, sha256.
     """
 
-    def __init__(self, folder: str | pathlib.Path, sequences: int):
+    def __init__(self, folder: PathLike, sequences: int):
         self.shards: list[dict] = []
-        self._folder, self._sequences, self._writer, self._count = folder, sequences, None, 0
+        self._folder, self._sequences, self._writer, self._count = as_path(folder), sequences, None, 0
+        self._shard, self._written = contextlib.ExitStack(), pathlib.Path()
 
     def write(self, record: bytes) -> None:
         """Adds a record."""
         if self._writer is None:
-            self._writer = ArrayRecordWriter(str(self._path()), WRITER_OPTIONS)
+            path = self._folder / f"{len(self.shards):05d}.arrayrecord"
+            self._written = self._shard.enter_context(written_on_disk(path))
+            self._writer = ArrayRecordWriter(str(self._written), WRITER_OPTIONS)
         self._writer.write(record)
         self._count += 1
         if self._count == self._sequences:
@@ -120,28 +140,28 @@ class ShardWriter:
         if self._writer is None:
             return
         self._writer.close()
-        path = self._path()
+        path = self._written
         entry = {"file": path.name, "sequences": self._count, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        self._shard.close()
         self.shards.append(entry)
         self._writer, self._count = None, 0
 
-    def _path(self):
-        return pathlib.Path(self._folder) / f"{len(self.shards):05d}.arrayrecord"
 
-
-def write_manifest(folder: str | pathlib.Path, manifest: dict) -> None:
+def write_manifest(folder: PathLike, manifest: dict) -> None:
     """Writes the manifest atomically. It comes last: without it a folder of shards is not prepared data."""
-    write_text(pathlib.Path(folder) / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
+    write_text(as_path(folder) / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
 
 
-def read_manifest(folder: str | pathlib.Path) -> dict:
+def read_manifest(folder: PathLike) -> dict:
     """The manifest of prepared data, checked against the sizes of the folder's files.
 
     Raises:
       InputError: the manifest is missing or malformed; otherwise, lists every shard that is missing or has another
         size; otherwise, every file that differs from the folder's record.
     """
-    path = pathlib.Path(folder) / MANIFEST
+    path = as_path(folder) / MANIFEST
+    if errors := completeness_errors(path.parent):
+        raise InputError(errors[0])
     if not path.is_file():
         raise InputError(f"{folder}: expected {MANIFEST}, found none; prepare the data with melt_jax.prepare")
     try:
@@ -159,13 +179,13 @@ def read_manifest(folder: str | pathlib.Path) -> dict:
         errors = _value_errors(manifest)
     if errors:
         raise InputError(f"{path}: {'; '.join(errors)}; prepare the data again")
-    if errors := _shard_errors(pathlib.Path(folder), manifest["shards"]):
+    if errors := _shard_errors(as_path(folder), manifest["shards"]):
         raise InputError("\n".join(errors))
-    check_digests(folder)
+    check_digests(path.parent)
     return manifest
 
 
-def open_records(folder: str | pathlib.Path) -> "RecordSequences":
+def open_records(folder: PathLike) -> "RecordSequences":
     """`RecordSequences` of prepared data; same errors as `read_manifest`."""
     return RecordSequences(folder, read_manifest(folder))
 
@@ -173,23 +193,58 @@ def open_records(folder: str | pathlib.Path) -> "RecordSequences":
 class RecordSequences:
     """Prepared data as sequences: `len(x)` is their number, `x[i]` a `Batch` of int32 [S] arrays."""
 
-    def __init__(self, folder: str | pathlib.Path, manifest: dict):
+    def __init__(self, folder: PathLike, manifest: dict):
         self._layout = Layout(manifest["length"], manifest["token_dtype"], manifest["segment_dtype"])
         self._sequences = sum(shard["sequences"] for shard in manifest["shards"])
+        self._folder, self._shards = as_path(folder), manifest["shards"]
+        self._ends = list(itertools.accumulate(shard["sequences"] for shard in self._shards))
         # With these extents, Grain opens a shard only when one of its records is read.
-        paths = [f"{pathlib.Path(folder) / s['file']}[0:{s['sequences']}]" for s in manifest["shards"]]
-        self._records = grain.sources.ArrayRecordDataSource(paths)
+        places = [local_shard(self._folder, shard) for shard in self._shards]
+        extents = [f"{place}[0:{shard['sequences']}]" for place, shard in zip(places, self._shards)]
+        self._records = grain.sources.ArrayRecordDataSource(extents)
 
     def __len__(self) -> int:
         return self._sequences
 
     def __getitem__(self, index: int) -> Batch:
+        if in_bucket(self._folder):
+            fetch_shard(self._folder, self._shards[bisect.bisect_right(self._ends, index)])
         return self._layout.decode(self._records[index])
 
 
-def record_errors(
-    folder: str | pathlib.Path, length: int, vocab: int, tokenizer: str | pathlib.Path | None = None
-) -> list[str]:
+def local_shard(folder: Path, shard: dict) -> Path:
+    """Where a shard is read: in its folder, or if that is in a bucket, in this machine's cache, named by its sha256.
+
+    The cache is `melt_jax/` in $XDG_CACHE_HOME, by default ~/.cache. All processes of a machine and all runs share it.
+    """
+    if not in_bucket(folder):
+        return folder / shard["file"]
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return cache / "melt_jax" / f"{shard['sha256']}.arrayrecord"
+
+
+def fetch_shard(folder: Path, shard: dict) -> None:
+    """Copies a shard of a bucket to `local_shard`, unless it is there.
+
+    Raises:
+      InputError: its sha256 differs from the manifest's.
+    """
+    target = local_shard(folder, shard)
+    if target.exists():
+        return
+    with _fetching:
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        copy_file(folder / shard["file"], temporary)
+        if errors := _digest_errors(folder, shard, sha256(temporary)):
+            temporary.unlink()
+            raise InputError(errors[0])
+        temporary.replace(target)
+
+
+def record_errors(folder: PathLike, length: int, vocab: int, tokenizer: PathLike | None = None) -> list[str]:
     """Mismatches between prepared data and a run.
 
     Args:
@@ -217,11 +272,11 @@ def record_errors(
             f" {manifest['tokenizer']['vocab']}; prepare the data with the model's tokenizer"
         )
     if tokenizer:
-        errors += _tokenizer_errors(folder, manifest, pathlib.Path(tokenizer))
+        errors += _tokenizer_errors(folder, manifest, as_path(tokenizer))
     return errors
 
 
-def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path) -> list[str]:
+def compatibility_errors(manifest: dict, other: dict, folder: PathLike) -> list[str]:
     """At most one message: `thinking` differs from that of `other`, the manifest of `folder`."""
     found, expected = manifest.get("thinking"), other.get("thinking")
     if None in (found, expected) or found == expected:
@@ -230,7 +285,7 @@ def compatibility_errors(manifest: dict, other: dict, folder: str | pathlib.Path
     return [f"expected data rendered with {flag}, as {folder} is, found the opposite; prepare it again with {flag}"]
 
 
-def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[str]:
+def _tokenizer_errors(folder, manifest: dict, tokenizer: Path) -> list[str]:
     """At most one message: the tokenizer or chat template differs, or `thinking` is unknown."""
     if not (tokenizer / "tokenizer.json").is_file():
         return []
@@ -255,22 +310,21 @@ def _tokenizer_errors(folder, manifest: dict, tokenizer: pathlib.Path) -> list[s
     ]
 
 
-def verify_shards(folder: str | pathlib.Path) -> list[str]:
+def verify_shards(folder: PathLike) -> list[str]:
     """Compares all shards of prepared data with their hashes: a list of messages, empty if they match.
 
     Raises:
       InputError: as `read_manifest`.
     """
-    folder, errors = pathlib.Path(folder), []
-    for shard in read_manifest(folder)["shards"]:
-        if (digest := sha256(folder / shard["file"])) != shard["sha256"]:
-            errors.append(f"{folder / shard['file']}: expected sha256 {shard['sha256']}, found {digest}; copy it again")
-    return errors
+    folder = as_path(folder)
+    shards = read_manifest(folder)["shards"]
+    return [error for shard in shards for error in _digest_errors(folder, shard, sha256(folder / shard["file"]))]
 
 
-def sha256(path: str | pathlib.Path) -> str:
+def sha256(path: PathLike) -> str:
     """Hex digest of a file."""
-    with open(path, "rb") as file:
+    file: Any
+    with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -287,7 +341,13 @@ def _value_errors(manifest: dict) -> list[str]:
     return errors
 
 
-def _shard_errors(folder: pathlib.Path, shards: list[dict]) -> list[str]:
+def _digest_errors(folder: Path, shard: dict, digest: str) -> list[str]:
+    if digest == shard["sha256"]:
+        return []
+    return [f"{folder / shard['file']}: expected sha256 {shard['sha256']}, found {digest}; copy it again"]
+
+
+def _shard_errors(folder: Path, shards: list[dict]) -> list[str]:
     fields = {"file": str, "sequences": int, "bytes": int, "sha256": str}
     for shard in shards:
         if not isinstance(shard, dict) or any(type(shard.get(name)) is not kind for name, kind in fields.items()):
@@ -295,11 +355,11 @@ def _shard_errors(folder: pathlib.Path, shards: list[dict]) -> list[str]:
             return [f"{folder / MANIFEST}: expected {expected} of each shard, found {shard!r:.100}; copy it again"]
         if not re.fullmatch(r"\d+\.arrayrecord", shard["file"]):  # no path, which could lead out of the folder
             return [f"{folder / MANIFEST}: expected a shard such as 00000.arrayrecord, found {shard['file']!r:.100}"]
-    errors = []
+    errors, sizes = [], file_sizes(folder)
     for shard in shards:
-        path = folder / shard["file"]
-        if not path.is_file():
+        path, size = folder / shard["file"], sizes.get(shard["file"])
+        if size is None:
             errors.append(f"{path}: expected the file, as the manifest lists it, found none; copy it again")
-        elif path.stat().st_size != shard["bytes"]:
-            errors.append(f"{path}: expected {shard['bytes']} bytes, found {path.stat().st_size}; copy it again")
+        elif size != shard["bytes"]:
+            errors.append(f"{path}: expected {shard['bytes']} bytes, found {size}; copy it again")
     return errors if shards else [f"{folder}: expected a manifest with shards, found none; prepare the data again"]

@@ -8,7 +8,6 @@ same global batch.
 import dataclasses
 import difflib
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -29,6 +28,7 @@ from melt_jax.data.records import (
 )
 from melt_jax.data.text import TOKENIZER_FILES
 from melt_jax.data.token_files import TokenSequences, open_tokens, token_errors
+from melt_jax.files import PathLike, absolute, as_path
 
 SOURCES = ("arithmetic", "tokens", "records")
 SCORES = ("completion", "all")
@@ -38,7 +38,7 @@ EVALUATION_STEP = 2**62
 PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-def data_errors(data: DataConfig, model: ModelConfig, tokenizer: str | pathlib.Path | None = None) -> list[str]:
+def data_errors(data: DataConfig, model: ModelConfig, tokenizer: PathLike | None = None) -> list[str]:
     """Mismatches between data and a model, and errors in the data itself.
 
     Args:
@@ -73,7 +73,7 @@ def data_errors(data: DataConfig, model: ModelConfig, tokenizer: str | pathlib.P
     return errors
 
 
-def run_errors(config: TrainConfig, model: ModelConfig, tokenizer: str | pathlib.Path | None = None) -> list[str]:
+def run_errors(config: TrainConfig, model: ModelConfig, tokenizer: PathLike | None = None) -> list[str]:
     """Mismatches between a run's teacher, training data and evaluation data.
 
     Args:
@@ -83,7 +83,7 @@ def run_errors(config: TrainConfig, model: ModelConfig, tokenizer: str | pathlib
     """
     errors = _teacher_errors(config, model) + data_errors(config.data, model, tokenizer)
     if config.tokenizer:
-        missing = [name for name in TOKENIZER_FILES if not (pathlib.Path(config.tokenizer) / name).is_file()]
+        missing = [name for name in TOKENIZER_FILES if not (as_path(config.tokenizer) / name).is_file()]
         errors += [f"tokenizer: expected {name} in {config.tokenizer}, found none" for name in missing]
     if config.data.source != "arithmetic":
         errors += _problem_errors(config, model, tokenizer)
@@ -118,7 +118,7 @@ def _evaluation_errors(config: TrainConfig, model: ModelConfig, tokenizer) -> li
         return [f'{found}; remove it: source "arithmetic" reads no file'] if evaluation.path else []
     if not evaluation.path:
         return [f'evaluation.path: expected held-out sequences for source "{source}", found none']
-    if pathlib.Path(evaluation.path).resolve() == pathlib.Path(config.data.path).resolve():
+    if absolute(evaluation.path) == absolute(config.data.path):
         return ["evaluation.path: expected held-out sequences, found data.path"]
     data = evaluation_data(config)
     errors = [line.replace("data.path: ", "evaluation.path: ", 1) for line in data_errors(data, model, tokenizer)]
@@ -163,7 +163,7 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
     if config.data.source != "records":
         return {}
     paths = {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
-    return {key: sha256(pathlib.Path(path) / MANIFEST) for key, path in paths.items() if path}
+    return {key: sha256(as_path(path) / MANIFEST) for key, path in paths.items() if path}
 
 
 def dataset_size(data: DataConfig) -> int | None:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import tokenizers
 
 from melt_jax.config import InputError
 from melt_jax.data.markers import ESCAPE, Markers
+from melt_jax.files import COMPANIONS, PathLike, as_path, read_on_disk
 
 CHAT_END = "<|im_end|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -32,14 +32,14 @@ class Tokenizer:
         them in prepared data.
     """
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: PathLike):
         """Opens the tokenizer in a folder, without network access.
 
         Raises:
           FileNotFoundError: lists the tokenizer files missing from the folder.
           InputError: the files cannot be read.
         """
-        self.folder = pathlib.Path(folder)
+        self.folder = as_path(folder)
         missing = [name for name in TOKENIZER_FILES if not (self.folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -58,7 +58,8 @@ class Tokenizer:
             ) from error
 
     def _read(self):
-        self._tokenizer = _load(self.folder)
+        with read_on_disk(self.folder, COMPANIONS) as on_disk:
+            self._tokenizer = _load(on_disk)
         # Set once: a backend must not be changed while another thread encodes with it.
         self._tokenizer.backend_tokenizer.no_truncation()
         self._tokenizer.backend_tokenizer.no_padding()

@@ -3,21 +3,25 @@
     .npy    [N], one stream, cut into sequences of the requested length; or [M, S] sequences; memory-mapped
     .npz    tokens [M, S], and optionally segments and loss_mask [M, S]; loaded, because NumPy cannot map archives
 
+A file in a bucket is loaded too, in each process.
+
 Segments give each packed document an id; padding is 0. The loss mask is 1 if the prediction made *at* a token, of the
 next one, is scored; the last token of a document predicts nothing. By default a sequence is one document and all of it
 is scored.
 """
 
 import dataclasses
+import io
 import logging
-import pathlib
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
 
 from melt_jax.config import InputError
 from melt_jax.data.batch import Batch
+from melt_jax.files import Path, PathLike, as_path, in_bucket
 
 log = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 1024
@@ -56,7 +60,7 @@ class TokenSequences:
         return Batch(tokens, segments, np.array(mask, np.int32), targets)
 
 
-def open_tokens(path: str | pathlib.Path, length: int | None = None) -> TokenSequences:
+def open_tokens(path: PathLike, length: int | None = None) -> TokenSequences:
     """Opens a token file and logs the number of tokens dropped at the end of a stream.
 
     Args:
@@ -76,7 +80,7 @@ def open_tokens(path: str | pathlib.Path, length: int | None = None) -> TokenSeq
     return sequences
 
 
-def token_errors(path: str | pathlib.Path, length: int, vocab: int) -> list[str]:
+def token_errors(path: PathLike, length: int, vocab: int) -> list[str]:
     """Errors of a token file as sequences of `length` tokens with ids below `vocab`; reads the whole file."""
     sequences, errors = _open(path, length)
     if sequences is None:
@@ -100,19 +104,19 @@ def token_errors(path: str | pathlib.Path, length: int, vocab: int) -> list[str]
     return errors + [f"{path}: {message}; first in sequence {row}" for message, row in messages.items()]
 
 
-def _open(path: str | pathlib.Path, length: int | None) -> tuple[TokenSequences | None, list[str]]:
+def _open(path: PathLike, length: int | None) -> tuple[TokenSequences | None, list[str]]:
     """(`TokenSequences`, []) or (None, errors in the file's form)."""
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not path.is_file():
         return None, [f"{path}: expected a file, found none"]
     if path.suffix not in (".npy", ".npz"):
         return None, [f'{path}: expected a .npy or .npz file, found "{path.suffix}"']
     try:
         if path.suffix == ".npy":
-            arrays = {"tokens": np.load(path, mmap_mode="r", allow_pickle=False)}
+            arrays = {"tokens": _load_array(path)}
         else:
             # Opened here: NumPy does not close the file of a damaged archive.
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
     except UNREADABLE as error:
         return None, [f"{path}: expected a {path.suffix} file, found {error}"]
@@ -125,6 +129,12 @@ def _open(path: str | pathlib.Path, length: int | None) -> tuple[TokenSequences 
     assert length is not None  # checked by `_form_errors`
     count, dropped = divmod(len(tokens), length)
     return TokenSequences(tokens[: count * length].reshape(count, length), dropped=dropped), []
+
+
+def _load_array(path: Path) -> Any:
+    if in_bucket(path):
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _form_errors(arrays: dict[str, np.ndarray], archive: bool, length: int | None) -> list[str]:

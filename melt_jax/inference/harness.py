@@ -19,10 +19,11 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import default_chunk, weights_digest
 from melt_jax.config import InputError, MeshConfig
 from melt_jax.data.text import Tokenizer
-from melt_jax.inference.generation import GenerationOptions, generate
+from melt_jax.inference.generation import GenerationOptions, for_decoding, generate
 from melt_jax.inference.likelihood import Continuation, score_continuations
 from melt_jax.inference.loading import UNCHANGED, ModelChanges, open_for_inference
 from melt_jax.inference.sampling import Sampling
@@ -38,7 +39,7 @@ class HarnessSettings:
     """How the harness runs a checkpoint.
 
     Attributes:
-      checkpoint: model folder with its tokenizer.
+      checkpoint: model folder with its tokenizer, or a model of the hub.
       batch_size: requests that run at a time.
       chunk_size: C of prefill and scoring; None: the chunk that a MELT was trained with, or 512.
       max_length: positions of a request, prompt and new tokens together; None: the model's.
@@ -88,14 +89,17 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if errors := settings.errors():
             raise InputError("\n".join(errors))
-        self.settings, self.text = settings, Tokenizer(settings.checkpoint)
+        self.settings, self._folder = settings, hub.local_folder(settings.checkpoint)
+        self.text = Tokenizer(self._folder)
         self._mesh = make_mesh(settings.mesh) if settings.mesh else None
-        self.model = open_for_inference(settings.checkpoint, settings.changes, self._mesh)
+        self.model = open_for_inference(self._folder, settings.changes, self._mesh)
+        with self._in_mesh():
+            self._decoder = for_decoding(self.model)
         positions = self.model.config.max_positions
         self.max_length = settings.max_length or positions
         if self.max_length > positions:
             raise InputError(f"max_length: expected at most {positions}, the model's, found {self.max_length}")
-        self.chunk_size = settings.chunk_size or default_chunk(settings.checkpoint, self.model.config)
+        self.chunk_size = settings.chunk_size or default_chunk(self._folder, self.model.config)
         self._cut: list[int] = []  # for each request that was too long, the number of its tokens that were dropped
 
     # ---- what the harness asks of every model
@@ -147,7 +151,7 @@ class HarnessModel(TemplateLM):
         values = dataclasses.asdict(self.settings) | {"chunk_size": self.chunk_size, "max_length": self.max_length}
         for name in ("checkpoint", "batch_size", "mesh", "seed"):
             del values[name]
-        parts = weights_digest(self.settings.checkpoint), self.tokenizer_name, json.dumps(values, sort_keys=True)
+        parts = weights_digest(self._folder), self.tokenizer_name, json.dumps(values, sort_keys=True)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     # ---- likelihoods
@@ -262,7 +266,7 @@ class HarnessModel(TemplateLM):
 
         indices = [_random_index(context, number) for _, context, number in batch]
         with self._in_mesh():
-            generate(self.model, [ids for ids, _, _ in batch], options, indices, on_tokens=all_done)
+            generate(self._decoder, [ids for ids, _, _ in batch], options, indices, on_tokens=all_done)
         texts = [postprocess_generated_text(finder.finish(), stops, end or None) for finder in finders]
         return [self._without_special(text) for text in texts]
 

@@ -8,6 +8,7 @@ from absl import flags
 from melt_jax.checkpoints.folder import override
 from melt_jax.checkpoints.orbax import open_folder, open_model
 from melt_jax.config import CHOICES, GATES
+from melt_jax.files import PathLike
 from melt_jax.model.model import LoopedTransformer, abstract_model, reconfigure
 from melt_jax.sharding import for_inference, weight_shardings
 
@@ -63,7 +64,9 @@ def read_model_flags(loops: int | None = None) -> ModelChanges:
     return ModelChanges(loops, **{name: flags.FLAGS[name].value for name in names})
 
 
-def open_for_inference(folder: str, changes: ModelChanges, mesh: jax.sharding.Mesh | None = None) -> LoopedTransformer:
+def open_for_inference(
+    folder: PathLike, changes: ModelChanges, mesh: jax.sharding.Mesh | None = None
+) -> LoopedTransformer:
     """Opens a model folder, in published or Orbax form, and changes the model.
 
     Args:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from melt_jax.config import TrainConfig
 from melt_jax.data import stream
-from melt_jax.files import read_json, write_text
+from melt_jax.files import Path, read_json, write_text
 from melt_jax.inference import scoring
 from melt_jax.model.model import LoopedTransformer
 from melt_jax.training.attempts import spent
@@ -29,7 +28,7 @@ class Results:
     A row is measured again if its settings (`evaluation` and the chunk) differ from those of the config.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: Path):
         """Reads `path` if it exists."""
         self._path = path
         self._rows: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}

@@ -194,7 +194,9 @@ def _scores(query, keys, visible):
 
 def _mix(weights, values):
     """Weighted sums of values, [B, C, K, G, E], at least float32."""
-    return einsum("bkgcs,bske->bckge", weights.astype(values.dtype), values, accumulate=True)
+    # This order of the result's dimensions lets XLA multiply with the values as they are stored.
+    mixed = einsum("bkgcs,bske->bkgce", weights.astype(values.dtype), values, accumulate=True)
+    return jnp.moveaxis(mixed, 3, 1)
 
 
 def _token_first(x):

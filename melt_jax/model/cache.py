@@ -11,6 +11,8 @@ entries are the final ones.
 Letters in shapes: L layers, T loops, B batch, S slots, C chunk length, W window, K key/value heads, E head width.
 """
 
+import dataclasses
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +85,36 @@ class Window(NamedTuple):
         return Window(jax.tree.map(cut_kv, joined), cut(joined_segments, 0))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EntryList:
+    """The entries of each layer, or of each loop and layer, as arrays of their own, heads before slots.
+
+    A product with them needs neither a slice nor a transposed copy. `entries[i]` has the shape and order of `KV`.
+
+    Attributes:
+      items: for each layer a `KV` of [B, K, S, E], or for each loop an `EntryList`.
+    """
+
+    items: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, entries: KV) -> "EntryList":
+        """The same entries as `KV` of [L, B, S, K, E] or [T, L, B, S, K, E]."""
+        nested = entries.keys.ndim == 6
+        parts = (jax.tree.map(itemgetter(i), entries) for i in range(len(entries.keys)))
+        return cls(tuple(cls.of(part) if nested else _swap_heads(part) for part in parts))
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.items[index]
+        return item if isinstance(item, EntryList) else _swap_heads(item)
+
+
+def _swap_heads(kv: KV) -> KV:
+    """[B, S, K, E] from [B, K, S, E], and the reverse."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), kv)
+
+
 class Cache(NamedTuple):
     """KV entries of S slots and the segment of each slot.
 
@@ -97,6 +129,12 @@ class Cache(NamedTuple):
     per_loop: KV | None
     segments: Int[Array, "B S"]
     window: Window | None = None
+
+    def unstack(self) -> "Cache":
+        """The cache with entry lists, for an unstacked model."""
+        return self._replace(
+            shared=self.shared and EntryList.of(self.shared), per_loop=self.per_loop and EntryList.of(self.per_loop)
+        )
 
     @property
     def keys(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
@@ -131,14 +169,13 @@ class Cache(NamedTuple):
 
         `start` is one slot for the whole batch, or a slot per sequence.
         """
-        put = lambda axis: lambda old, new: _write_slots(old, new.astype(old.dtype), start, axis)
-        shared = jax.tree.map(put(2), self.shared, entries.shared)
-        per_loop = jax.tree.map(put(3), self.per_loop, entries.per_loop)
+        shared = _write_entries(self.shared, entries.shared, start, 2)
+        per_loop = _write_entries(self.per_loop, entries.per_loop, start, 3)
         window = self.window
         if window is not None:
             assert entries.recent is not None, "a window needs the entries of every loop"
             window = window.advance(entries.recent, segments, start)
-        return Cache(shared, per_loop, _write_slots(self.segments, segments, start, 1), window)
+        return Cache(shared, per_loop, _write_slots(self.segments, segments, start, 1, 0), window)
 
 
 def create_cache(
@@ -205,17 +242,30 @@ def blend(kv: ChunkKV, alpha: Float[Array, ""] | float | None) -> KV:
     return jax.tree.map(mix, kv.shared, kv.per_loop)
 
 
-def _write_slots(old, new, start, slot_axis):
+def _write_entries(old, new, start, slot_axis):
+    if isinstance(old, EntryList):
+        return _write_slots(old, EntryList.of(new), start, 2, 0)
+    return _write_slots(old, new, start, slot_axis, slot_axis - 1)
+
+
+def _write_slots(old, new, start, slot_axis, batch_axis):
+    """Writes arrays of [.., B, .., C, ..] into the slots from `start` on of the arrays of another tree."""
+    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, old)
     if jnp.ndim(start) == 0:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, slot_axis)
-    batch_axis = slot_axis - 1
+        put_all = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, slot_axis)
+        return jax.tree.map(put_all, old, new)
 
     def put(old, xs):  # one sequence at a time, in place: a scatter makes a TPU copy the whole cache
-        i, entry, slot = xs
-        at = [jnp.int32(0)] * old.ndim
-        at[batch_axis], at[slot_axis] = i, slot
-        return jax.lax.dynamic_update_slice(old, jnp.expand_dims(entry, batch_axis), at), None
+        i, new, slot = xs
+
+        def put_one(old, new):
+            at = [jnp.int32(0)] * old.ndim
+            at[batch_axis], at[slot_axis] = i, slot
+            return jax.lax.dynamic_update_slice(old, jnp.expand_dims(new, batch_axis), at)
+
+        return jax.tree.map(put_one, old, new), None
 
     start = start.astype(jnp.int32)
     sequences = jnp.arange(len(start), dtype=jnp.int32)
-    return jax.lax.scan(put, old, (sequences, jnp.moveaxis(new, batch_axis, 0), start))[0]
+    by_sequence = jax.tree.map(lambda new: jnp.moveaxis(new, batch_axis, 0), new)
+    return jax.lax.scan(put, old, (sequences, by_sequence, start))[0]

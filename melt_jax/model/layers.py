@@ -75,7 +75,7 @@ class DecoderLayer(nnx.Module):
 
     def project_output(self, heads: Float[Array, "B C K G E"]) -> Float[Array, "B C D"]:
         """W_O applied to the heads' attention results."""
-        return einsum("bckge,kged->bcd", heads, self.o_proj[...], out_sharding=token_sharding(heads))
+        return einsum("bcxyz,xyzd->bcd", heads, self.o_proj[...], out_sharding=token_sharding(heads))
 
     def mlp(self, x: Float[Array, "B C D"]) -> Float[Array, "B C D"]:
         """down(silu(gate x) · up x)."""

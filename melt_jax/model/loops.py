@@ -1,19 +1,23 @@
 """T loops over one chunk: the function that training, prefill and decoding share."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
-from melt_jax.model.cache import KV, Cache, ChunkKV, blend, create_cache
+from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
 from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features
-from melt_jax.model.model import LoopedTransformer
+from melt_jax.model.model import LoopedTransformer, is_unstacked
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(SAVED)
@@ -143,6 +147,11 @@ def _run_loops(
 ) -> ChunkOutput:
     """One sweep: T loops over a chunk from its embeddings x; `previous` is the chunk's entries of the sweep before."""
     config = model.config
+    scan: Callable[..., Any] = jax.lax.scan
+    if is_unstacked(model):
+        scan = _unrolled_scan
+        if x.shape[1] == 1:  # the scores of one token are small; a slice of the slots would be a copy
+            config = dataclasses.replace(config, attention_block=max(1, cache.length))
     run_layer = functools.partial(_run_layer, config, context)
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
@@ -154,7 +163,7 @@ def _run_loops(
             ChunkKV(cache.shared, cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
         )
         layer_loop = jnp.full((config.layers,), loop)
-        x, (layer_input, latents, kv, attention_output, gate_openness) = jax.lax.scan(
+        x, (layer_input, latents, kv, attention_output, gate_openness) = scan(
             run_layer, x, (model.layers, latents, earlier, layer_loop, given)
         )
         with jax.named_scope("final_norm"):
@@ -166,11 +175,23 @@ def _run_loops(
     # Loop T does not read the window; zeros stand in for its entries.
     pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
     window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
-    (_, _, shared), (per_loop, recent, outputs) = jax.lax.scan(
+    scan_loops: Callable[..., Any] = scan if isinstance(cache.per_loop, EntryList) else jax.lax.scan
+    (_, _, shared), (per_loop, recent, outputs) = scan_loops(
         run_loop, (x, latents, shared), (loops, cache.per_loop, window, previous and previous.per_loop, layer_inputs)
     )
     kv = ChunkKV(shared, per_loop, jax.tree.map(lambda entries: entries[:-1], recent))
     return ChunkOutput(*outputs, kv, context.mask.segments)
+
+
+def _unrolled_scan(step, state, xs):
+    """`jax.lax.scan` as straight code; a list stands for an array with a leading axis."""
+    is_list = lambda x: isinstance(x, nnx.List | EntryList)
+    count = len(jax.tree.leaves(xs, is_leaf=is_list)[0])
+    outputs = []
+    for i in range(count):
+        state, output = step(state, jax.tree.map(itemgetter(i), xs, is_leaf=is_list))
+        outputs.append(output)
+    return state, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D"]):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -208,6 +209,24 @@ def reconfigure(
             raise InputError(f"key: expected a key to draw the gates that {changes} adds, found none")
         weights = old | init_weights(config, key, missing, gate_std, model.dtype)
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in wanted])
+
+
+def unstack(model: LoopedTransformer) -> LoopedTransformer:
+    """The model with a list of layers in place of stacked weights; `run_chunk` then does not scan but unrolls.
+
+    Before a CPU multiplies with a slice of stacked weights, it copies the slice, in every layer and loop. With a list
+    it reads each weight where it is, which matters in decoding: a token needs all weights for few products.
+    Compilation takes longer.
+    """
+    layers = [jax.tree.map(itemgetter(i), model.layers) for i in range(model.config.layers)]
+    model = jax.tree.map(lambda x: x, model)  # a copy that shares all weights
+    model.layers = nnx.List(layers)  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def is_unstacked(model: LoopedTransformer) -> bool:
+    """Whether `unstack` has made this model."""
+    return isinstance(model.layers, nnx.List)
 
 
 def parameter_count(model: nnx.Module) -> int:

@@ -30,7 +30,7 @@ import jax
 from rich.console import Console
 
 from melt_jax.config import InputError
-from melt_jax.files import read_json, write_text
+from melt_jax.files import Path, make_folder, read_json, write_text
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 CATEGORIES: tuple[str, ...] = ("training", "compiling", "saving", "evaluating", "waiting", "loading")
@@ -112,7 +112,7 @@ def summarize(attempts: Sequence[dict[str, Any]]) -> Goodput:
     return Goodput(len(attempts), seconds | {"repeated": repeated, "stopped": stopped})
 
 
-def read_attempts(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_attempts(workdir: Path) -> list[dict[str, Any]]:
     """The attempts of a workdir, in order."""
     folder = workdir / "attempts"
     files = sorted(folder.glob("*.json"), key=lambda path: path.name) if folder.exists() else []
@@ -133,7 +133,7 @@ class Attempt:
       console: where the line is printed; process 0 only.
     """
 
-    def __init__(self, workdir: pathlib.Path, console: Console) -> None:
+    def __init__(self, workdir: Path, console: Console) -> None:
         self._console, self._writes = console, jax.process_index() == 0
         self._earlier = read_attempts(workdir) if self._writes else []
         self._path = workdir / "attempts" / f"{len(self._earlier) + 1:04}.json"
@@ -149,7 +149,7 @@ class Attempt:
         _current = self
         jax.monitoring.register_event_duration_secs_listener(self._event)
         if self._writes:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
         self._write()
         return self
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from melt_jax.config import InputError
 from melt_jax.digests import DIGESTS, digest_errors, write_digests
+from melt_jax.files import Path, absolute, file_sizes, in_bucket
 from melt_jax.training.attempts import spent
 from melt_jax.training.processes import wait_for_process_0
 
@@ -32,7 +33,9 @@ class _Handler(ocp.StandardCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        write_digests(str(directory), "a checkpoint of a run")
+        if "://" not in str(directory):  # a bucket has checksums of its own
+            folder = pathlib.Path(directory)
+            write_digests(folder, "a checkpoint of a run", file_sizes(folder))
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True)
@@ -66,8 +69,8 @@ class Checkpoints:
       report: called in process 0 with a message for each damaged checkpoint.
     """
 
-    def __init__(self, folder: pathlib.Path, every: int, keep: int, report: Callable[[str], object] = print) -> None:
-        if jax.process_index() == 0:
+    def __init__(self, folder: Path, every: int, keep: int, report: Callable[[str], object] = print) -> None:
+        if jax.process_index() == 0 and not in_bucket(folder):
             _set_damaged_aside(folder, report)
         wait_for_process_0()
         policies = ocp.checkpoint_managers
@@ -77,7 +80,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             single_host_load_and_broadcast=True,  # process 0 lists the checkpoints and all processes use its list
         )
-        self._manager = _Manager(folder.resolve(), options=options, item_handlers=_Handler())
+        self._manager = _Manager(absolute(folder), options=options, item_handlers=_Handler())
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None. Its save may not be complete; see `wait_until_finished`."""
@@ -141,7 +144,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _set_damaged_aside(folder: pathlib.Path, report: Callable[[str], object]) -> None:
+def _set_damaged_aside(folder: Path, report: Callable[[str], object]) -> None:
     """Moves the checkpoints that are newer than the newest sound one."""
     steps = [path for path in folder.glob("*") if path.name.isdecimal()] if folder.is_dir() else []
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
@@ -158,7 +161,7 @@ def _set_damaged_aside(folder: pathlib.Path, report: Callable[[str], object]) ->
         report(f"warning: checkpoint {path} is damaged, is not used and was moved to {target}:{lines}")
 
 
-def _errors(item: pathlib.Path) -> list[str]:
+def _errors(item: Path) -> list[str]:
     if (item / DIGESTS).exists():
         return digest_errors(item)
     # Without a record, as written by earlier versions, only the files that Orbax needs are known.

@@ -1,8 +1,8 @@
 """The log of a phase: a progress bar, a printed line per interval, `metrics.jsonl`, TensorBoard files and W&B."""
 
+import contextlib
 import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
@@ -10,15 +10,40 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, record_writer
 
 from melt_jax.config import InputError
-from melt_jax.files import parse_json, write_text
+from melt_jax.files import Path, append_text, as_path, make_folder, parse_json, storage_errors, write_text
 from melt_jax.training import wandb_log
 
 ALIGNMENT_RATIO = 10.0  # of β·L_align to L_KD, above which a warning is printed
 
 NOT_FINITE = "not_finite/"  # begins the names of metrics that name the causes of a skipped step; they are not logged
+
+
+class _EventFile:
+    """A TensorBoard file in a bucket, written anew at each flush."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._data = as_path(path), bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Adds bytes."""
+        self._data += data
+
+    def flush(self) -> None:
+        """Writes what there is; if that fails, the next call does. The writer's thread must not end with an error."""
+        with contextlib.suppress(OSError, *storage_errors()):
+            self._path.write_bytes(bytes(self._data))
+
+    close = flush
+
+
+class _EventFiles:
+    open, directory_check = staticmethod(_EventFile), staticmethod(lambda path: None)
+
+
+record_writer.register_writer_factory("gs", _EventFiles)
 
 StepMetrics: TypeAlias = Mapping[str, tuple[Any, Any]]  # {name: (sum, count)} of one step
 
@@ -51,7 +76,7 @@ def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: number for name, number in out.items() if math.isfinite(number)}
 
 
-def _drop_later_steps(path: pathlib.Path, start: int) -> None:
+def _drop_later_steps(path: Path, start: int) -> None:
     """Rewrites a log without the lines of steps after `start` and without an incomplete last line."""
     kept, end = [], path.read_bytes().rpartition(b"\n")[0]
     for number, line in enumerate(end.splitlines(), 1):
@@ -74,14 +99,12 @@ class RunLog:
       console: where lines and the progress bar are printed; by default standard output.
     """
 
-    def __init__(
-        self, folder: pathlib.Path, phase: str, start: int, steps: int, console: Console | None = None
-    ) -> None:
+    def __init__(self, folder: Path, phase: str, start: int, steps: int, console: Console | None = None) -> None:
         self.phase, self.steps, self._warned = phase, steps, False
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._path, self._board = folder / "metrics.jsonl", None
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             if self._path.exists():
                 _drop_later_steps(self._path, start)
             self._board = SummaryWriter(str(folder), purge_step=start + 1)
@@ -119,8 +142,7 @@ class RunLog:
             metrics["alignment_ratio"] = metrics["loss/alignment"] / np.maximum(metrics["loss/kd"], 1e-30)
             self._warn_of_alignment(float(metrics["alignment_ratio"]))
         numbers = scalars(metrics)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"phase": self.phase, "step": step, **numbers}) + "\n")
+        append_text(self._path, json.dumps({"phase": self.phase, "step": step, **numbers}) + "\n")
         for name, number in numbers.items():
             self._board.add_scalar(f"{self.phase}/{name}", number, step)
         wandb_log.write(self.phase, step, numbers)

@@ -4,7 +4,6 @@ Measuring does not delay any step; profiling does, at its first step and after i
 """
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Self, TypeVar
@@ -13,6 +12,7 @@ import jax
 
 from melt_jax.analysis.chips import find_chip
 from melt_jax.config import RunConfig
+from melt_jax.files import Path, folder_on_disk
 from melt_jax.training.attempts import COMPILE_EVENT, spent
 
 T = TypeVar("T")
@@ -101,8 +101,8 @@ class StepProfiler:
       run: `profile_start`, the first step, counted from 1 (0: none), and `profile_steps` are used.
     """
 
-    def __init__(self, folder: pathlib.Path, run: RunConfig) -> None:
-        self._folder = str(folder)
+    def __init__(self, folder: Path, run: RunConfig) -> None:
+        self._folder, self._contexts = folder, contextlib.ExitStack()
         self._steps = range(run.profile_start, run.profile_start + run.profile_steps) if run.profile_start else ()
         self._tracing = False
 
@@ -117,7 +117,7 @@ class StepProfiler:
         """The context in which a step is dispatched. `state` is the previous step's output."""
         if step in self._steps and not self._tracing:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(str(self._contexts.enter_context(folder_on_disk(self._folder))))
             self._tracing = True
         elif self._tracing and step not in self._steps:
             jax.block_until_ready(state)
@@ -128,6 +128,7 @@ class StepProfiler:
     def _stop(self) -> None:
         if self._tracing:
             jax.profiler.stop_trace()
+            self._contexts.close()
             self._tracing = False
 
 

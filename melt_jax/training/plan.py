@@ -1,7 +1,6 @@
 """The plan of a run, printed at its start: how often it repeats its data and how much disk space it needs."""
 
 import math
-import pathlib
 import shutil
 from collections.abc import Iterator
 
@@ -9,14 +8,14 @@ import jax
 
 from melt_jax.config import ModelConfig, TrainConfig
 from melt_jax.data import stream
-from melt_jax.files import folder_bytes
+from melt_jax.files import Path, folder_bytes, in_bucket
 from melt_jax.model.model import abstract_model, parameter_count
 
 MODEL_BYTES = 4  # per parameter: `model/` holds float32 weights
 CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments
 
 
-def plan(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> Iterator[str]:
+def plan(config: TrainConfig, model: ModelConfig, workdir: Path) -> Iterator[str]:
     """The lines to print: data, unless it is generated, and disk. Too little of either is not an error.
 
     Args:
@@ -40,11 +39,13 @@ def data_line(config: TrainConfig, sequences: int) -> str:
     return f"{line}: sequences repeat from step {math.ceil((sequences + 1) / config.data.batch)} of {steps} on"
 
 
-def disk_line(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> str:
-    """The largest size of the workdir during the run, its size now, and the free disk space, in GB (1e9 bytes)."""
+def disk_line(config: TrainConfig, model: ModelConfig, workdir: Path) -> str:
+    """The largest size of the workdir during the run, its size now, and on a disk the free space, in GB (1e9 bytes)."""
+    used, needed = folder_bytes(workdir), disk_bytes(config, model)
+    if in_bucket(workdir):
+        return f"bucket: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far"
     existing = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
-    used = folder_bytes(workdir) if workdir.exists() else 0
-    needed, free = disk_bytes(config, model), shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free
     return f"disk: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far, {_gb(free)} free"
 
 

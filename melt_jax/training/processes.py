@@ -64,6 +64,24 @@ def broadcast_text_from_process_0(text: str) -> str:
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
 
 
+def text_from_process_0(work: Callable[..., str], *args: object) -> str:
+    """The text `work(*args)` of process 0, in every process; the others wait. Every process must call it.
+
+    Raises:
+      InputError: in every process, if the work raised an InputError or OSError.
+    """
+    text, error = "", ""
+    if jax.process_index() == 0:
+        try:
+            text = work(*args)
+        except (InputError, OSError) as problem:  # the other processes wait for this one
+            error = str(problem)
+    wait_for_process_0()
+    if error := broadcast_text_from_process_0(error):
+        raise InputError(error)
+    return broadcast_text_from_process_0(text)
+
+
 def run_on_process_0(work: Callable[..., None], *args: object) -> None:
     """Runs `work(*args)` in process 0 through `run_outside`, while the run's other processes wait for it.
 

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
+from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import weights_digest
-from melt_jax.config import ConfigError, InputError, TrainConfig
+from melt_jax.config import ConfigError, TrainConfig
 from melt_jax.data import stream
-from melt_jax.files import read_json, write_text
-from melt_jax.training.processes import broadcast_text_from_process_0, run_outside, wait_for_process_0
+from melt_jax.files import Path, make_folder, read_json, write_text
+from melt_jax.training.processes import run_outside, text_from_process_0
 
 # May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
 RESUMABLE_KEYS = {
@@ -21,7 +19,7 @@ RESUMABLE_KEYS = {
 }
 
 
-def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
+def keep_config(config: TrainConfig, workdir: Path) -> None:
     """Writes the config to the workdir, or compares it with the config of the run already there.
 
     The teacher is compared by the digest of its weights, and prepared data by its manifest's. Process 0 computes the
@@ -29,23 +27,17 @@ def keep_config(config: TrainConfig, workdir: pathlib.Path) -> None:
 
     Raises:
       ConfigError: in every process: a key that is not in `RESUMABLE_KEYS`, the teacher or the data has changed.
+      InputError: in every process: the teacher cannot be read.
     """
-    error = ""
-    if jax.process_index() == 0:
-        try:
-            error = _config_error(config, workdir)
-        except (InputError, OSError) as problem:  # the other processes wait for this one
-            error = str(problem)
-    wait_for_process_0()
-    if error := broadcast_text_from_process_0(error):
+    if error := text_from_process_0(_config_error, config, workdir):
         raise ConfigError(error)
 
 
-def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
+def _config_error(config: TrainConfig, workdir: Path) -> str:
     """Writes the config to the workdir; returns an error instead if the run there has another config."""
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if "pretraining" not in config.phases:
-        new["teacher weights"] = f"sha256 {run_outside(weights_digest, config.teacher)}"
+        new["teacher weights"] = f"sha256 {run_outside(weights_digest, hub.local_folder(config.teacher))}"
     if digest := stream.fingerprints(config).get("data.path"):
         new["manifest of data.path"] = f"sha256 {digest}"
     old = read_json(path) if path.exists() else new
@@ -58,7 +50,7 @@ def _config_error(config: TrainConfig, workdir: pathlib.Path) -> str:
     if changed:
         lines = [f"  - {key}: expected {before.get(key)}, found {now.get(key)}" for key in changed]
         return f"{workdir} holds a run with another config, teacher or data; use another workdir:\n" + "\n".join(lines)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     write_text(path, json.dumps(new, indent=1, sort_keys=True))
     return ""
 

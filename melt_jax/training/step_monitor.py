@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from melt_jax.analysis.flops import step_flops
 from melt_jax.config import ModelConfig, TrainConfig
+from melt_jax.files import Path
 from melt_jax.training import attempts
 from melt_jax.training.checkpoints import Checkpoints
 from melt_jax.training.log import RunLog, StepMetrics
@@ -56,7 +56,7 @@ class StepMonitor:
         name: str,
         config: TrainConfig,
         model: ModelConfig,
-        folder: pathlib.Path,
+        folder: Path,
         start: PhaseStart,
         checkpoints: Checkpoints,
         console: Console | None,

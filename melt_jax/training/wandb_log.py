@@ -1,14 +1,14 @@
 """The log of a run in Weights & Biases, an optional package: metrics, configuration and git commit.
 
 `run.wandb` names the project. All attempts of a workdir write to one W&B run; `wandb.json` in the workdir has its id.
-Only process 0 writes. `WANDB_MODE=offline` keeps everything in the workdir, for `wandb sync`.
+Only process 0 writes. `WANDB_MODE=offline` keeps everything in the workdir, for `wandb sync`; if the workdir is in a
+bucket, in `wandb/` of the current folder.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
 import json
-import pathlib
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import jax
 
 from melt_jax.config import InputError, TrainConfig
-from melt_jax.files import write_text
+from melt_jax.files import Path, in_bucket, write_text
 from melt_jax.training.attempts import git_commit
 
 _run: Any = None  # of this process
 
 
 @contextlib.contextmanager
-def wandb_run(config: TrainConfig, workdir: pathlib.Path) -> Iterator[None]:
+def wandb_run(config: TrainConfig, workdir: Path) -> Iterator[None]:
     """Opens the run's W&B log for the block if `run.wandb` names a project.
 
     Raises:
@@ -55,7 +55,7 @@ def write(phase: str, step: int, numbers: Mapping[str, float]) -> None:
         _run.log({f"{phase}/step": step} | {f"{phase}/{name}": number for name, number in numbers.items()})
 
 
-def _open(config: TrainConfig, workdir: pathlib.Path) -> Any:
+def _open(config: TrainConfig, workdir: Path) -> Any:
     import wandb
 
     entity, _, project = config.run.wandb.rpartition("/")
@@ -69,7 +69,7 @@ def _open(config: TrainConfig, workdir: pathlib.Path) -> Any:
             id=json.loads(path.read_text())["id"],
             resume="allow",
             name=workdir.name,
-            dir=None if "://" in str(workdir) else str(workdir),
+            dir=None if in_bucket(workdir) else str(workdir),
             config=dataclasses.asdict(config) | {"git_commit": git_commit(), "workdir": str(workdir)},
             settings=wandb.Settings(console="off", silent=True),
         )

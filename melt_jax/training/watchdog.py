@@ -3,8 +3,8 @@
 import collections
 import faulthandler
 import os
-import pathlib
 import sys
+import tempfile
 import threading
 import time
 from typing import Any, Self
@@ -12,7 +12,10 @@ from typing import Any, Self
 import jax
 
 from melt_jax.config import RunConfig
+from melt_jax.files import Path, append_text
 from melt_jax.training.preemption import STALLED
+
+WRITE_SECONDS = 10.0  # how long a report may take to be written
 
 
 class Watchdog:
@@ -28,7 +31,7 @@ class Watchdog:
       run: `stall_seconds` (0 disables the watchdog), `stall_first_seconds` and `stall_exits` are used.
     """
 
-    def __init__(self, phase: str, folder: pathlib.Path, run: RunConfig) -> None:
+    def __init__(self, phase: str, folder: Path, run: RunConfig) -> None:
         self._phase, self._run = phase, run
         self._file = folder / f"stall-process{jax.process_index()}.txt"
         # (step, one of its outputs) of the dispatched steps that are not known to have finished
@@ -81,9 +84,14 @@ class Watchdog:
         print(message, file=sys.stderr, flush=True)
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-        with self._file.open("a") as file:
-            print(message, file=file, flush=True)
-            faulthandler.dump_traceback(file, all_threads=True)
+        with tempfile.TemporaryFile("w+") as stacks:
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            stacks.seek(0)
+            report = f"{message}\n{stacks.read()}"
+        # In a thread that is not waited for forever: a bucket that cannot be reached may be the cause of the stall.
+        writer = threading.Thread(target=append_text, args=(self._file, report), daemon=True)
+        writer.start()
+        writer.join(WRITE_SECONDS)
         if self._run.stall_exits:
             print(f"exiting with status {STALLED}; rerun the command to resume", file=sys.stderr, flush=True)
             os._exit(STALLED)  # a normal exit would wait for the device and for other processes

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 
 from melt_jax.config import ConfigError, InputError, ModelConfig, TrainConfig
-from melt_jax.files import folder_bytes
+from melt_jax.files import Path, folder_bytes
 from melt_jax.training.plan import disk_bytes
 from melt_jax.training.processes import broadcast_text_from_process_0, wait_for_process_0
 
@@ -21,11 +21,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file
 
 
 @contextlib.contextmanager
-def claim_workdir(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> Iterator[None]:
+def claim_workdir(config: TrainConfig, model: ModelConfig, workdir: Path) -> Iterator[None]:
     """Creates the workdir and keeps other runs out of it until the end of the block, or of the process.
 
     Process 0 holds a lock of the operating system on `run.lock`, which names its host and process. It ends with the
-    process, however that ends, so nothing needs to be cleaned up. Every process of the run must enter the block.
+    process, however that ends, so nothing needs to be cleaned up. A bucket has no locks: there, nothing keeps a second
+    run out. Every process of the run must enter the block.
 
     Args:
       config: the run's config.
@@ -37,7 +38,7 @@ def claim_workdir(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path
     """
     with contextlib.ExitStack() as stack:
         error = ""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and isinstance(workdir, pathlib.Path):
             try:
                 stack.enter_context(_locked(workdir))
                 error = disk_error(config, model, workdir)

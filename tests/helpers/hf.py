@@ -17,9 +17,9 @@ from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import LoopedTransformer
 
 
-def open_exported(folder: str | pathlib.Path, **changes: Any) -> PreTrainedModel:
-    """The float32 model of a published folder, by its own code; `changes` replace values of its config."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **changes)
+def open_exported(folder: str | pathlib.Path, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """The model of a published folder, by its own code; `changes` replace values of its config."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **changes)
     return model.eval()
 
 
@@ -44,7 +44,7 @@ def generated(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return out.sequences[:, -new:].numpy(), torch.stack(out.logits, 1).float().numpy()
+    return out.sequences[:, -new:].numpy(), torch.stack(out.logits, 1).numpy()
 
 
 def generated_by_jax(

@@ -1,0 +1,90 @@
+"""Speed of decoding on this machine: stacked and unstacked weights, and transformers on the exported model.
+
+    JAX_PLATFORMS=cpu python -m tests.long.decoding --prompt=128 --batch=1 --batch=8
+
+A LoopLM and a MELT of 30M random weights (width 512, 8 layers, 4 loops, float32) continue random prompts by 32 greedy
+tokens. The three run in turn, `--turns` times, because a shared machine changes its speed; the table has the median of
+decoded tokens per second, without the prefill, and of the ratios within a turn. Takes five minutes on two cores. A
+benchmark: it judges nothing, except that all three select the same tokens.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import torch
+
+from melt_jax import LoopedTransformer, ModelConfig
+from melt_jax.checkpoints.published import save_published
+from melt_jax.inference.generation import GenerationOptions, generate
+from melt_jax.model.model import init_model, unstack
+from tests.helpers.hf import open_exported
+
+NEW, CHUNK = 33, 512  # the prefill selects the first token
+SIZES = dict(vocab=4096, width=512, layers=8, loops=4, heads=8, kv_heads=8, head_width=64, feed_forward=1408)
+
+
+def by_jax(model: LoopedTransformer, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
+    """(tokens per second, tokens)."""
+    result = generate(model, prompts, GenerationOptions(NEW, CHUNK))
+    return result.decode_speed, result.tokens
+
+
+def by_transformers(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
+    """(tokens per second, tokens); the prefill is timed alone and subtracted."""
+
+    def run(new):
+        start = time.perf_counter()
+        out = model.generate(
+            torch.tensor(prompts), max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        return time.perf_counter() - start, out[:, len(prompts[0]) :].tolist()
+
+    first, _ = run(1)
+    seconds, tokens = run(NEW)
+    return len(prompts) * (NEW - 1) / (seconds - first), tokens
+
+
+def main() -> None:
+    """Prints the table; exits with status 1 if tokens differ."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompt", type=int, action="append", help="tokens of a prompt; default: 128 and 1024")
+    parser.add_argument("--batch", type=int, action="append", help="prompts at a time; default: 1 and 8")
+    parser.add_argument("--turns", type=int, default=3)
+    args = parser.parse_args()
+    print(f"{'model':8}{'batch':>6}{'prompt':>8}{'stacked':>12}{'unstacked':>12}{'transformers':>14}"
+          f"{'unstacked/stacked':>20}{'unstacked/transformers':>24}")  # fmt: skip
+    equal = True
+    for gate in ("none", "elementwise"):
+        model = init_model(ModelConfig(**SIZES, gate=gate, max_positions=4096), jax.random.key(0))
+        with tempfile.TemporaryDirectory() as folder:
+            save_published(f"{folder}/model", model, dtype="float32")
+            changes = {} if gate == "none" else {"chunk_size": CHUNK}
+            ways = [
+                (by_jax, model),
+                (by_jax, unstack(model)),
+                (by_transformers, open_exported(f"{folder}/model", **changes)),
+            ]
+        for length in args.prompt or (128, 1024):
+            for batch in args.batch or (1, 8):
+                prompts = np.random.default_rng(0).integers(0, SIZES["vocab"], (batch, length)).tolist()
+                speeds = []
+                for _ in range(args.turns):
+                    turn, tokens = zip(*(way(of, prompts) for way, of in ways))
+                    speeds.append(turn)
+                    equal &= tokens[0] == tokens[1] == tokens[2]
+                median = [statistics.median(column) for column in zip(*speeds)]
+                ratios = [statistics.median(turn[1] / turn[i] for turn in speeds) for i in (0, 2)]
+                cells = "".join(f"{x:>{w}.1f}" for x, w in zip(median, (12, 12, 14)))
+                print(f"{'LoopLM' if gate == 'none' else 'MELT':8}{batch:>6}{length:>8}{cells}"
+                      f"{ratios[0]:>20.2f}{ratios[1]:>24.2f}", flush=True)  # fmt: skip
+    print("all tokens equal" if equal else "FAIL: tokens differ")
+    sys.exit(0 if equal else 1)
+
+
+if __name__ == "__main__":
+    main()

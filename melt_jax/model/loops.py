@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,8 @@ def _run_loops(
     layer_inputs: Float[Array, "T L B C D"] | None,
 ) -> ChunkOutput:
     """One sweep: T loops over a chunk from its embeddings x; `previous` is the chunk's entries of the sweep before."""
-    config, scan = model.config, jax.lax.scan
+    config = model.config
+    scan: Callable[..., Any] = jax.lax.scan
     if is_unstacked(model):
         scan = _unrolled_scan
         if x.shape[1] == 1:  # the scores of one token are small; a slice of the slots would be a copy
@@ -173,7 +175,7 @@ def _run_loops(
     # Loop T does not read the window; zeros stand in for its entries.
     pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
     window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
-    scan_loops = scan if isinstance(cache.per_loop, EntryList) else jax.lax.scan
+    scan_loops: Callable[..., Any] = scan if isinstance(cache.per_loop, EntryList) else jax.lax.scan
     (_, _, shared), (per_loop, recent, outputs) = scan_loops(
         run_loop, (x, latents, shared), (loops, cache.per_loop, window, previous and previous.per_loop, layer_inputs)
     )

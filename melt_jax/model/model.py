@@ -220,7 +220,7 @@ def unstack(model: LoopedTransformer) -> LoopedTransformer:
     """
     layers = [jax.tree.map(itemgetter(i), model.layers) for i in range(model.config.layers)]
     model = jax.tree.map(lambda x: x, model)  # a copy that shares all weights
-    model.layers = nnx.List(layers)
+    model.layers = nnx.List(layers)  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 

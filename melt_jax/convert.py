@@ -193,6 +193,8 @@ def _convert(name, source, output, form, changes, existing):
             write_weights(temporary / "model.safetensors", abstract, dtype, weights)
         carried = copy_companions(source, temporary)
         raw = published_config(config, dtype, folder.raw)
+        if origin := hub.repository(name):
+            raw["_name_or_path"] = origin.name  # copied to a student, whose model card names the LoopLM
         write_config(temporary, add_model_code(temporary, raw) if form == "published" else raw)
 
     print(f"{output}: {form}, gate {config.gate}, {dtype}, with {', '.join(carried) or 'no tokenizer files'}")

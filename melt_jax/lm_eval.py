@@ -85,7 +85,7 @@ def evaluate() -> dict[str, Any]:
     from melt_jax.inference.harness import HarnessModel, HarnessSettings
 
     for name in ("include_path", "use_cache"):
-        if FLAGS[name].value and in_bucket(as_path(FLAGS[name].value)):
+        if in_bucket(as_path(FLAGS[name].value or ".")):
             raise InputError(
                 f"--{name}: expected a folder on a disk, which the harness needs, found {FLAGS[name].value}"
             )

@@ -107,6 +107,7 @@ def test_commands_download_only_their_files(server, cache, tmp_path):
     assert file_names(model) == sorted(("config.json", "model.safetensors", *TOKENIZER))
     assert not any(started.downloads(name) for name in NEEDLESS if name != "original/model.safetensors")
     assert weights_digest(tmp_path / "out") == weights_digest(NANO)
+    assert json.loads((tmp_path / "out/config.json").read_text())["_name_or_path"] == LOOPLM
 
 
 @pytest.mark.slow
@@ -246,8 +247,12 @@ def test_card_without_records(tmp_path):
     text = model_card(NANO, "org/name", str(NANO))
     assert "LoopLM" in text and not any(word in text for word in ("base_model", "None", "teacher", "recipe"))
     convert(NANO, tmp_path / "melt", "published", Changes("elementwise"))
-    text = model_card(tmp_path / "melt", "org/name", str(tmp_path / "melt"), base_model=LOOPLM)
-    assert f"| teacher | {LOOPLM} |" in text and "| recipe | not recorded |" in text and "None" not in text
+    config = tmp_path / "melt/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": LOOPLM}))
+    for name, expected in ((None, LOOPLM), ("org/other", "org/other")):
+        text = model_card(tmp_path / "melt", "org/name", str(tmp_path / "melt"), base_model=name)
+        assert f"base_model: {expected}\n" in text and f"| teacher | {expected} |" in text
+        assert "| recipe | not recorded |" in text and "None" not in text
 
 
 def test_push_needs_published_form(tmp_path):

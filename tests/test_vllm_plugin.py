@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from melt_jax.inference import vllm_plugin
 from melt_jax.inference.vllm_plugin import configure
 from tests.helpers.hub_examples import ROOT
 
 
-def vllm_config(window=0, sweeps=1, speculative=None, chunked=True, tokens=2048, requests=256, model_type="melt"):
+def vllm_config(
+    window=0, sweeps=1, speculative=None, chunked=True, tokens=2048, requests=256, model_type="melt", scheduler=None
+):
     """The parts of a `VllmConfig` that the plugin uses."""
     hf_config = SimpleNamespace(model_type=model_type, chunk_size=16, window=window, sweeps=sweeps)
     return SimpleNamespace(
@@ -26,6 +29,7 @@ def vllm_config(window=0, sweeps=1, speculative=None, chunked=True, tokens=2048,
             max_num_seqs=requests,
             long_prefill_token_threshold=0,
             long_prefill_token_threshold_adaptive=True,
+            scheduler_cls=scheduler,
         ),
         cache_config=SimpleNamespace(enable_prefix_caching=True),
         speculative_config=speculative,
@@ -44,12 +48,48 @@ def test_prompts_run_in_trained_chunks():
         assert not config.cache_config.enable_prefix_caching
 
 
+def test_request_that_is_alone_runs_in_chunks(monkeypatch):
+    """vLLM lifts the limit on a prompt's tokens in a step from the only request; the scheduler keeps it."""
+
+    class Stock:
+        def __init__(self, vllm_config, requests):
+            self.scheduler_config, self.requests = vllm_config.scheduler_config, requests
+            self.max_num_scheduled_tokens = self.scheduler_config.max_num_batched_tokens
+
+        def get_request_counts(self):
+            return self.requests, 0
+
+        def schedule(self):
+            return self.max_num_scheduled_tokens
+
+    class AsyncStock(Stock):
+        pass
+
+    for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.sched"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    path = "vllm.v1.core.sched"
+    monkeypatch.setitem(sys.modules, f"{path}.scheduler", SimpleNamespace(Scheduler=Stock))
+    monkeypatch.setitem(sys.modules, f"{path}.async_scheduler", SimpleNamespace(AsyncScheduler=AsyncStock))
+    module, name = vllm_plugin.SCHEDULER.rsplit(".", 1)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    make_scheduler = getattr(importlib.import_module(module), name)
+    for is_async in (False, True):
+        config = vllm_config()
+        configure(config)
+        config.scheduler_config.async_scheduling = is_async
+        alone, two = make_scheduler(config, 1), make_scheduler(config, requests=2)
+        assert isinstance(alone, AsyncStock) == is_async
+        assert [alone.schedule(), two.schedule()] == [16, 2048] and alone.max_num_scheduled_tokens == 2048
+    monkeypatch.delitem(sys.modules, module)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"window": 8}, "window, sweeps: expected 0 and 1"),
         ({"sweeps": 2}, "found 0 and 2"),
         ({"speculative": object()}, "speculative decoding: expected none"),
+        ({"scheduler": "other.Scheduler"}, "--scheduler-cls: expected none"),
         ({"chunked": False}, "--enable-chunked-prefill: expected true"),
         ({"tokens": 15}, "--max-num-batched-tokens: expected at least 16"),
     ],
@@ -70,8 +110,6 @@ def test_entry_point_needs_no_jax():
 
 def test_other_models_keep_their_configuration(monkeypatch):
     """The hook runs for every model of the transformers backend, after the one that was there."""
-    from melt_jax.inference import vllm_plugin
-
     calls = []
 
     class Base:

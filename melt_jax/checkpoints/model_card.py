@@ -1,6 +1,7 @@
 """The model card of an exported model: README.md with the hub's YAML front matter."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,8 @@ def model_card(
       name: of its repository, "org/name".
       source: the model that was exported, as the user named it. If it is the `model` folder of a phase, the card states
         the records of its run: teacher, recipe and measurements.
-      base_model: name of the LoopLM on the hub; None: the run's teacher, if that is a model of the hub.
+      base_model: name of the LoopLM on the hub; None: the run's teacher, if that is a model of the hub, or the one
+        that config.json states as the model's origin.
       license_name: of the weights, as the hub spells it.
 
     Raises:
@@ -41,7 +43,7 @@ def model_card(
     kind = "LoopLM" if opened.config.gate == "none" else "MELT"
     run, scores = ({}, {}) if repository(source) else run_records(source)
     teacher = run.get("teacher") if kind == "MELT" else None
-    base_model = base_model or _hub_name(teacher)
+    base_model = base_model or _hub_name(teacher) or _origin(opened.raw)
     data = ModelCardData(
         license=license_name,
         base_model=base_model,
@@ -101,6 +103,11 @@ def _read(file):
 def _hub_name(text: str | None) -> str | None:
     found = repository(text) if text and text.startswith(PREFIX) else None
     return found.name if found else None
+
+
+def _origin(raw: Mapping[str, Any]) -> str | None:
+    name = raw.get("_name_or_path")
+    return name if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
 
 
 def _model_rows(opened) -> list[tuple[str, str]]:

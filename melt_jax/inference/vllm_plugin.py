@@ -15,6 +15,7 @@ from typing import Any
 
 logger = logging.getLogger("vllm.melt_jax")
 ARCHITECTURE = "TransformersForCausalLM"  # vLLM's name of its transformers backend
+SCHEDULER = "melt_jax.inference.vllm_scheduler.make_scheduler"
 
 
 def register() -> None:
@@ -50,6 +51,7 @@ def configure(vllm_config: Any) -> None:
         raise ValueError("; ".join(errors))
     scheduler.long_prefill_token_threshold = chunk
     scheduler.long_prefill_token_threshold_adaptive = False
+    scheduler.scheduler_cls = SCHEDULER
     vllm_config.cache_config.enable_prefix_caching = False
     most = scheduler.max_num_batched_tokens // chunk
     logger.info("melt_jax: prompts run in chunks of %d tokens, without prefix caching", chunk)
@@ -71,6 +73,8 @@ def serving_errors(vllm_config: Any, chunk: int) -> list[str]:
             f"window, sweeps: expected 0 and 1, because vLLM keeps one KV entry per token and layer, found"
             f" {hf_config.window} and {hf_config.sweeps}; generate with transformers or melt_jax"
         )
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        errors.append(f"--scheduler-cls: expected none, found {scheduler.scheduler_cls}")
     if vllm_config.speculative_config is not None:
         errors.append("speculative decoding: expected none, because it checks several tokens in one chunk, found some")
     if not scheduler.enable_chunked_prefill:

@@ -147,11 +147,11 @@ def _run_loops(
 ) -> ChunkOutput:
     """One sweep: T loops over a chunk from its embeddings x; `previous` is the chunk's entries of the sweep before."""
     config = model.config
-    scan: Callable[..., Any] = jax.lax.scan
-    if is_unstacked(model):
-        scan = _unrolled_scan
-        if x.shape[1] == 1:  # the scores of one token are small; a slice of the slots would be a copy
-            config = dataclasses.replace(config, attention_block=max(1, cache.length))
+    scan_layers = _scan(unrolled=is_unstacked(model))
+    scan_loops = _scan(unrolled=isinstance(cache.per_loop, EntryList))
+    if is_unstacked(model) and x.shape[1] == 1:
+        # The scores of one token are small, and a block of the slots would be a copy.
+        config = dataclasses.replace(config, attention_block=max(1, cache.length))
     run_layer = functools.partial(_run_layer, config, context)
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
@@ -163,7 +163,7 @@ def _run_loops(
             ChunkKV(cache.shared, cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
         )
         layer_loop = jnp.full((config.layers,), loop)
-        x, (layer_input, latents, kv, attention_output, gate_openness) = scan(
+        x, (layer_input, latents, kv, attention_output, gate_openness) = scan_layers(
             run_layer, x, (model.layers, latents, earlier, layer_loop, given)
         )
         with jax.named_scope("final_norm"):
@@ -175,16 +175,20 @@ def _run_loops(
     # Loop T does not read the window; zeros stand in for its entries.
     pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
     window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
-    scan_loops: Callable[..., Any] = scan if isinstance(cache.per_loop, EntryList) else jax.lax.scan
     (_, _, shared), (per_loop, recent, outputs) = scan_loops(
         run_loop, (x, latents, shared), (loops, cache.per_loop, window, previous and previous.per_loop, layer_inputs)
     )
     kv = ChunkKV(shared, per_loop, jax.tree.map(lambda entries: entries[:-1], recent))
-    return ChunkOutput(*outputs, kv, context.mask.segments)
+    hidden, layer_input, attention_output, gate_openness = outputs
+    return ChunkOutput(hidden, layer_input, attention_output, gate_openness, kv, context.mask.segments)
+
+
+def _scan(unrolled: bool) -> Callable[..., Any]:
+    """`jax.lax.scan`, or the same as straight code, where a list stands for an array with a leading axis."""
+    return _unrolled_scan if unrolled else jax.lax.scan
 
 
 def _unrolled_scan(step, state, xs):
-    """`jax.lax.scan` as straight code; a list stands for an array with a leading axis."""
     is_list = lambda x: isinstance(x, nnx.List | EntryList)
     count = len(jax.tree.leaves(xs, is_leaf=is_list)[0])
     outputs = []

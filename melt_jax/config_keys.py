@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 INT_LIMIT = 2**31  # sizes and step numbers are int32 on the device
+FLOAT_LIMIT = 1e30  # numbers are float32 on the device
 WORDS = tuple[str, ...]
 TYPE_NAMES = {
     int: "an integer",
@@ -42,6 +43,8 @@ class Range:
         )
         if allowed and isinstance(value, int) and self.most is None and value >= INT_LIMIT:
             return f"below {INT_LIMIT}"
+        if allowed and isinstance(value, float) and self.most is None and value >= FLOAT_LIMIT:
+            return f"below {FLOAT_LIMIT:g}"
         return "" if allowed else str(self)
 
 

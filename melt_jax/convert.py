@@ -29,7 +29,7 @@ from absl import flags
 
 from melt_jax import command_line
 from melt_jax.checkpoints import hub
-from melt_jax.checkpoints.folder import chosen_dtype, override
+from melt_jax.checkpoints.folder import KINDS, chosen_dtype, not_finite_errors, override
 from melt_jax.checkpoints.model_card import LICENSE, model_card
 from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
 from melt_jax.checkpoints.published import write_weights
@@ -99,7 +99,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", None, CHOICES["dtype"], "dtype of the output's weights. Default: the input's.")
     flags.DEFINE_string("dtype_of", None, "Instead of --dtype: a model folder whose dtype the weights get.")
     flags.DEFINE_integer("seed", 0, "Seed of new gates.")
-    flags.DEFINE_bool("overwrite", False, "Replace the output if it exists.")
+    flags.DEFINE_bool("overwrite", False, "Replace the output if it is a folder of that form written by melt_jax.")
     flags.DEFINE_bool("keep_existing", False, "Convert nothing if the output exists.")
     flags.DEFINE_string("push", None, "Upload the output to this repository of the hub, org/name.")
     flags.DEFINE_string("base_model", None, "Model card: the LoopLM on the hub. Default: the run's teacher.")
@@ -112,6 +112,8 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if values.overwrite and values.keep_existing:
         raise InputError("--overwrite, --keep_existing: expected one of them, found both")
+    if not 0 <= values.seed < 2**32:
+        raise InputError(f"--seed: expected at least 0 and below 2**32, found {values.seed}")
     if values.dtype and values.dtype_of:
         raise InputError("--dtype, --dtype_of: expected one of them, found both")
     existing = "overwrite" if values.overwrite else "keep" if values.keep_existing else "refuse"
@@ -143,9 +145,9 @@ def convert(
       upload: of the output, which must be in published form.
 
     Raises:
-      InputError: the input is not a model folder, the changes contradict it, the output would replace the input, or the
-        kept output is not a model folder of that form, or the hub cannot be reached or refuses. In other processes:
-        process 0 failed.
+      InputError: the input is not a model folder, the changes contradict it, the output would replace the input or a
+        folder that melt_jax did not write in that form, the kept output is not a model folder of that form, or the hub
+        cannot be reached or refuses. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
     output = as_path(output, "--output")
@@ -178,12 +180,13 @@ def _convert(name, source, output, form, changes, existing):
         raise_errors(output, first_loop_errors(config.gate, config.first_loop))
     elif changes.first_loop is not None:
         raise InputError(f"first_loop: expected none for a LoopLM, found {changes.first_loop!r}; omit it")
+    folder.check_digests()
     print(f"{name}: {folder.form}, gate {folder.config.gate}, {folder.dtype or 'several dtypes'}")
 
     # Write it completely or not at all.
     abstract = abstract_model(config, dtype)
     weights = _stream_weights(folder, _fresh_gates(folder, abstract, changes.seed, dtype), abstract, dtype)
-    with atomic_folder(output, existing == "overwrite") as temporary:
+    with atomic_folder(output, KINDS[form], existing == "overwrite", [source]) as temporary:
         if form == "orbax":
             write_params(temporary / PARAMS, dict(weights))
         else:
@@ -210,7 +213,9 @@ def _stream_weights(folder, gates, abstract, dtype):
     done, total = 0, parameter_count(abstract)
     # Embedding and head first: reading a tensor needs twice its size besides the weights, and these are the largest.
     for path, leaf in sorted(module_leaves(abstract), key=lambda entry: entry[0].startswith("layers.")):
-        yield path, gates[path] if path in gates else folder.read(path, dtype)
+        weight = gates[path] if path in gates else folder.read(path, dtype)
+        raise_errors(folder.folder, not_finite_errors(folder, {path: weight}))
+        yield path, weight
         done += leaf.size
         if sys.stdout.isatty():
             print(f"\r{done / total:4.0%} {path:40s}", end="\n" if done == total else "", flush=True)

@@ -36,6 +36,7 @@ from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import LoopedTransformer, reconfigure
 
 FLAGS = flags.FLAGS
+MOST = 10**7  # of every count; more would run for months
 TASKS = ("arithmetic", "tokens")
 
 
@@ -185,8 +186,10 @@ def settings_errors(settings: Settings) -> list[str]:
     errors = []
     least = {"length": 1, "sequences": 1, "rows": 1, "problems": 1, "chunk_size": 1, "decoding_tokens": 0, "hops": 1}
     for name, minimum in least.items():
-        if (value := getattr(settings, name)) is not None and value < minimum:
-            errors.append(f"--{name}: expected at least {minimum}, found {value}")
+        if (value := getattr(settings, name)) is not None and not minimum <= value <= MOST:
+            errors.append(f"--{name}: expected at least {minimum} and at most {MOST}, found {value}")
+    if settings.seed is not None and not 0 <= settings.seed < 2**63:
+        errors.append(f"--seed: expected at least 0 and below 2**63, found {settings.seed}")
     low, high = settings.low, settings.high
     if not 1 <= low <= high <= len(NAMES):
         errors.append(f"--low, --high: expected 1 <= low <= high <= {len(NAMES)}, found {low} and {high}")

@@ -11,13 +11,14 @@ folder there is filled in place and has the object `INCOMPLETE` in it until it i
 import contextlib
 import glob
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -26,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from melt_jax.config import InputError
+from melt_jax.digests import check_replaceable, write_digests
 
 Path: TypeAlias = pathlib.Path | epath.Path
 PathLike: TypeAlias = str | os.PathLike
@@ -97,26 +99,40 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: PathLike, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    folder: PathLike, kind: str, overwrite: bool = False, inputs: Iterable[PathLike] = ()
+) -> Iterator[Path]:
     """Yields a new, empty folder, which becomes `folder` at the end of the block and is removed if the block fails.
 
     On a disk it is a hidden sibling until then, `.{name}.incomplete`. In a bucket it is `folder` itself, with the
     object `INCOMPLETE` in it; a folder that is replaced is deleted at the start of the block. An interrupted writer
-    leaves nothing that `is_complete`, and the next one removes what it left. For a single process; several processes
-    use `collective_atomic_folder`.
+    leaves nothing that `is_complete`, and the next one removes what it left. The folder's record (`melt_jax.digests`)
+    is written last. For a single process; several processes use `collective_atomic_folder`.
+
+    Args:
+      folder: the folder to write.
+      kind: what it is, for its record.
+      overwrite: replace a folder of the same kind that melt_jax wrote.
+      inputs: files and folders that the block reads.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is false.
+      InputError: `folder` must not be replaced; see `digests.check_replaceable`.
     """
     folder = absolute(folder)
     if _refused(folder, overwrite):
         raise _exists(folder)
+    if not _is_new(folder):
+        check_replaceable(folder, kind, file_sizes(folder), [absolute(source) for source in inputs])
     with _bucket_folder(folder) if in_bucket(folder) else _disk_folder(folder) as temporary:
         yield temporary
+        write_digests(temporary, kind, file_sizes(temporary))
 
 
 @contextlib.contextmanager
-def collective_atomic_folder(folder: PathLike, overwrite: bool = False) -> Iterator[Path]:
+def collective_atomic_folder(
+    folder: PathLike, kind: str, overwrite: bool = False, inputs: Iterable[PathLike] = ()
+) -> Iterator[Path]:
     """`atomic_folder` for a folder that all processes of a run fill together: each yields the same path.
 
     Process 0 decides whether the folder exists, creates it, and completes or removes it.
@@ -130,7 +146,7 @@ def collective_atomic_folder(folder: PathLike, overwrite: bool = False) -> Itera
     with contextlib.ExitStack() as stack:
         temporary = folder if in_bucket(folder) else _sibling(folder, "incomplete")
         if jax.process_index() == 0:
-            stack.enter_context(atomic_folder(folder, overwrite))
+            stack.enter_context(atomic_folder(folder, kind, overwrite, inputs))
         _wait_for_all("created")
         yield temporary
         _wait_for_all("filled")
@@ -279,6 +295,30 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name.removeprefix(prefix): entry["size"] for name, entry in found.items()}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      InputError: the file holds something else.
+    """
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes, place: object) -> dict[str, Any]:
+    """The JSON object in a text of UTF-8; `place` names it in errors.
+
+    Raises:
+      InputError: the text is something else.
+    """
+    try:
+        value = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: expected a JSON object, found {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: expected a JSON object, found {value!r:.60}")
+    return value
+
+
 def copy_companions(source: PathLike, target: PathLike) -> list[str]:
     """Copies the `COMPANIONS` of one model folder into another; returns their names."""
     files = matching(as_path(source), COMPANIONS)
@@ -324,7 +364,12 @@ def _bucket_folder(folder: Path) -> Iterator[Path]:
 
 def _refused(folder: Path, overwrite: bool) -> bool:
     """Whether a writer must leave the folder alone: it exists, and is not what an interrupted writer left."""
-    return not overwrite and folder.exists() and not (in_bucket(folder) and (folder / INCOMPLETE).exists())
+    return not overwrite and not _is_new(folder)
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether there is no such folder, or only what an interrupted writer left."""
+    return not folder.exists() or (in_bucket(folder) and (folder / INCOMPLETE).exists())
 
 
 def _exists(folder):

@@ -38,6 +38,8 @@ class Settings:
       prompts: one text each.
       chat: put prompts into the checkpoint's chat template.
       thinking: render the template with `enable_thinking`; without `chat` it has no effect.
+      allow_special_tokens: with `chat`, special tokens in prompts become their ids; otherwise they are ordinary text.
+        Without `chat` they always become their ids.
       max_new_tokens: per prompt; None: 512, or as many as the model has positions for.
       sampling: how tokens are selected.
       prefill_chunk: C of the prefill; None: the chunk that a MELT was trained with, or 512.
@@ -48,6 +50,7 @@ class Settings:
     prompts: Sequence[str]
     chat: bool = True
     thinking: bool = True
+    allow_special_tokens: bool = False
     max_new_tokens: int | None = None
     sampling: Sampling = GREEDY
     prefill_chunk: int | None = None
@@ -74,6 +77,11 @@ def define_flags() -> None:
         True,
         "Render the template with enable_thinking, so that a Thinking model's prompt ends in <think>.",
     )
+    flags.DEFINE_boolean(
+        "allow_special_tokens",
+        False,
+        "Special tokens in prompts of the chat template become their ids; by default they are ordinary text.",
+    )
     flags.DEFINE_integer(
         "max_new_tokens", None, f"Maximum new tokens per prompt. Default: {NEW_TOKENS}, within the model's positions."
     )
@@ -93,7 +101,7 @@ def main(argv: list[str]) -> None:
     del argv
     prompts = list(FLAGS.prompt)
     if FLAGS.prompts_file:
-        prompts += [line for line in as_path(FLAGS.prompts_file).read_text().splitlines() if line.strip()]
+        prompts += read_prompts(FLAGS.prompts_file)
     if not prompts:
         raise InputError("--prompt, --prompts_file: expected at least one prompt, found none")
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
@@ -108,6 +116,18 @@ def main(argv: list[str]) -> None:
         for prompt, completion in zip(prompts, texts.completions):
             print(f"{prompt}\n{completion}\n")
     print(texts.summary)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file of prompts that are not blank.
+
+    Raises:
+      InputError: the file is not text in UTF-8.
+    """
+    try:
+        return [line for line in as_path(path).read_bytes().decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts_file: expected text in UTF-8 in {path}, found {error}") from error
 
 
 def generate_text(settings: Settings, on_text: Callable[[str], None] | None = None) -> Texts:
@@ -125,7 +145,7 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
         raise InputError(f"prompts: expected one, whose text is streamed, found {len(settings.prompts)}")
     folder = hub.local_folder(settings.checkpoint)
     model, tokenizer = for_decoding(open_for_inference(folder, settings.changes)), Tokenizer(folder)
-    prompts = [encode_prompt(tokenizer, text, settings.chat, settings.thinking) for text in settings.prompts]
+    prompts = [encode_prompt(tokenizer, text, settings) for text in settings.prompts]
     new_tokens, chunk = settings.max_new_tokens, settings.prefill_chunk
     options = GenerationOptions(
         most_new_tokens(model.config, prompts) if new_tokens is None else new_tokens,
@@ -145,9 +165,11 @@ def generate_text(settings: Settings, on_text: Callable[[str], None] | None = No
     return Texts([tokenizer.decode(tokens) for tokens in written], generation, summarize(generation, model))
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, thinking: bool = True) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, settings: Settings) -> list[int]:
     """Token ids of a prompt, in the chat template or as it is."""
-    return tokenizer.chat([{"role": "user", "content": text}], thinking) if chat else tokenizer.encode(text)
+    if not settings.chat:
+        return tokenizer.encode(text)
+    return tokenizer.chat([{"role": "user", "content": text}], settings.thinking, settings.allow_special_tokens)
 
 
 def most_new_tokens(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> int:

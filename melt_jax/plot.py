@@ -13,7 +13,6 @@ each, with the last loop alone; the command also prints the config keys in which
 
 import collections
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from melt_jax import command_line
 from melt_jax.analysis import figures
 from melt_jax.config import InputError
-from melt_jax.files import Path, PathLike, absolute, as_path
+from melt_jax.files import Path, PathLike, absolute, as_path, parse_json, read_json
 
 GRAY = "0.55"
 GROUP_COLORS = {"backbone": "0.25", "gate": "tab:red", "alpha": GRAY}
@@ -103,15 +102,27 @@ def read_config(workdir: PathLike) -> dict[str, Any]:
     file = as_path(workdir, "--workdir") / "config.json"
     if not file.is_file():
         raise InputError(f"{workdir}: expected the workdir of a run of melt_jax.train, found no config.json")
-    return json.loads(file.read_text())
+    config = read_json(file)
+    phases = config.get("phases")
+    for name in phases if isinstance(phases, list) else [phases]:
+        phase = config.get(name) if isinstance(name, str) else None
+        if not (isinstance(phase, dict) and isinstance(phase.get("steps"), int)):
+            raise InputError(f"{file}: expected the config of a run of melt_jax.train, found phases {phases!r:.60}")
+    return config
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The records of a `metrics.jsonl`, without an incomplete last line; none if there is no such file."""
     if not path.exists():
         return []
-    whole, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    records = []
+    for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), 1):
+        record = parse_json(line, f"{path}:{number}")
+        numbers = [value for name, value in record.items() if name != "phase"]
+        if not isinstance(record.get("step"), int) or not all(isinstance(value, (int, float)) for value in numbers):
+            raise InputError(f"{path}:{number}: expected numbers and a step, found {record!r:.100}; remove the line")
+        records.append(record)
+    return records
 
 
 def average_layers(record: dict[str, float]) -> dict[tuple[str, str], float]:

@@ -12,7 +12,8 @@ whose column it has.
 
 Conversations are rendered with the tokenizer's chat template, and the assistant's answers are scored. With --thinking,
 the default, a Thinking model's generation prompt ends with `<think>`, and answers are scored from there on. Generate
-with the same setting. Plain text ends with the tokenizer's end token and is scored throughout.
+with the same setting. In messages and plain text, the text of special tokens is ordinary text, so that it cannot end a
+turn or forge one. Plain text ends with the tokenizer's end token and is scored throughout.
 
 Several documents share a sequence but do not attend to each other; documents are cut only with --long=split. The same
 inputs and flags give the same bytes on any number of cores. An interrupted run leaves no output folder. To train on the
@@ -26,6 +27,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -42,6 +44,7 @@ from melt_jax.data.text import Tokenizer
 from melt_jax.files import PathLike, atomic_folder, find_files
 
 MALFORMED_SHOWN = 10  # malformed rows that are printed one by one
+KIND = "prepared data"  # in the record of the output folder
 LONG, MALFORMED = ("error", "drop", "split"), ("stop", "count")
 
 
@@ -79,12 +82,17 @@ def define_flags() -> None:
     flags.DEFINE_string("answer", None, "Column of answers, with --question.")
     flags.DEFINE_enum("score", "assistant", SCORES, "Scored tokens of conversations: the assistant's turns, or all.")
     flags.DEFINE_boolean("thinking", True, "Render the chat template with enable_thinking.")
+    flags.DEFINE_boolean(
+        "allow_special_tokens",
+        False,
+        "Special tokens in messages and text, such as <|im_end|>, become their ids; by default they are ordinary text.",
+    )
     flags.DEFINE_enum("long", "error", LONG, "Documents longer than a sequence: stop, drop them, or split them.")
     flags.DEFINE_enum("malformed", "stop", MALFORMED, "Rows that are not documents: stop, or skip and count them.")
     flags.DEFINE_integer("window", 64, "Sequences kept open for further documents; 1: one after the other.")
     flags.DEFINE_integer("shard_sequences", 4096, "Sequences per shard.")
     flags.DEFINE_integer("threads", 0, "Tokenizer threads; 0: all cores.")
-    flags.DEFINE_boolean("overwrite", False, "Replace the output folder if it exists.")
+    flags.DEFINE_boolean("overwrite", False, "Replace the output if it is prepared data written by melt_jax.")
 
 
 def main(argv: list[str]) -> None:
@@ -99,7 +107,8 @@ def main(argv: list[str]) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(values.threads)
     if values.verify:
         return print(verify(values.verify))
-    form = Form(values.messages, values.text, values.question, values.answer, values.score, values.thinking)
+    given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Form)}
+    form = Form(**given)
     settings = Settings(values.length, values.long, values.malformed, values.window, values.shard_sequences)
     paths = input_files(values.input)
     manifest = prepare(values.tokenizer, paths, values.output, form, settings, values.overwrite)
@@ -127,7 +136,7 @@ def prepare(
     Raises:
       FileExistsError: `output` exists.
       FileNotFoundError: the folder has no tokenizer.
-      InputError: the inputs cannot be read.
+      InputError: the inputs cannot be read, or `output` must not be replaced.
       PrepareError: a malformed row or a long document, unless `settings` allow it, or no documents at all.
     """
     rows, opened = InputRows(paths, form.columns), Tokenizer(hub.local_folder(tokenizer, hub.TOKENIZER))
@@ -135,7 +144,8 @@ def prepare(
         raise PrepareError(f"{opened.folder}: expected a chat template for conversations, found none")
     layout, counts = Layout.of(settings.length, opened.vocab), collections.Counter()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with atomic_folder(output, overwrite) as folder, _progress(console, rows.total) as show:
+    inputs = [opened.folder, *paths]
+    with atomic_folder(output, KIND, overwrite, inputs) as folder, _progress(console, rows.total) as show:
         writer = ShardWriter(folder, settings.shard_sequences)
         for sequence in sequences(documents(rows, opened, form), settings, counts, console):
             writer.write(layout.encode(sequence))
@@ -165,6 +175,7 @@ def sequences(
         counts["documents"] += 1
         counts["conversations"] += document.traits.conversation
         counts["unprompted"] += document.traits.unprompted
+        counts["markers"] += document.traits.markers
         counts["extra_keys"] += bool(document.traits.extra_keys)
         counts.update(("extra_keys", key) for key in document.traits.extra_keys)
         for piece in _fit(document, settings, counts):
@@ -207,6 +218,7 @@ def _sequence_counts(sequence: list[Document], length: int) -> dict[str, int]:
 
 COUNTS = (
     *("documents", "conversations", "malformed", "dropped", "dropped_tokens", "split", "unprompted", "extra_keys"),
+    "markers",
     *("sequences", "tokens", "scored", "padding"),
 )
 
@@ -239,7 +251,10 @@ def summary(output: PathLike, manifest: dict) -> str:
     ]
     if manifest["thinking"] is not None:
         lines.append(f"chat template rendered with enable_thinking={manifest['thinking']}")
+    allowed = manifest["form"]["allow_special_tokens"]
     notes = {
+        "markers": "documents contain the text of special tokens: "
+        + ("they became these tokens" if allowed else "it is encoded as ordinary text"),
         "malformed": "malformed rows skipped",
         "dropped": f"documents longer than a sequence dropped, {counts['dropped_tokens']:,} tokens",
         "split": "documents longer than a sequence split",
@@ -295,9 +310,10 @@ def flag_errors(values: flags.FlagValues) -> list[str]:
         errors.append(
             f"--messages, --question, --answer, --text: expected different columns, found {', '.join(columns)}"
         )
-    for name, least in (("length", 2), ("window", 1), ("shard_sequences", 1), ("threads", 0)):
-        if (found := getattr(values, name)) < least:
-            errors.append(f"--{name}: expected at least {least}, found {found}")
+    limits = {"length": (2, 10**7), "window": (1, 10**6), "shard_sequences": (1, 10**9), "threads": (0, 1024)}
+    for name, (least, most) in limits.items():
+        if not least <= (found := getattr(values, name)) <= most:
+            errors.append(f"--{name}: expected at least {least} and at most {most}, found {found}")
     return errors
 
 

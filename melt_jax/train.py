@@ -23,13 +23,21 @@ from rich.console import Console
 
 from melt_jax import command_line
 from melt_jax.checkpoints import hub
+from melt_jax.checkpoints.folder import not_finite
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
-from melt_jax.config import ConfigError, ModelConfig, TrainConfig, freeze
+from melt_jax.config import ConfigError, InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
 from melt_jax.files import Path, PathLike, as_path, is_complete, remove_folder
 from melt_jax.inference import scoring
 from melt_jax.inference.results import Results
-from melt_jax.model.model import LoopedTransformer, abstract_model, init_model, parameter_count, reconfigure
+from melt_jax.model.model import (
+    LoopedTransformer,
+    abstract_model,
+    init_model,
+    module_leaves,
+    parameter_count,
+    reconfigure,
+)
 from melt_jax.sharding import (
     batch_sharding,
     for_inference,
@@ -41,15 +49,17 @@ from melt_jax.sharding import (
     weight_shardings,
 )
 from melt_jax.training.attempts import Attempt, spent
-from melt_jax.training.checkpoints import Checkpoints
+from melt_jax.training.checkpoints import Checkpoints, SaveError
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
 from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed, text_from_process_0
 from melt_jax.training.run_config import keep_config
+from melt_jax.training.skipped import NonFiniteError
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 from melt_jax.training.step_monitor import PhaseStart, StepMonitor
 from melt_jax.training.wandb_log import wandb_run
+from melt_jax.training.workdir import claim_workdir
 
 
 def define_flags() -> None:
@@ -61,10 +71,15 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Reads the flags and trains."""
     config = command_line.read_config()
+    if not flags.FLAGS.workdir.strip():
+        raise InputError("--workdir: expected a folder, found an empty name")
     freeze(config)  # reports errors of the config before the processes join
     initialize_distributed()
     exit_on_sigterm()
-    run(config, as_path(flags.FLAGS.workdir, "--workdir"))
+    try:
+        run(config, as_path(flags.FLAGS.workdir, "--workdir"))
+    except SaveError as error:
+        command_line.exit_at_once(error)
 
 
 def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
@@ -78,8 +93,10 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
       The trained model, float32, split over the mesh.
 
     Raises:
-      InputError: config, teacher, data and devices do not match, or the folder holds a run with other ones.
+      InputError: config, teacher, data and devices do not match, the folder holds a run with other ones, another run
+        uses it, or it cannot be written.
       NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
+      SaveError: the run's files cannot be written, or files that it needs cannot be read.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
     workdir = as_path(workdir)
@@ -98,16 +115,23 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
     if errors:
         mismatch = "teacher, data and devices do not fit the run:\n"
         raise ConfigError(mismatch + "\n".join(f"  - {error}" for error in errors))
-    keep_config(named, workdir)
-    for line in plan(config, trained, workdir):
-        console.print(line)
+    with claim_workdir(config, trained, workdir):
+        keep_config(named, workdir)
+        for line in plan(config, trained, workdir):
+            console.print(line)
 
-    mesh = make_mesh(config.mesh)
-    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    parameters = parameter_count(abstract_model(trained))
-    console.print(f"{parameters:,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
-    with Attempt(workdir, console), wandb_run(config, workdir), jax.set_mesh(mesh):
-        return _run(config, looplm, workdir, mesh, console)
+        mesh = make_mesh(config.mesh)
+        axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        parameters = parameter_count(abstract_model(trained))
+        console.print(f"{parameters:,} parameters on {mesh.size} × {mesh.devices.flat[0].device_kind}: {axes}")
+        try:
+            with Attempt(workdir, console), wandb_run(config, workdir), jax.set_mesh(mesh):
+                return _run(config, looplm, workdir, mesh, console)
+        except OSError as error:
+            raise SaveError(
+                f"{workdir}: expected to read and write files, found {_reason(error)}; correct it, then rerun the"
+                " command: it resumes from the last checkpoint"
+            ) from error
 
 
 def _run(
@@ -181,7 +205,7 @@ def run_phase(
       The trained weights, float32.
 
     Raises:
-      NonFiniteError: the loss or a gradient was not finite in too many steps in a row.
+      NonFiniteError: the loss or a gradient was not finite in too many steps in a row, or in all steps of the phase.
       SystemExit: SIGTERM was received and a checkpoint was saved (status 75).
     """
     exit_if_preempted()
@@ -192,7 +216,7 @@ def run_phase(
     params = reconfigure(params, remat=config.remat, attention_block=config.attention_block)
     optimizer = make_optimizer(phase, config.optimizer, params)
     state = init_state(params, optimizer)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint_every, config.checkpoints_kept, console.print)
     start = checkpoints.latest() or 0
     if start:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -214,7 +238,7 @@ def run_phase(
             batch = place_batch(batch, sharding, indices, size)
             with monitor.annotate(step, state):
                 state, metrics = train_step(state, teacher, batch)
-            last = monitor.after_dispatch(step, metrics)
+            last = monitor.after_dispatch(step, metrics, lambda params=state.params: not_finite_weights(params))
             checkpoints.save(step, state, force=last)
             if last:
                 break
@@ -225,6 +249,11 @@ def run_phase(
         sys.exit(PREEMPTED)
 
     # ---- the result
+    if int(state.skipped) == phase.steps:
+        raise NonFiniteError(
+            f"{name}: expected a step with a finite loss and finite gradients, found none in {phase.steps} steps; no"
+            " model is written; inspect teacher and data, or use a lower learning rate in another workdir"
+        )
     with spent("saving"):
         save_model(folder / "model", state.params, config.tokenizer or config.teacher, chunk_size=config.chunk_size)
     _delete_checkpoints(name, config, folder)
@@ -253,6 +282,16 @@ def read_model(folder: Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:
     """The model of a phase that has ended, float32, split over the mesh."""
     shardings = weight_shardings(abstract_model(open_folder(folder / "model").config), mesh)
     return open_model(folder / "model", dtype="float32", shardings=shardings)
+
+
+def not_finite_weights(params: LoopedTransformer) -> list[str]:
+    """The names of weights with NaN or infinity. Every process of a run must call it."""
+    found = not_finite(dict(module_leaves(params)))
+    return [path if layer is None else f"{path} of layer {layer}" for path, layer in found]
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
 
 
 def _delete_checkpoints(name: str, config: TrainConfig, folder: Path) -> None:

@@ -228,8 +228,8 @@ def test_all_model_errors_are_listed():
     assert model_errors(ModelConfig()) == model_errors(ModelConfig(gate="ema", remat="layer", exit_threshold=2.0)) == []
     model = ModelConfig(loops=0, exit_threshold=-0.1, kv_heads=3, head_width=15, gate="soft", layers=2.0, bos=-1)  # type: ignore # a wrong type is the test's point
     assert model_errors(model, "model.") == [
-        "model.layers: expected an integer, at least 1, found 2.0",
-        "model.loops: expected at least 1, found 0",
+        "model.layers: expected an integer, at least 1 and at most 4096, found 2.0",
+        "model.loops: expected at least 1 and at most 1024, found 0",
         "model.gate: expected one of none, elementwise, scalar, mean, ema, last, found 'soft'",
         "model.exit_threshold: expected at least 0, found -0.1",
         "model.bos: expected at least 0, found -1",

@@ -273,6 +273,47 @@ def test_incomplete_and_integer_checkpoints_are_refused(tmp_path):
         open_model(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    """Each tensor is named, in either form; converting refuses them too and leaves no output."""
+    folder = write_published(tmp_path / "a", OURO)
+    model = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[2, 0, 0].set(value) if "q_proj" in jax.tree_util.keystr(path) else x, load_model(folder)
+    )
+    save_model(tmp_path / "b", model)
+
+    def spoil(tensors):
+        tensors["model.layers.2.self_attn.q_proj.weight"][0, 0] = value
+        tensors["model.norm.weight"][3] = value
+
+    edit_tensors(folder / "model.safetensors", spoil)
+    with pytest.raises(InputError) as error:
+        open_model(folder)
+    found = "expected finite numbers, found NaN or infinity"
+    names = ("model.layers.2.self_attn.q_proj.weight", "model.norm.weight")
+    assert set(str(error.value).splitlines()[1:]) == {f"  - {name}: {found}" for name in names}
+    with pytest.raises(InputError, match=f"layers.q_proj of layer 2: {found}"):
+        open_model(tmp_path / "b")
+    for source in ("a", "b"):
+        with pytest.raises(InputError, match=found):
+            convert(tmp_path / source, tmp_path / "out", "orbax")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    """A changed byte, wherever it is; also for the digest that identifies a teacher."""
+    convert(write_published(tmp_path / "a", OURO), tmp_path / "b", "published")
+    convert(tmp_path / "a", tmp_path / "c", "orbax")
+    for folder in (tmp_path / "b", tmp_path / "c"):
+        file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        for read in (open_model, weights_digest, lambda folder: convert(folder, tmp_path / "out", "orbax")):
+            with pytest.raises(InputError, match=f"{file}: expected CRC-32"):
+                read(folder)
+
+
 def test_interrupted_saves_leave_no_folder(tmp_path, monkeypatch):
     model = load_model(write_published(tmp_path / "source", OURO))
 

@@ -115,6 +115,19 @@ def test_thinking_switch_reaches_the_template(tmp_path):
         assert model.apply_chat_template([{"role": "user", "content": "a"}]) == text
 
 
+@pytest.mark.parametrize("allow", [False, True])
+def test_messages_are_encoded_as_text(model, monkeypatch, allow):
+    """A special token in a message is none to the model, unless allowed; the arithmetic vocabulary then has no `<`."""
+    monkeypatch.setattr(model, "settings", HarnessSettings(TEACHER, allow_special_tokens=allow))
+    text = model.apply_chat_template([{"role": "user", "content": "a=4;<|im_end|>a?"}])
+    assert json.loads(json.dumps(text)) == text and ("<|im_end|>" in text) == allow
+    if allow:
+        assert model.eot_token_id in model.tok_encode(text)
+    else:
+        with pytest.raises(InputError, match="no token for"):
+            model.tok_encode(text)
+
+
 def test_rolling_windows_predict_every_token_once(model, monkeypatch):
     """With 7 positions a text is scored in windows; the first predicts 7 tokens, every later one 7 further ones."""
     text = "c=b*3;a=4;b=a+2;"

@@ -267,13 +267,14 @@ def test_saving_copies_nothing_from_working_directory(tmp_path, monkeypatch):
         save_published(tmp_path / str(i), model, tokenizer_from=nothing)
         code = sorted(file.name for file in ASSETS.glob("*_melt.py"))
         files = sorted(file.name for file in (tmp_path / str(i)).iterdir())
-        assert files == sorted([*code, "config.json", "model.safetensors"])
+        assert files == sorted([*code, "config.json", "digests.json", "model.safetensors"])
         assert "initializer_range" not in json.loads((tmp_path / str(i) / "config.json").read_text())
 
 
 def test_failed_save_leaves_no_files(tmp_path, monkeypatch):
-    folder = write_published(tmp_path / "a", OURO)
-    model = load_model(folder)
+    model = load_model(write_published(tmp_path / "ouro", OURO))
+    folder = tmp_path / "a"
+    save_published(folder, model)
     before = sorted(file.name for file in tmp_path.rglob("*"))
     with pytest.raises(FileExistsError, match="expected a new folder"):
         save_published(folder, model)
@@ -287,6 +288,17 @@ def test_failed_save_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.undo()
     save_published(folder, load_model(shutil.copytree(folder, tmp_path / "c"), gate="last"), overwrite=True)
     assert read_config(folder).gate == "last" and not list(tmp_path.glob(".*"))
+
+
+def test_index_cannot_name_files_elsewhere(tmp_path):
+    """Tensors are read from the folder's own files, whatever path the index states."""
+    folder = write_published(tmp_path / "a", OURO, files=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    (folder / index["weight_map"]["model.norm.weight"]).rename(tmp_path / "out.safetensors")
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../out.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"expected in \.\./out.safetensors according to .*, found in no file"):
+        load_model(folder)
 
 
 def test_mixed_dtypes_need_an_explicit_dtype(tmp_path):

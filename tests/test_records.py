@@ -145,6 +145,11 @@ def test_malformed_manifests_are_errors(folder):
     for change, message in (
         ({"format": "melt_jax records 9"}, 'format: expected "melt_jax records 1", found "melt_jax records 9"'),
         ({"length": "12", "shards": None}, "length: expected int, found '12'; shards: expected list, found None"),
+        ({"length": 10**12, "token_dtype": "O"}, "token_dtype: expected <u2 or <u4, found 'O'; length: expected 2"),
+        ({"tokenizer": {}}, "tokenizer sha256: expected str, found None; tokenizer vocab: expected int, found None"),
+        ({"shards": [3]}, "expected file, sequences, bytes, sha256 of each shard, found 3"),
+        ({"shards": [manifest["shards"][0] | {"sequences": "4"}]}, "expected file, sequences, bytes, sha256 of each"),
+        ({"shards": [manifest["shards"][0] | {"file": "../data/00000.arrayrecord"}]}, "expected a shard such as"),
     ):
         path.write_text(json.dumps({**manifest, **change}))
         with pytest.raises(ValueError, match=message):
@@ -203,6 +208,12 @@ def test_process_reads_only_its_rows(folder, monkeypatch):
     monkeypatch.setattr(Layout, "decode", lambda self, record: read.append(record) or decode(self, record))
     batch_maker(data, 0, share(8, 1, 4))(0)
     assert len(read) == 2
+
+
+def test_data_without_scores_is_refused(folder):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"counts": {"scored": 0}}))
+    assert record_errors(folder, LENGTH, VOCAB) == [f"{folder}: expected scored tokens, found none; prepare other data"]
 
 
 def test_mismatched_data_is_refused(folder, tmp_path):

@@ -59,11 +59,13 @@ def test_draw_depends_on_prompt_and_step():
 @pytest.mark.parametrize(
     ("sampling", "name"),
     [
-        (Sampling(-1.0), "temperature: expected at least 0"),
+        (Sampling(-1.0), "temperature: expected 0 (greedy) or"),
+        (Sampling(1e-300), "temperature: expected 0 (greedy) or"),
+        (Sampling(top_k=2**31), "top_k: expected at least 0"),
         (Sampling(top_k=-2), "top_k: expected at least 0"),
         (Sampling(top_p=0.0), "top_p: expected in"),
         (Sampling(seed=-3), "seed: expected in"),
-        (Sampling(float("nan")), "temperature: expected at least 0"),
+        (Sampling(float("nan")), "temperature: expected 0 (greedy) or"),
     ],
 )
 def test_values_out_of_range_are_errors(sampling, name):

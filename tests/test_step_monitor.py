@@ -264,6 +264,16 @@ class TestSkippedSteps:
         assert "alignment: the loss or a gradient was not finite in 3 steps in a row, 4 to 6" in text
         assert "(batches 103 to 105 of the run)" in text and "those of step 3" in text and "checkpoint 4" in text
 
+    def test_causes_of_skipped_steps_are_named(self, capsys):
+        counter = SkippedSteps("alignment", 100, limit=3)
+        cause = {"not_finite/loss": (np.float32(0), 1), "not_finite/gradient_norm/gate": (np.float32(1), 1)}
+        steps = [{"skipped": (np.float32(value), 1), **cause} for value in (0, 1)]
+        counter.read(2, steps, latest=lambda: None)
+        begin = "warning: alignment: step 2 (batch 101 of the run) skipped: gradient_norm/gate not finite"
+        assert capsys.readouterr().out == f"{begin}\n"
+        counter.read(2, steps, latest=lambda: None, weights=lambda: list("abcd"))
+        assert capsys.readouterr().out == f"{begin}; so are the weights a, b, c and 1 more, and no later step can be\n"
+
     def test_skipped_steps_count_across_restarts(self):
         counter = SkippedSteps("alignment", 100, limit=3, start=7, row=2)
         with pytest.raises(NonFiniteError, match=r"in 3 steps in a row, 6 to 8 .*checkpoint 4"):
@@ -339,15 +349,19 @@ class TestProcesses:
             monkeypatch.setenv(f"MELT_{name}", value)
         initialize_distributed()
         assert joined == [(), ("host:1234", 3, 2)]
+        for coordinator in ("10.0.0.7:8476", "[::1]:8476", "run-0.pods.default.svc:8476", "h:1"):
+            monkeypatch.setenv("MELT_COORDINATOR", coordinator)
+            initialize_distributed()
+            assert joined[-1] == (coordinator, 3, 2)
 
     @pytest.mark.parametrize(
         "values, message",
         [
             ({"MELT_PROCESS": "0"}, "MELT_COORDINATOR, MELT_PROCESSES: expected a value"),
             ({"MELT_COORDINATOR": "h:1", "MELT_PROCESSES": "2", "MELT_PROCESS": "2"}, "0 <= process < processes"),
-            (
-                {"MELT_COORDINATOR": "h", "MELT_PROCESSES": "2", "MELT_PROCESS": "0"},
-                "address:port.*, found 'h'",
+            *(
+                ({"MELT_COORDINATOR": found, "MELT_PROCESSES": "2", "MELT_PROCESS": "0"}, f"port.*, found '{found}'")
+                for found in ("h", "h:", ":1", "h:x", "h:0", "h:65536", "h:1:2", "tcp://h:1", "a b:1", "h:1 ", "-h:1")
             ),
         ],
     )

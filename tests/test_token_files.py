@@ -128,6 +128,13 @@ def test_impossible_values_are_reported(tmp_path, message):
         assert matching[0].endswith("first in sequence 1")
 
 
+def test_file_without_scores_is_refused(tmp_path):
+    path = write(tmp_path / "a.npz", tokens=np.ones((2, 4), int), loss_mask=np.zeros((2, 4), int))
+    assert token_errors(path, 4, 8) == [
+        f"{path}: expected scored tokens, found none in any sequence; correct loss_mask or segments"
+    ]
+
+
 def test_valid_values_have_no_errors(tmp_path):
     segments = [[1, 1, 2, 2], [0, 7, 7, 0], [5, 5, 3, 0]]
     path = write(

@@ -19,6 +19,7 @@ from melt_jax.config import ConfigError
 from melt_jax.data import stream
 from melt_jax.inference import scoring
 from melt_jax.training.preemption import PREEMPTED
+from melt_jax.training.skipped import NonFiniteError
 from tests.helpers.tiny import TINY, make_model
 from tests.test_records import LENGTH
 from tests.test_records import write as write_records
@@ -147,6 +148,25 @@ def test_killed_save_of_the_model_is_resumed(teacher, tmp_path, monkeypatch, cap
         if file.is_file():
             file.unlink()
     chex.assert_trees_all_equal(train.run(config, tmp_path), weights)
+
+
+def test_phase_without_finite_steps_publishes_nothing(teacher, tmp_path, monkeypatch, capsys):
+    """The weight is named at each step, and skipped steps in a row stop the run; a restart ends in the same way."""
+
+    def spoiled(looplm, config, key, make=train.make_student):
+        named = lambda path: jax.tree_util.keystr(path).startswith(".layers.input_layernorm.")
+        spoil = lambda path, x: x.at[1, 0].set(float("nan")) if named(path) else x
+        return jax.tree_util.tree_map_with_path(spoil, make(looplm, config, key))
+
+    monkeypatch.setattr(train, "make_student", spoiled)
+    config = alignment_run(teacher, 2)
+    for limit, message in ((3, "found none in 2 steps"), (3, "found none in 2 steps"), (2, "in 2 steps in a row")):
+        config.run.skipped_limit = limit
+        with pytest.raises(NonFiniteError, match=message):
+            train.run(config, tmp_path)
+        assert not (tmp_path / "alignment/model").exists()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skipped: " in line]
+    assert len(lines) == 2 and all("so are the weights layers.input_layernorm of layer 1, " in line for line in lines)
 
 
 def test_only_resumable_keys_may_change(teacher, tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import itertools
 import json
+import shutil
 
 import chex
 import jax
@@ -15,7 +17,7 @@ from rich.console import Console
 from melt_jax.config import InputError
 from melt_jax.model.model import init_model, reconfigure
 from melt_jax.training.checkpoints import Checkpoints, RestoreError
-from melt_jax.training.log import RunLog, add_up, scalars
+from melt_jax.training.log import NOT_FINITE, RunLog, add_up, scalars
 from melt_jax.training.optimizer import group_labels, group_norms, make_optimizer, matrices, schedule
 from melt_jax.training.step import Objective, init_state, make_train_step, transition_alpha
 from tests.helpers.tiny import ALIGNMENT, OPTIMIZER, TINY, TRANSITION, make_model, objective, random_batch
@@ -168,6 +170,9 @@ def test_step_that_is_not_finite_only_counts(where):
     chex.assert_trees_all_equal((disturbed.params, disturbed.opt_state), (clean.params, clean.opt_state))
     assert np.any(clean.params["w"] != params["w"]) and (clean.step, disturbed.step) == (2, 3)
     assert disturbed.skipped == 0 and step(disturbed, None, bad)[0].skipped == 1
+    causes = {name: float(value) for name, (value, _) in interval[1].items() if name.startswith(NOT_FINITE)}
+    assert causes == {"not_finite/loss": where == "loss", "not_finite/gradient_norm/backbone": 1}
+    assert not any(metrics[name][0] for metrics in (interval[0], interval[2]) for name in causes)
     assert found.pop("skipped") == pytest.approx(1 / 3) and wanted.pop("skipped") == 0
     chex.assert_trees_all_equal(found, wanted)
     alone = add_up(interval[1:2])
@@ -233,6 +238,52 @@ class TestCheckpoints:
         chex.assert_trees_all_equal(checkpoints.restore(4, jax.eval_shape(self.state)), states[4])
         checkpoints.close()
 
+    def test_damaged_checkpoints_are_not_restored(self, tmp_path):
+        """Each file of the newest one in turn: the one before it is restored, and the file is named."""
+        states = {step: self.state()._replace(step=jnp.int32(step)) for step in (1, 2)}
+        checkpoints = Checkpoints(tmp_path / "sound/checkpoints", every=1, keep=2)
+        assert all(checkpoints.save(step, state) for step, state in states.items())
+        checkpoints.close()
+        files = [path for path in (tmp_path / "sound/checkpoints/2").rglob("*") if path.is_file()]
+        assert len(files) > 4
+        for number, (file, damage) in enumerate(zip(files, itertools.cycle(["cut", "empty", "flip", "remove"]))):
+            root = tmp_path / str(number)
+            shutil.copytree(tmp_path / "sound", root)
+            path = root / file.relative_to(tmp_path / "sound")
+            data = bytearray(path.read_bytes())
+            if damage == "remove":
+                path.unlink()
+            elif damage == "flip":
+                data[len(data) // 2] ^= 1
+                path.write_bytes(data)
+            else:
+                path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
+            lines = []
+            checkpoints = Checkpoints(root / "checkpoints", every=1, keep=2, report=lines.append)
+            step = checkpoints.latest()
+            restored = checkpoints.restore(step, jax.eval_shape(self.state))
+            chex.assert_trees_all_equal(restored, states[step])
+            checkpoints.save(3, states[2])  # as the run does that continues
+            checkpoints.close()
+            if step == 1:
+                assert len(lines) == 1 and (f"{path}: expected" in lines[0] or path.name == "digests.json")
+                assert (root / "damaged_checkpoints/2").is_dir()
+            else:  # a file that says nothing of the state
+                assert path.name in ("_CHECKPOINT_METADATA", "commit_success.txt", "digests.json") and not lines
+
+    def test_failed_save_is_one_line(self, tmp_path, monkeypatch):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=2)
+
+        def fail(*args, **kwargs):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing\nNo space left on device")
+
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(
+            InputError, match="found ValueError: RESOURCE_EXHAUSTED: Error writing No space left"
+        ) as error:
+            checkpoints.save(1, self.state())
+        assert "resumes from the last checkpoint" in str(error.value) and "\n" not in str(error.value)
+
     def test_every_leaf_is_accounted_for(self, tmp_path):
         checkpoints = Checkpoints(tmp_path, every=1, keep=1)
         checkpoints.save(1, self.state())
@@ -263,5 +314,5 @@ def test_reconfigure_keeps_what_both_models_have():
         reconfigure(looplm, gate="elementwise")
     with pytest.raises(InputError, match=r"layers\.up_proj"):
         reconfigure(looplm, feed_forward=24)
-    with pytest.raises(InputError, match="loops: expected at least 1, found 0"):
+    with pytest.raises(InputError, match="loops: expected at least 1 and at most 1024, found 0"):
         reconfigure(looplm, loops=0)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -11,8 +12,12 @@ import numpy as np
 
 from melt_jax.checkpoints.published_config import parse_config, raise_errors, read_raw_config
 from melt_jax.config import ModelConfig, model_errors
+from melt_jax.digests import check_digests
 from melt_jax.files import PathLike, absolute
 from melt_jax.model.model import LoopedTransformer, abstract_model, module_leaves
+
+# {form: its kind in the record of a folder}
+KINDS = {"orbax": "a model folder in Orbax form", "published": "a model folder in published form"}
 
 
 class ModelFolder(abc.ABC):
@@ -48,6 +53,19 @@ class ModelFolder(abc.ABC):
         dtypes = set(self.dtypes.values())
         return dtypes.pop() if len(dtypes) == 1 else None
 
+    def check_digests(self) -> None:
+        """Compares the folder's files with its record, if it has one; process 0 only, because all read the same files.
+
+        Raises:
+          InputError: lists the files that differ.
+        """
+        if jax.process_index() == 0:
+            check_digests(self.folder)
+
+    def tensor_name(self, path: str, layer: int | None) -> str:
+        """The name of a stored weight; `layer`, from 0, for the weights of layers."""
+        return path if layer is None else f"{path} of layer {layer}"
+
     @abc.abstractmethod
     def read(self, path: str, dtype: str) -> np.ndarray:
         """The weight of that path in host memory, all layers stacked."""
@@ -70,8 +88,8 @@ def assemble(
         LoopLM inside a MELT.
 
     Raises:
-      InputError: a value is invalid, the gate needs weights that the folder lacks, or `dtype` is None and stored dtypes
-        differ.
+      InputError: a value is invalid, the gate needs weights that the folder lacks, `dtype` is None and stored dtypes
+        differ, files differ from the folder's record, or a weight is not finite.
     """
     config = override(source.config, **changes)
     raise_errors(source.folder, model_errors(config))
@@ -81,8 +99,30 @@ def assemble(
     lacking = [f"{path}: expected for gate {config.gate!r}, found none" for path in paths if path not in source.shapes]
     hint = f"melt_jax.convert --gate={config.gate} writes a checkpoint with new gates"
     raise_errors(source.folder, [*lacking, hint] if lacking else [])
+    source.check_digests()
     weights = source.load(paths, dtype, dict(module_leaves(shardings)) if shardings is not None else {})
+    raise_errors(source.folder, not_finite_errors(source, weights))
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in paths])
+
+
+def not_finite_errors(source: ModelFolder, weights: Mapping[str, Any]) -> list[str]:
+    """A message for each tensor of a folder with NaN or infinity, given {path: weight, layers stacked}."""
+    names = [source.tensor_name(path, layer) for path, layer in not_finite(weights)]
+    return [f"{name}: expected finite numbers, found NaN or infinity" for name in names]
+
+
+def not_finite(weights: Mapping[str, Any]) -> list[tuple[str, int | None]]:
+    """(path, layer from 0 or None) of the weights with NaN or infinity. Every process of a run must call it."""
+    layers = {path: path.startswith("layers.") for path in weights}
+    finite = jax.device_get({path: _finite(weight, layers[path]) for path, weight in weights.items()})
+    bad = [(path, i) for path, values in finite.items() for i in np.flatnonzero(~np.atleast_1d(values)).tolist()]
+    return [(path, i if layers[path] else None) for path, i in bad]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _finite(weight, by_layer):
+    """Whether all numbers are finite: a scalar, or [L] of a weight stacked over layers."""
+    return jnp.all(jnp.isfinite(weight), axis=tuple(range(1, weight.ndim)) if by_layer else None)
 
 
 def override(config: ModelConfig, **changes: Any) -> ModelConfig:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from melt_jax.checkpoints.folder import ModelFolder, assemble
+from melt_jax.checkpoints.folder import KINDS, ModelFolder, assemble
 from melt_jax.checkpoints.published import PublishedFolder, Shape, companions
 from melt_jax.checkpoints.published_config import (
     DTYPES,
@@ -128,10 +128,11 @@ def weights_digest(folder: PathLike) -> str:
     through `training.processes.run_outside`: Orbax counts each process's reads and waits until all have the same count.
 
     Raises:
-      InputError: as in `open_folder`.
+      InputError: as in `open_folder`, or files differ from the folder's record.
     """
     digest = hashlib.sha256()
     source = open_folder(folder)
+    source.check_digests()
     for path, shape in sorted(source.shapes.items()):
         dtype = source.dtypes[path] or "float32"
         digest.update(f"{path} {dtype} {shape}\n".encode())
@@ -152,13 +153,15 @@ def save_model(
       folder: the output; must not exist unless `overwrite`.
       model: its config and weights; they are stored in their dtype.
       tokenizer_from: a model folder from which tokenizer files and the harmless keys of config.json are copied.
-      overwrite: replaces an existing folder.
+      overwrite: replaces a model folder in Orbax form that melt_jax wrote.
       chunk_size: tokens of the chunk that a MELT was trained with, for config.json; None: as in `tokenizer_from`.
 
     Raises:
       FileExistsError: `folder` exists.
+      InputError: `folder` must not be replaced.
     """
-    with collective_atomic_folder(folder, overwrite) as temporary:
+    inputs = [tokenizer_from] if tokenizer_from else []
+    with collective_atomic_folder(folder, KINDS["orbax"], overwrite, inputs) as temporary:
         raw = None
         if jax.process_index() == 0:
             raw = companions(tokenizer_from, temporary)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
-from melt_jax.checkpoints.folder import ModelFolder, assemble
+from melt_jax.checkpoints.folder import KINDS, ModelFolder, assemble
 from melt_jax.checkpoints.published_config import (
     STORED_DTYPES,
     add_model_code,
@@ -146,6 +146,9 @@ class PublishedFolder(ModelFolder):
         several = {path: {dtypes[name] for name in names} for path, names in self._names.items()}
         self.dtypes = {path: names.pop() if len(names) == 1 else None for path, names in several.items()}
 
+    def tensor_name(self, path: str, layer: int | None) -> str:
+        return self._names[path][layer or 0]
+
     def read(self, path: str, dtype: str) -> np.ndarray:
         weight = np.empty(self.shapes[path], jnp.dtype(dtype))
         targets = weight if path.startswith("layers.") else [weight]
@@ -269,12 +272,14 @@ def save_published(
       model: its config and weights.
       dtype: of the tensors in the file.
       tokenizer_from: a model folder from which tokenizer files and the harmless keys of config.json are copied.
-      overwrite: replaces an existing folder.
+      overwrite: replaces a published model folder that melt_jax wrote.
 
     Raises:
       FileExistsError: `folder` exists.
+      InputError: `folder` must not be replaced.
     """
-    with atomic_folder(folder, overwrite) as temporary:
+    inputs = [tokenizer_from] if tokenizer_from else []
+    with atomic_folder(folder, KINDS["published"], overwrite, inputs) as temporary:
         raw = companions(tokenizer_from, temporary)
         write_weights(temporary / "model.safetensors", jax.eval_shape(lambda: model), dtype, module_leaves(model))
         raw = published_config(model.config, jnp.dtype(dtype).name, raw)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
+from melt_jax.config_keys import keys_of
 from melt_jax.files import PathLike, as_path, completeness_errors, copy_file, write_text
 
 STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors code: name
@@ -83,7 +84,7 @@ def read_raw_config(folder: PathLike) -> dict[str, Any]:
         )
     try:
         raw = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: expected JSON, found {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(raw).__name__}")
@@ -222,8 +223,11 @@ def _type_errors(raw):
         else:
             low = 0 if field in ("bos", "eos", "pad") else 1
             good, expected = number and isinstance(value, int) and value >= low, f"an integer, {low} or more"
+        limit: Any = keys_of(ModelConfig)[field].limit
         if not good:
-            errors.append(f"{key}: expected {expected}, found {value!r}")
+            errors.append(f"{key}: expected {expected}, found {value!r:.100}")
+        elif limit and (expected := limit.expected(value)):
+            errors.append(f"{key}: expected {expected}, found {value!r:.100}")
     return errors
 
 

@@ -38,11 +38,13 @@ class Traits(NamedTuple):
       conversation: whether it was rendered with the chat template.
       unprompted: whether an assistant's turn does not begin with the template's generation prompt.
       extra_keys: keys of its messages other than role and content, sorted.
+      markers: whether its messages or text contain the text of special tokens.
     """
 
     conversation: bool = False
     unprompted: bool = False
     extra_keys: tuple[str, ...] = ()
+    markers: bool = False
 
 
 class Document(NamedTuple):
@@ -87,6 +89,7 @@ class Form:
         it has, in the order messages, question, text. The default is `MESSAGES` and `TEXT`.
       score: "assistant": the assistant's turns of conversations are scored, or "all". Plain text is scored throughout.
       thinking: passed to the chat template as `enable_thinking`.
+      allow_special_tokens: special tokens in messages and text become their ids; otherwise they are ordinary text.
     """
 
     messages: str | None = None
@@ -95,6 +98,7 @@ class Form:
     answer: str | None = None
     score: str = "assistant"
     thinking: bool = True
+    allow_special_tokens: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -247,7 +251,8 @@ def _draft(row, tokenizer, form):
         text = _column(row, name)
         if not text:
             raise _Reason(f"{name}: expected text, found none")
-        return Draft([(text, ALL)], ends=True)
+        text, markers = _protect(text, tokenizer, form)
+        return Draft([(text, ALL)], ends=True, traits=Traits(markers=markers))
     return _conversation(_messages(_column(row, name, list), name), tokenizer, form)
 
 
@@ -290,18 +295,28 @@ def _conversation(messages, tokenizer, form):
 
     Answers are encoded separately from their context, as in generation, so that no token spans the two.
     """
+    messages, markers = _protect(messages, tokenizer, form)
     render = lambda count, prompt: _render(messages[:count], prompt, tokenizer, form.thinking)
     whole = render(len(messages), False)
     extra_keys = tuple(sorted({key for message in messages for key in message} - {"role", "content"}))
     if form.score == "all":
-        return Draft([(whole, ALL)], traits=Traits(True, False, extra_keys))
+        return Draft([(whole, ALL)], traits=Traits(True, False, extra_keys, markers))
     spans, unprompted = _answer_spans(messages, whole, render, tokenizer)
     pieces, end = [], 0
     for start, stop in spans:
         pieces += [(whole[end:start], CONTEXT), (whole[start:stop], ANSWER)]
         end = stop
     pieces.append((whole[end:], CONTEXT))
-    return Draft([piece for piece in pieces if piece[0]], traits=Traits(True, unprompted, extra_keys))
+    return Draft([piece for piece in pieces if piece[0]], traits=Traits(True, unprompted, extra_keys, markers))
+
+
+def _protect(value, tokenizer, form):
+    """(messages or a text, protected unless the form allows special tokens; whether they contain any)."""
+    try:
+        protected = tokenizer.protect(value)
+    except InputError as error:
+        raise _Reason(str(error)) from None
+    return (value if form.allow_special_tokens else protected), protected != value
 
 
 def _render(messages, generation_prompt, tokenizer, thinking):

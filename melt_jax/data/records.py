@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +25,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from melt_jax.config import InputError
+from melt_jax.config_keys import INT_LIMIT
 from melt_jax.data.batch import Batch
 from melt_jax.data.documents import Document
 from melt_jax.data.text import Tokenizer
 from melt_jax.data.token_files import TokenSequences
+from melt_jax.digests import check_digests
 from melt_jax.files import (
     Path,
     PathLike,
@@ -44,6 +47,7 @@ _fetching = threading.Lock()
 FORMAT = "melt_jax records 1"
 MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:3"  # each record is compressed alone, for random access
+DTYPES = ("<u2", "<u4")
 KEYS = {
     "format": str,
     "length": int,
@@ -72,7 +76,7 @@ class Layout:
     @classmethod
     def of(cls, length: int, vocab: int) -> "Layout":
         """The smallest layout for sequences of `length` tokens with ids below `vocab`."""
-        narrow = lambda limit: "<u2" if limit <= 2**16 else "<u4"
+        narrow = lambda limit: DTYPES[limit > 2**16]
         return cls(length, narrow(vocab), narrow(length + 1))
 
     @property
@@ -153,7 +157,7 @@ def read_manifest(folder: PathLike) -> dict:
 
     Raises:
       InputError: the manifest is missing or malformed; otherwise, lists every shard that is missing or has another
-        size.
+        size; otherwise, every file that differs from the folder's record.
     """
     path = as_path(folder) / MANIFEST
     if errors := completeness_errors(path.parent):
@@ -171,10 +175,13 @@ def read_manifest(folder: PathLike) -> dict:
         raise InputError(f"{path}: expected a manifest, found {error}; prepare the data again") from error
     if not errors and manifest["format"] != FORMAT:
         errors = [f'format: expected "{FORMAT}", found "{manifest["format"]}"']
+    if not errors:
+        errors = _value_errors(manifest)
     if errors:
         raise InputError(f"{path}: {'; '.join(errors)}; prepare the data again")
     if errors := _shard_errors(as_path(folder), manifest["shards"]):
         raise InputError("\n".join(errors))
+    check_digests(path.parent)
     return manifest
 
 
@@ -257,6 +264,8 @@ def record_errors(folder: PathLike, length: int, vocab: int, tokenizer: PathLike
             f"{folder}: expected sequences of data.length, {length} tokens, found {manifest['length']}; set data.length"
             f" to {manifest['length']}, or prepare the data with --length={length}"
         )
+    if manifest["counts"].get("scored") == 0:
+        errors.append(f"{folder}: expected scored tokens, found none; prepare other data")
     if manifest["tokenizer"]["vocab"] > vocab:
         errors.append(
             f"{folder}: expected a tokenizer of at most the model's {vocab} ids, found"
@@ -319,6 +328,19 @@ def sha256(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _value_errors(manifest: dict) -> list[str]:
+    errors = []
+    for name in ("token_dtype", "segment_dtype"):
+        if manifest[name] not in DTYPES:
+            errors.append(f"{name}: expected {' or '.join(DTYPES)}, found {manifest[name]!r:.100}")
+    if not 2 <= manifest["length"] < INT_LIMIT:
+        errors.append(f"length: expected 2 tokens or more, below {INT_LIMIT}, found {manifest['length']}")
+    for name, kind in (("sha256", str), ("vocab", int)):
+        if type(found := manifest["tokenizer"].get(name)) is not kind:
+            errors.append(f"tokenizer {name}: expected {kind.__name__}, found {found!r:.100}")
+    return errors
+
+
 def _digest_errors(folder: Path, shard: dict, digest: str) -> list[str]:
     if digest == shard["sha256"]:
         return []
@@ -326,6 +348,13 @@ def _digest_errors(folder: Path, shard: dict, digest: str) -> list[str]:
 
 
 def _shard_errors(folder: Path, shards: list[dict]) -> list[str]:
+    fields = {"file": str, "sequences": int, "bytes": int, "sha256": str}
+    for shard in shards:
+        if not isinstance(shard, dict) or any(type(shard.get(name)) is not kind for name, kind in fields.items()):
+            expected = ", ".join(fields)
+            return [f"{folder / MANIFEST}: expected {expected} of each shard, found {shard!r:.100}; copy it again"]
+        if not re.fullmatch(r"\d+\.arrayrecord", shard["file"]):  # no path, which could lead out of the folder
+            return [f"{folder / MANIFEST}: expected a shard such as 00000.arrayrecord, found {shard['file']!r:.100}"]
     errors, sizes = [], file_sizes(folder)
     for shard in shards:
         path, size = folder / shard["file"], sizes.get(shard["file"])

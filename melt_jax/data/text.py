@@ -1,11 +1,16 @@
 """Text and token ids: a model folder's own tokenizer and chat template, read only from its files."""
 
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
 
 from melt_jax.config import InputError
+from melt_jax.data.markers import ESCAPE, Markers
 from melt_jax.files import COMPANIONS, PathLike, as_path, read_on_disk
 
 CHAT_END = "<|im_end|>"
@@ -32,6 +37,7 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: lists the tokenizer files missing from the folder.
+          InputError: the files cannot be read.
         """
         self.folder = as_path(folder)
         missing = [name for name in TOKENIZER_FILES if not (self.folder / name).is_file()]
@@ -40,6 +46,18 @@ class Tokenizer:
                 f"{self.folder}: expected {' and '.join(missing)}, found none; copy the tokenizer files from the"
                 " published checkpoint"
             )
+        try:
+            self._read()
+        except InputError:
+            raise
+        except Exception as error:  # the libraries raise almost anything for files that are not a tokenizer's
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(
+                f"{self.folder}: expected the tokenizer of a published checkpoint, found files that cannot be read"
+                f" ({reason}); copy the tokenizer files again"
+            ) from error
+
+    def _read(self):
         with read_on_disk(self.folder, COMPANIONS) as on_disk:
             self._tokenizer = _load(on_disk)
         # Set once: a backend must not be changed while another thread encodes with it.
@@ -50,22 +68,26 @@ class Tokenizer:
         self.stop_ids = self._find_stop_ids()
         self.eos: int | None = self._tokenizer.eos_token_id
         self.bos: int | None = self._tokenizer.bos_token_id
-        added = self._tokenizer.added_tokens_decoder.values()
+        added = list(self._tokenizer.added_tokens_decoder.values())
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        self._markers = Markers(added, normalizer.normalize_str if normalizer else None)
         self.special_tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self.template = self._tokenizer.chat_template
         self.template_sha256 = hashlib.sha256(str(self.template).encode()).hexdigest() if self.template else None
         self.has_thinking = "enable_thinking" in str(self.template)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens in the text become their ids; none are added.
+        """Token ids of a text. Special tokens in the text become their ids, unless protected; none are added.
 
         Raises:
           InputError: the tokenizer has no token for some characters.
         """
         try:
             return self._encode(text)
+        except InputError:
+            raise
         except Exception as error:  # the tokenizers library raises no narrower class
-            missing = "".join(sorted({c for c in text if not self._knows(c)}))
+            missing = "".join(sorted(c for c in self._characters(text) if not self._knows(c)))
             if not missing:
                 raise
             raise InputError(f"{self.folder}: the tokenizer has no token for {missing!r}; rewrite the text") from error
@@ -73,6 +95,8 @@ class Tokenizer:
     def encode_many(self, texts: Sequence[str]) -> list[list[int] | InputError]:
         """`encode` of each text, on all cores, with the InputError in place of the ids of a text that fails."""
         backend = self._tokenizer.backend_tokenizer
+        if any(ESCAPE in text for text in texts):
+            return [self._encode_or_error(text) for text in texts]
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception:  # as in `encode`; only trying each text shows which one failed
@@ -99,7 +123,15 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
-    def chat(self, messages: list[dict], thinking: bool = True) -> list[int]:
+    def protect(self, value: Any) -> Any:
+        """A text or messages, changed so that `encode` reads markers of special tokens in them as ordinary text.
+
+        Raises:
+          InputError: see `Markers.protect`.
+        """
+        return self._markers.protect(value)
+
+    def chat(self, messages: list[dict], thinking: bool = True, allow_special_tokens: bool = False) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template.
 
         Args:
@@ -107,9 +139,10 @@ class Tokenizer:
             the assistant's, the ids end with the generation prompt.
           thinking: passed to the template as `enable_thinking`; the generation prompt of a Thinking model then ends
             with `<think>`, which the model does not write itself.
+          allow_special_tokens: special tokens in messages become their ids; otherwise they are ordinary text.
 
         Raises:
-          InputError: no messages, or no chat template.
+          InputError: no messages, no chat template, or one that rejects the messages.
         """
         if not messages:
             raise InputError("chat: expected at least one message, found none")
@@ -118,13 +151,21 @@ class Tokenizer:
                 f"{self.folder}: expected a chat template in tokenizer_config.json, found none; give the prompt as"
                 " plain text"
             )
-        return self.encode(self.render(messages, messages[-1]["role"] != "assistant", thinking))
+        unfinished = messages[-1]["role"] != "assistant"
+        try:
+            text = self.render(messages if allow_special_tokens else self.protect(messages), unfinished, thinking)
+        except InputError:
+            raise
+        except Exception as error:  # a template may raise anything
+            raise InputError(f"{self.folder}: the chat template rejects the messages: {error}") from error
+        return self.encode(text)
 
     def render(
         self, messages: list[dict], generation_prompt: bool, thinking: bool = True, unfinished: bool = False
     ) -> str:
         """The text of a conversation in the chat template, with or without a generation prompt at its end.
 
+        Messages from others must be protected before. Templates run in a sandbox of the transformers library.
         `unfinished` leaves the last message open, so that a model can continue it.
         """
         return self._tokenizer.apply_chat_template(
@@ -139,8 +180,34 @@ class Tokenizer:
         """A `Streamer` for one text."""
         return Streamer(self, skip_special)
 
+    def _characters(self, text):
+        """The characters of a text outside its special tokens."""
+        characters = set()
+        for part, is_marker in self._markers.split(text):
+            for special in () if is_marker else self.special_tokens:
+                part = part.replace(special, "")
+            characters |= set(part)
+        return characters
+
     def _encode(self, text):
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        if ESCAPE not in text:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+        ids = []
+        for part, is_marker in self._markers.split(text):
+            ids += self._encode_marker(part) if is_marker else self._tokenizer.encode(part, add_special_tokens=False)
+        return ids
+
+    def _encode_marker(self, text):
+        """The ids of a marker as ordinary text."""
+        ids = self._without_added_tokens.encode(text, add_special_tokens=False).ids
+        if any(i in self._tokenizer.added_tokens_decoder for i in ids):
+            raise InputError(f"{self.folder}: the tokenizer cannot encode {text!r} as ordinary text; rewrite the text")
+        return ids
+
+    @functools.cached_property
+    def _without_added_tokens(self):
+        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
 
     def _encode_or_error(self, text):
         try:
@@ -158,6 +225,8 @@ class Tokenizer:
         file = self.folder / "generation_config.json"
         declared = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         stops = set(declared if isinstance(declared, list) else [declared])
+        if not all(stop is None or (type(stop) is int and 0 <= stop < 2**31) for stop in stops):
+            raise InputError(f"{file}: expected ids in eos_token_id, found {declared!r:.100}")
         stops |= {self._tokenizer.eos_token_id, self._tokenizer.get_vocab().get(CHAT_END)}
         return tuple(sorted(stop for stop in stops if stop is not None))
 

@@ -85,11 +85,12 @@ def token_errors(path: PathLike, length: int, vocab: int) -> list[str]:
     sequences, errors = _open(path, length)
     if sequences is None:
         return errors
-    lowest, highest, messages = np.inf, -np.inf, {}
+    lowest, highest, messages, scored = np.inf, -np.inf, {}, False
     for first in range(0, len(sequences), ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
         tokens = sequences.tokens[rows]
         lowest, highest = min(lowest, int(tokens.min())), max(highest, int(tokens.max()))
+        scored = scored or any(sequences[row].loss_mask.any() for row in range(*rows.indices(len(sequences))))
         for message, bad in _bad_rows(sequences, rows):
             if bad.any():
                 messages.setdefault(message, first + int(np.argmax(bad)))
@@ -98,6 +99,8 @@ def token_errors(path: PathLike, length: int, vocab: int) -> list[str]:
             f"{path}: expected token ids from 0 to {vocab - 1}, found {lowest} to {highest}; write it with the model's"
             " tokenizer"
         )
+    if not (errors or messages or scored):
+        errors.append(f"{path}: expected scored tokens, found none in any sequence; correct loss_mask or segments")
     return errors + [f"{path}: {message}; first in sequence {row}" for message, row in messages.items()]
 
 

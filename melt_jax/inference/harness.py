@@ -46,6 +46,7 @@ class HarnessSettings:
       max_gen_toks: new tokens of a request whose task does not state a number.
       seed: of sampling. A sample depends on it, the prompt and the sample's number only.
       enable_thinking: passed to the chat template.
+      allow_special_tokens: special tokens in the messages of a chat become their ids; otherwise they are ordinary text.
       think_end_token: text that ends the thinking, such as `</think>`. What precedes it is removed from answers, and
         stop strings count only after it; empty: answers are whole, and stop strings count everywhere.
       mesh: None: one device.
@@ -59,6 +60,7 @@ class HarnessSettings:
     max_gen_toks: int = 256
     seed: int = 0
     enable_thinking: bool = True
+    allow_special_tokens: bool = False
     think_end_token: str = ""
     mesh: MeshConfig | None = None
     changes: ModelChanges = UNCHANGED
@@ -117,10 +119,11 @@ class HarnessModel(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Identifies tokenizer and chat template in the harness's cache of requests."""
-        return f"{self.text.sha256[:16]}_{str(self.text.template_sha256)[:16]}_{self.settings.enable_thinking}"
+        settings = f"{self.settings.enable_thinking}_{self.settings.allow_special_tokens}"
+        return f"{self.text.sha256[:16]}_{str(self.text.template_sha256)[:16]}_{settings}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text. Special tokens in the text become their ids; none are added."""
+        """Token ids of a text. Special tokens in the text become their ids, unless protected; none are added."""
         return self.text.encode(string)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -134,6 +137,8 @@ class HarnessModel(TemplateLM):
                 f"{self.text.folder}: expected a chat template, found none; leave out --apply_chat_template"
             )
         thinking = self.settings.enable_thinking
+        if not self.settings.allow_special_tokens:
+            chat_history = self.text.protect(chat_history)
         return self.text.render(chat_history, add_generation_prompt, thinking, unfinished=not add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from melt_jax.config import TrainConfig
 from melt_jax.data import stream
-from melt_jax.files import Path, write_text
+from melt_jax.files import Path, read_json, write_text
 from melt_jax.inference import scoring
 from melt_jax.model.model import LoopedTransformer
 from melt_jax.training.attempts import spent
@@ -31,7 +31,7 @@ class Results:
     def __init__(self, path: Path):
         """Reads `path` if it exists."""
         self._path = path
-        self._rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self._rows: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
 
     @spent("evaluating")
     def measure(

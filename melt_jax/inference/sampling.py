@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.model.model import LoopedTransformer, exit_loop
 
+TEMPERATURES = "0 (greedy) or 0.0001 to 10000"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Sampling:
     def errors(self) -> list[str]:
         """An error for each value out of range."""
         checks = (
-            ("temperature", self.temperature >= 0, "at least 0 (greedy)", self.temperature),
-            ("top_k", self.top_k >= 0, "at least 0 (no limit)", self.top_k),
+            ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e4, TEMPERATURES, self.temperature),
+            ("top_k", 0 <= self.top_k < 2**31, "at least 0 (no limit), below 2³¹", self.top_k),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]", self.top_p),
             ("seed", 0 <= self.seed < 2**31, "in [0, 2³¹)", self.seed),
         )

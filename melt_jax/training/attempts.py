@@ -29,7 +29,8 @@ from typing import Any, Self
 import jax
 from rich.console import Console
 
-from melt_jax.files import Path, make_folder, write_text
+from melt_jax.config import InputError
+from melt_jax.files import Path, make_folder, read_json, write_text
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 CATEGORIES: tuple[str, ...] = ("training", "compiling", "saving", "evaluating", "waiting", "loading")
@@ -115,7 +116,13 @@ def read_attempts(workdir: Path) -> list[dict[str, Any]]:
     """The attempts of a workdir, in order."""
     folder = workdir / "attempts"
     files = sorted(folder.glob("*.json"), key=lambda path: path.name) if folder.exists() else []
-    return [json.loads(path.read_text()) for path in files if not path.name.startswith(".")]
+    attempts = []
+    for path in files:
+        if not path.name.startswith("."):
+            attempts.append(read_json(path))
+            if missing := {"started", "updated", "seconds", "phases"} - set(attempts[-1]):
+                raise InputError(f"{path}: expected {', '.join(sorted(missing))}, found none; remove the file")
+    return attempts
 
 
 class Attempt:

@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter, record_writer
 
-from melt_jax.files import Path, append_text, as_path, make_folder, storage_errors, write_text
+from melt_jax.config import InputError
+from melt_jax.files import Path, append_text, as_path, make_folder, parse_json, storage_errors, write_text
 from melt_jax.training import wandb_log
 
 ALIGNMENT_RATIO = 10.0  # of β·L_align to L_KD, above which a warning is printed
+
+NOT_FINITE = "not_finite/"  # begins the names of metrics that name the causes of a skipped step; they are not logged
 
 
 class _EventFile:
@@ -56,7 +59,8 @@ def add_up(interval: Sequence[StepMetrics]) -> dict[str, np.ndarray]:
         return np.sum([np.asarray(step[name][i], np.float64) for step in interval], axis=0)
 
     with np.errstate(invalid="ignore"):
-        return {name: total(name, 0) / total(name, 1) for name in interval[0]}
+        names = [name for name in interval[0] if not name.startswith(NOT_FINITE)]
+        return {name: total(name, 0) / total(name, 1) for name in names}
 
 
 def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -70,6 +74,18 @@ def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
             entry = "".join(f"/{axis}{i + 1}" for axis, i in zip(("loop", "layer"), index))
             out[name + entry] = float(number)
     return {name: number for name, number in out.items() if math.isfinite(number)}
+
+
+def _drop_later_steps(path: Path, start: int) -> None:
+    """Rewrites a log without the lines of steps after `start` and without an incomplete last line."""
+    kept, end = [], path.read_bytes().rpartition(b"\n")[0]
+    for number, line in enumerate(end.splitlines(), 1):
+        step = parse_json(line, f"{path}:{number}").get("step")
+        if not isinstance(step, int):
+            raise InputError(f"{path}:{number}: expected a step, found {step!r:.60}; remove the line")
+        if step <= start:
+            kept.append(line.decode() + "\n")
+    write_text(path, "".join(kept))
 
 
 class RunLog:
@@ -90,8 +106,7 @@ class RunLog:
         if jax.process_index() == 0:
             make_folder(folder)
             if self._path.exists():
-                whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("\n")]
-                write_text(self._path, "".join(line for line in whole if json.loads(line)["step"] <= start))
+                _drop_later_steps(self._path, start)
             self._board = SummaryWriter(str(folder), purge_step=start + 1)
         columns = (TextColumn(phase), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)

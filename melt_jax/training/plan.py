@@ -46,8 +46,7 @@ def disk_line(config: TrainConfig, model: ModelConfig, workdir: Path) -> str:
         return f"bucket: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far"
     existing = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    note = "" if needed - used <= free else ": NOT ENOUGH, the run may fail when it saves"
-    return f"disk: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far, {_gb(free)} free{note}"
+    return f"disk: at most {_gb(needed)} in {workdir}, {_gb(used)} used so far, {_gb(free)} free"
 
 
 def disk_bytes(config: TrainConfig, model: ModelConfig) -> int:

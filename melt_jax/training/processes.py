@@ -4,6 +4,7 @@ import concurrent.futures
 import glob
 import multiprocessing
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from melt_jax.config import InputError
 
 VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
+ADDRESS = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?|\[[0-9A-Fa-f:.%]+\]"  # a host name, IPv4, or IPv6 in brackets
 WAIT_SECONDS = 24 * 3600  # how long others wait for process 0; if it dies, JAX ends them within minutes
 
 
@@ -135,8 +137,11 @@ def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
         raise InputError(
             f"MELT_PROCESS, MELT_PROCESSES: expected 0 <= process < processes, found {process!r} and {processes!r}"
         )
-    if not coordinator.rpartition(":")[0]:
-        raise InputError(f"MELT_COORDINATOR: expected address:port of process 0, found {coordinator!r}")
+    address, _, port = coordinator.rpartition(":")
+    if not (re.fullmatch(ADDRESS, address) and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+        raise InputError(
+            f"MELT_COORDINATOR: expected address:port of process 0, such as host:8476, found {coordinator!r}"
+        )
     return coordinator, int(processes), int(process)
 
 

@@ -9,7 +9,7 @@ from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.orbax import weights_digest
 from melt_jax.config import ConfigError, TrainConfig
 from melt_jax.data import stream
-from melt_jax.files import Path, make_folder, write_text
+from melt_jax.files import Path, make_folder, read_json, write_text
 from melt_jax.training.processes import run_outside, text_from_process_0
 
 # May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
@@ -40,7 +40,7 @@ def _config_error(config: TrainConfig, workdir: Path) -> str:
         new["teacher weights"] = f"sha256 {run_outside(weights_digest, hub.local_folder(config.teacher))}"
     if digest := stream.fingerprints(config).get("data.path"):
         new["manifest of data.path"] = f"sha256 {digest}"
-    old = json.loads(path.read_text()) if path.exists() else new
+    old = read_json(path) if path.exists() else new
     before, now = (
         dict(_flatten({key: value for key, value in values.items() if key not in RESUMABLE_KEYS}))
         for values in (old, new)

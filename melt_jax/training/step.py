@@ -24,6 +24,7 @@ from melt_jax.sharding import (
     in_mesh,
     ungroup_batch,
 )
+from melt_jax.training.log import NOT_FINITE
 from melt_jax.training.objectives import (
     Distillation,
     Sums,
@@ -164,7 +165,7 @@ def make_train_step(
 
     If the loss or a gradient is not finite, the update is skipped: weights and moments stay as they are, but the step
     counts, so that the next step gets another batch. All metrics of a skipped step except "skipped" are zero, with
-    count zero.
+    count zero. The metrics `NOT_FINITE` + name are 1 for those that were not finite.
 
     Args:
       objective: the phase's, one of `OBJECTIVES`.
@@ -242,10 +243,13 @@ def _step_metrics(sums: Sums, terms: Sums, count: Float[Array, ""], gradients: A
 
 def _skip_unless_finite(state: TrainState, updated: tuple[Any, Any], metrics: Metrics) -> tuple[TrainState, Metrics]:
     """The next state and its metrics: updated if the loss and all gradients are finite, else with the old weights."""
-    checked = [value for name, (value, _) in metrics.items() if name == "loss" or name.startswith("gradient_norm/")]
-    finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
+    checked = [pair for pair in metrics.items() if pair[0] == "loss" or pair[0].startswith("gradient_norm/")]
+    values = [value for _, (value, _) in checked]
+    finite = jnp.all(jnp.isfinite(jnp.stack(values)))
     params, opt_state = _where(finite, updated, (state.params, state.opt_state))
     metrics = _where(finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
+    for (name, _), value in zip(checked, values):
+        metrics[NOT_FINITE + name] = ((~jnp.isfinite(value)).astype(jnp.float32), jnp.float32(1))
     metrics["skipped"] = ((~finite).astype(jnp.float32), jnp.float32(1))
     skipped = jnp.where(finite, 0, state.skipped + 1)
     return TrainState(params, opt_state, state.step + 1, skipped), metrics

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import jax
@@ -70,7 +70,10 @@ class StepMonitor:
         self._profiler = StepProfiler(folder, config.run)
         self._watchdog = Watchdog(name, folder, config.run)
         self._preemption = PreemptionNotice()
-        self._skipped = SkippedSteps(name, start.first_step, config.run.skipped_limit, start.step, start.skipped)
+        self._skipped = SkippedSteps(
+            name, start.first_step, config.run.skipped_limit, start.step, start.skipped, self._log.console.print
+        )
+        self._weights: Callable[[], list[str]] = list
         self._contexts = contextlib.ExitStack()
         self._interval: list[StepMetrics] = []  # of the steps since the last line of the log
         self._unread: tuple[int, list[StepMetrics]] | None = None  # a whole interval and its last step
@@ -106,13 +109,15 @@ class StepMonitor:
         with self._profiler.annotate(step, state), jax.transfer_guard("disallow"):
             yield
 
-    def after_dispatch(self, step: int, metrics: StepMetrics) -> bool:
+    def after_dispatch(self, step: int, metrics: StepMetrics, weights: Callable[[], list[str]] = list) -> bool:
         """Takes a dispatched step's metrics, waits for the step before it, and returns whether this step is the last.
+
+        If a step was skipped, `weights` is called for the names of the weights that are not finite.
 
         Raises:
           NonFiniteError: too many steps in a row were skipped.
         """
-        loss = metrics["loss"][0]
+        loss, self._weights = metrics["loss"][0], weights
         self._watchdog.after_dispatch(step, loss)
         if self._running is not None:
             self._running.block_until_ready()
@@ -143,4 +148,4 @@ class StepMonitor:
         if step == self._steps:
             numbers |= attempts.goodput_numbers()
         self._log.write(step, interval, **numbers)
-        self._skipped.read(step, interval, latest=self._checkpoints.wait_until_finished)
+        self._skipped.read(step, interval, latest=self._checkpoints.wait_until_finished, weights=self._weights)

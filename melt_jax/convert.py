@@ -186,7 +186,7 @@ def _convert(name, source, output, form, changes, existing):
     # Write it completely or not at all.
     abstract = abstract_model(config, dtype)
     weights = _stream_weights(folder, _fresh_gates(folder, abstract, changes.seed, dtype), abstract, dtype)
-    with atomic_folder(output, KINDS[form], existing == "overwrite", [source]) as temporary:
+    with atomic_folder(output, existing == "overwrite", KINDS[form], [source]) as temporary:
         if form == "orbax":
             write_params(temporary / PARAMS, dict(weights))
         else:

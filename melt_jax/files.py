@@ -100,7 +100,7 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def atomic_folder(
-    folder: PathLike, kind: str, overwrite: bool = False, inputs: Iterable[PathLike] = ()
+    folder: PathLike, overwrite: bool = False, kind: str | None = None, inputs: Iterable[PathLike] = ()
 ) -> Iterator[Path]:
     """Yields a new, empty folder, which becomes `folder` at the end of the block and is removed if the block fails.
 
@@ -111,8 +111,8 @@ def atomic_folder(
 
     Args:
       folder: the folder to write.
-      kind: what it is, for its record.
-      overwrite: replace a folder of the same kind that melt_jax wrote.
+      overwrite: replace a folder that exists; with a kind, only one of the same kind that melt_jax wrote.
+      kind: what it is, for its record; None: it gets no record.
       inputs: files and folders that the block reads.
 
     Raises:
@@ -122,16 +122,17 @@ def atomic_folder(
     folder = absolute(folder)
     if _refused(folder, overwrite):
         raise _exists(folder)
-    if not _is_new(folder):
+    if kind and not _is_new(folder):
         check_replaceable(folder, kind, file_sizes(folder), [absolute(source) for source in inputs])
     with _bucket_folder(folder) if in_bucket(folder) else _disk_folder(folder) as temporary:
         yield temporary
-        write_digests(temporary, kind, file_sizes(temporary))
+        if kind:
+            write_digests(temporary, kind, file_sizes(temporary))
 
 
 @contextlib.contextmanager
 def collective_atomic_folder(
-    folder: PathLike, kind: str, overwrite: bool = False, inputs: Iterable[PathLike] = ()
+    folder: PathLike, overwrite: bool = False, kind: str | None = None, inputs: Iterable[PathLike] = ()
 ) -> Iterator[Path]:
     """`atomic_folder` for a folder that all processes of a run fill together: each yields the same path.
 
@@ -146,7 +147,7 @@ def collective_atomic_folder(
     with contextlib.ExitStack() as stack:
         temporary = folder if in_bucket(folder) else _sibling(folder, "incomplete")
         if jax.process_index() == 0:
-            stack.enter_context(atomic_folder(folder, kind, overwrite, inputs))
+            stack.enter_context(atomic_folder(folder, overwrite, kind, inputs))
         _wait_for_all("created")
         yield temporary
         _wait_for_all("filled")

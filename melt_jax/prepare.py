@@ -145,7 +145,7 @@ def prepare(
     layout, counts = Layout.of(settings.length, opened.vocab), collections.Counter()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     inputs = [opened.folder, *paths]
-    with atomic_folder(output, KIND, overwrite, inputs) as folder, _progress(console, rows.total) as show:
+    with atomic_folder(output, overwrite, KIND, inputs) as folder, _progress(console, rows.total) as show:
         writer = ShardWriter(folder, settings.shard_sequences)
         for sequence in sequences(documents(rows, opened, form), settings, counts, console):
             writer.write(layout.encode(sequence))

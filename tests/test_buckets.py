@@ -78,7 +78,7 @@ def test_shards_are_fetched_once_and_checked(bucket, tmp_path, monkeypatch):
         for record in records:
             writer.write(record)
         writer.close()
-        kept = {"counts": {}, "tokenizer": {}, "inputs": []}
+        kept = {"counts": {}, "tokenizer": {"sha256": "", "vocab": 9}, "inputs": []}
         parts = {"length": 4, "token_dtype": layout.token_dtype, "segment_dtype": layout.segment_dtype}
         write_manifest(folder, parts | kept | {"shards": writer.shards})
     sequences = open_records(f"{bucket}/data")

@@ -341,6 +341,7 @@ def test_digest_identifies_weights_in_either_form(converted, tmp_path):
     assert {weights_digest(converted / name) for name in ("looplm", "ouro_again", "ouro_from_melt")} == {ouro}
     assert weights_digest(converted / "melt") == weights_digest(converted / "melt_published") != ouro
     changed = shutil.copytree(converted / "ouro_again", tmp_path / "changed")
+    (changed / "digests.json").unlink()
     edit_config(changed, eos_token_id=3)
     assert weights_digest(changed) == ouro
 

@@ -14,7 +14,7 @@ KIND = "a test folder"
 
 def write(folder: pathlib.Path, text: str = "text", **kwargs) -> pathlib.Path:
     """A folder of two files with a record."""
-    with atomic_folder(folder, KIND, **kwargs) as temporary:
+    with atomic_folder(folder, kind=KIND, **kwargs) as temporary:
         (temporary / "sub").mkdir()
         (temporary / "a").write_text(text)
         (temporary / "sub/b").write_bytes(bytes(range(256)))

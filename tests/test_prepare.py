@@ -489,6 +489,7 @@ def test_thinking_is_part_of_prepared_data(tmp_path, folder):
     assert compatibility_errors(manifests[True], manifests[True], "train") == []
     old = {key: value for key, value in read_manifest(tmp_path / "True").items() if key != "thinking"}
     (tmp_path / "True/manifest.json").write_text(json.dumps(old))
+    (tmp_path / "True/digests.json").unlink()
     (message,) = record_errors(tmp_path / "True", 64, 300, folder)
     assert "found data of an earlier version" in message
     other = tmp_path / "other"

@@ -30,7 +30,7 @@ FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INTERPRETERS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable, "-"]}
 # A module imports only from its own or a lower layer. Top-level modules that are not listed are commands.
 LAYERS = {
-    "config": 0, "config_keys": 0, "files": 0, "model": 1, "data": 2, "checkpoints": 2, "sharding": 2,
+    "config": 0, "config_keys": 0, "digests": 0, "files": 0, "model": 1, "data": 2, "checkpoints": 2, "sharding": 2,
     "training": 3, "inference": 3, "analysis": 3, "command_line": 3,
 }  # fmt: skip
 COMMAND_LAYER = 4

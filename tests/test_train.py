@@ -150,6 +150,27 @@ def test_killed_save_of_the_model_is_resumed(teacher, tmp_path, monkeypatch, cap
     chex.assert_trees_all_equal(train.run(config, tmp_path), weights)
 
 
+@pytest.mark.slow
+def test_damaged_checkpoint_changes_no_bits(teacher, tmp_path, monkeypatch, capsys):
+    """The run names the checkpoint, continues from the one before it, and ends with the bits of an undisturbed run."""
+    config = alignment_run(teacher, 5)
+    undisturbed, folder = train.run(config, tmp_path / "undisturbed"), tmp_path / "disturbed"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        call_at_step(4, fail_after(folder / "alignment/checkpoints/4"), patch)
+        train.run(config, folder)
+    files = [path for path in (folder / "alignment/checkpoints/4").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    capsys.readouterr()
+    chex.assert_trees_all_equal(train.run(config, folder), undisturbed)
+    output = capsys.readouterr().out
+    assert f"{largest}: expected CRC-32" in output and "alignment: resumes from step 2" in output
+    lines = [json.loads(line) for line in (folder / "alignment/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 4, 5]
+
+
 def test_phase_without_finite_steps_publishes_nothing(teacher, tmp_path, monkeypatch, capsys):
     """The weight is named at each step, and skipped steps in a row stop the run; a restart ends in the same way."""
 

@@ -161,7 +161,7 @@ def save_model(
       InputError: `folder` must not be replaced.
     """
     inputs = [tokenizer_from] if tokenizer_from else []
-    with collective_atomic_folder(folder, KINDS["orbax"], overwrite, inputs) as temporary:
+    with collective_atomic_folder(folder, overwrite, KINDS["orbax"], inputs) as temporary:
         raw = None
         if jax.process_index() == 0:
             raw = companions(tokenizer_from, temporary)

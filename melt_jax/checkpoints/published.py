@@ -279,7 +279,7 @@ def save_published(
       InputError: `folder` must not be replaced.
     """
     inputs = [tokenizer_from] if tokenizer_from else []
-    with atomic_folder(folder, KINDS["published"], overwrite, inputs) as temporary:
+    with atomic_folder(folder, overwrite, KINDS["published"], inputs) as temporary:
         raw = companions(tokenizer_from, temporary)
         write_weights(temporary / "model.safetensors", jax.eval_shape(lambda: model), dtype, module_leaves(model))
         raw = published_config(model.config, jnp.dtype(dtype).name, raw)

@@ -16,7 +16,7 @@ from melt_jax.files import Path, folder_bytes
 from melt_jax.training.plan import disk_bytes
 from melt_jax.training.processes import broadcast_text_from_process_0, wait_for_process_0
 
-LOCK = "run.lock"
+LOCK = "workdir.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without locks
 
 
@@ -24,7 +24,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file
 def claim_workdir(config: TrainConfig, model: ModelConfig, workdir: Path) -> Iterator[None]:
     """Creates the workdir and keeps other runs out of it until the end of the block, or of the process.
 
-    Process 0 holds a lock of the operating system on `run.lock`, which names its host and process. It ends with the
+    Process 0 holds a lock of the operating system on `workdir.lock`, which names its host and process. It ends with the
     process, however that ends, so nothing needs to be cleaned up. A bucket has no locks: there, nothing keeps a second
     run out. Every process of the run must enter the block.
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import melt_jax
+from melt_jax.config import InputError
 from melt_jax.data import arithmetic
 from melt_jax.data.arithmetic_tokenizer import tokenizer_errors, tokenizer_files, write_tokenizer
 from melt_jax.data.text import Tokenizer
@@ -167,6 +168,25 @@ def test_sha256_is_that_of_the_file(nano):
 
 def test_missing_files_are_all_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json and tokenizer_config.json, found none; copy"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_damaged_files_are_named(tmp_path, name):
+    write_tokenizer(tmp_path)
+    for content in (b"", b"[]", b"{", b"null", b"\xe9", b"[" * 100_000):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: expected a JSON object, found "):
+            Tokenizer(tmp_path)
+
+
+def test_wrong_objects_are_refused(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(InputError, match=r"generation_config\.json: expected ids in eos_token_id, found 'x'"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="expected the tokenizer of a published checkpoint, found files that cannot"):
         Tokenizer(tmp_path)
 
 

@@ -11,7 +11,7 @@ import tokenizers
 
 from melt_jax.config import InputError
 from melt_jax.data.markers import ESCAPE, Markers
-from melt_jax.files import COMPANIONS, PathLike, as_path, read_on_disk
+from melt_jax.files import COMPANIONS, PathLike, as_path, read_json, read_on_disk
 
 CHAT_END = "<|im_end|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -51,6 +51,8 @@ class Tokenizer:
         except InputError:
             raise
         except Exception as error:  # the libraries raise almost anything for files that are not a tokenizer's
+            for name in TOKENIZER_FILES:
+                read_json(self.folder / name)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(
                 f"{self.folder}: expected the tokenizer of a published checkpoint, found files that cannot be read"
@@ -223,7 +225,7 @@ class Tokenizer:
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         file = self.folder / "generation_config.json"
-        declared = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        declared = read_json(file).get("eos_token_id") if file.is_file() else None
         stops = set(declared if isinstance(declared, list) else [declared])
         if not all(stop is None or (type(stop) is int and 0 <= stop < 2**31) for stop in stops):
             raise InputError(f"{file}: expected ids in eos_token_id, found {declared!r:.100}")

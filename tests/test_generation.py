@@ -271,7 +271,9 @@ def test_every_error_of_a_request_is_listed():
     config = dataclasses.replace(TINY, max_positions=50)
     errors = "\n".join(request_errors(config, prompts, GenerationOptions(0, 0, Sampling(-1.0), tuple(range(9)), 0)))
     for words in (
-        "temperature: expected 0 (greedy) or 0.0001 to 10000", "max_new_tokens: expected at least 1, found 0", "prefill_chunk: expected",
+        "temperature: expected 0 (greedy) or 0.0001 to 10000",
+        "max_new_tokens: expected at least 1, found 0",
+        "prefill_chunk: expected",
         "block: expected", "stop: expected at most 8", "prompt 0: expected at least one token",
         "prompt 1: expected token ids from 0 to 28, found [-1, 99]", "prompt 2: expected at most 50 positions",
     ):  # fmt: skip

@@ -84,7 +84,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None. Its save may not be complete; see `wait_until_finished`."""
-        return self._manager.latest_step()
+        step = self._manager.latest_step()
+        return None if step is None else int(step)  # with several processes Orbax gives an array's element
 
     @spent("saving")
     def save(self, step: int, state: Any, force: bool = False) -> bool:

@@ -107,7 +107,8 @@ class Place:
             if self.emulator:
                 self.emulator.on_request = lambda method, path: None
         if not killed.is_set() and any(process.returncode for process in started):
-            raise SystemExit("\n".join([" ".join(words), *(output[-6000:] for output in outputs)]))
+            ends = [f"{output[:3000]}\n…\n{output[-3000:]}" for output in outputs]
+            raise SystemExit("\n".join([" ".join(words), *ends]))
         if kill_at and not killed.is_set():
             raise SystemExit(f"{' '.join(words)}: expected a request that matches {kill_at}, found none")
         return outputs[0]

@@ -2,7 +2,7 @@
 
 `digests.json` is written last, before the folder gets its name. It decides what `--overwrite` may replace, and it is
 compared with the files when a folder is read, so that damaged weights or data are never used. A CRC-32 detects every
-changed byte and takes about a second per GB and thread. `--nocheck_digests` skips the comparison.
+changed byte and takes about a second per GB and thread. `--check_digests=false` skips the comparison.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ Path = pathlib.Path | epath.Path
 DIGESTS = "digests.json"
 UNRECORDED = (DIGESTS, ".incomplete")  # the second marks a folder in a bucket until it is complete
 FORMAT = "melt_jax digests 1"
-SKIP = "MELT_SKIP_DIGESTS"  # environment variable, inherited by child processes; set by --nocheck_digests
+SKIP = "MELT_SKIP_DIGESTS"  # environment variable, inherited by child processes; set by --check_digests=false
 BLOCK = 2**22  # bytes read at a time
 THREADS = 8
 
@@ -93,7 +93,7 @@ def check_digests(folder: Path) -> None:
         lines = "\n".join(f"  - {error}" for error in errors)
         raise InputError(
             f"{folder}: expected the files as they were written, found others; copy or write the folder again, or read"
-            f" it as it is with --nocheck_digests:\n{lines}"
+            f" it as it is with --check_digests=false:\n{lines}"
         )
 
 

@@ -14,6 +14,7 @@ from melt_jax.checkpoints.model_card import model_card
 from melt_jax.checkpoints.orbax import weights_digest
 from melt_jax.config import InputError
 from melt_jax.convert import Changes, Upload, convert
+from tests.helpers.edit_config import edit_config
 from tests.helpers.hub_examples import (
     GATED,
     LOOPLM,
@@ -193,8 +194,7 @@ def run_folder(tmp_path_factory):
     (workdir / "results.json").write_text(json.dumps({"after alignment": row}))
     (workdir / "alignment").mkdir()
     convert(NANO, workdir / "alignment/model", "orbax", Changes("elementwise"))
-    raw = json.loads((workdir / "alignment/model/config.json").read_text())
-    (workdir / "alignment/model/config.json").write_text(json.dumps(raw | {"window": 8, "chunk_size": 9}))
+    edit_config(workdir / "alignment/model", window=8, chunk_size=9)
     return workdir
 
 
@@ -247,8 +247,7 @@ def test_card_without_records(tmp_path):
     text = model_card(NANO, "org/name", str(NANO))
     assert "LoopLM" in text and not any(word in text for word in ("base_model", "None", "teacher", "recipe"))
     convert(NANO, tmp_path / "melt", "published", Changes("elementwise"))
-    config = tmp_path / "melt/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": LOOPLM}))
+    edit_config(tmp_path / "melt", _name_or_path=LOOPLM)
     for name, expected in ((None, LOOPLM), ("org/other", "org/other")):
         text = model_card(tmp_path / "melt", "org/name", str(tmp_path / "melt"), base_model=name)
         assert f"base_model: {expected}\n" in text and f"| teacher | {expected} |" in text

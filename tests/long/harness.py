@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 
+from tests.helpers.edit_config import edit_config
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TASKS = {
     "arithmetic_choice": "acc",
@@ -45,11 +47,11 @@ def scores(folder: pathlib.Path) -> dict[str, float]:
     return {task: results[task][f"{metric},none"] for task, metric in TASKS.items()}
 
 
-def set_chunk(file: pathlib.Path) -> None:
+def set_chunk(folder: pathlib.Path) -> None:
     """States a short training chunk for a MELT without one, so that prompts have several chunks and it is no LoopLM."""
-    config = json.loads(file.read_text())
-    if config["model_type"] == "melt":
-        file.write_text(json.dumps({"chunk_size": CHUNK} | config, indent=1))
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "melt" and "chunk_size" not in config:
+        edit_config(folder, chunk_size=CHUNK)
 
 
 def evaluate_both(folder: pathlib.Path, checkpoint: str, limit: int) -> dict[str, tuple[float, float]]:
@@ -80,7 +82,7 @@ def main() -> None:
             folder = pathlib.Path(name)
             convert = ["melt_jax.convert", f"--input={source}", f"--output={folder / 'model'}", "--to=published"]
             run(sys.executable, "-m", *convert, *([f"--gate={gate}"] if gate else []))
-            set_chunk(folder / "model/config.json")
+            set_chunk(folder / "model")
             for task, (ours, theirs) in evaluate_both(folder, str(folder / "model"), args.limit).items():
                 differs = abs(ours - theirs) > args.tolerance * max(abs(theirs), 1.0)
                 wrong += differs

@@ -31,6 +31,7 @@ import numpy as np
 from melt_jax.checkpoints.published import load_model
 from melt_jax.convert import Changes, convert
 from melt_jax.inference.answers import fresh_problems
+from tests.helpers.edit_config import edit_config
 from tests.helpers.hf import generated_by_jax
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -80,8 +81,7 @@ def install(venv: pathlib.Path) -> None:
 def export(folder: pathlib.Path, gate: str, **changes: int) -> pathlib.Path:
     """A published LoopLM (gate "none") or a MELT with new gates; `changes` replace values of config.json."""
     convert(TEACHER, folder, "published", Changes(None if gate == "none" else gate))
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | changes))
+    edit_config(folder, **changes)
     return folder
 
 

@@ -35,6 +35,7 @@ def test_short_run_in_a_bucket(emulator):
     assert "killed 1 times" in done.stdout
 
 
+@pytest.mark.slow
 def test_models_of_both_forms_are_read(bucket):
     """An incomplete folder is refused in one line."""
     model = make_model(TINY)

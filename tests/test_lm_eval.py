@@ -93,6 +93,7 @@ def test_mesh_gives_the_same_scores(tmp_path):
     assert results["arithmetic_choice"]["acc,none"] == results["arithmetic_step"]["exact_match,none"] == 1.0
 
 
+@pytest.mark.slow
 def test_chat_and_thinking_give_answers(monkeypatch, offline):
     results = run(
         monkeypatch,

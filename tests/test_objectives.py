@@ -204,6 +204,7 @@ def test_divergence_is_forward_or_reverse():
     assert np.abs(forward - distill(one, other, batch, Distillation(CHUNK, divergence="reverse"))["kd"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_gradient_may_stop_at_the_chunk():
     """The loss stays the same; with one chunk the gradient does too, with several it does not."""
     student, teacher = models()

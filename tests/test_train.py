@@ -171,6 +171,7 @@ def test_damaged_checkpoint_changes_no_bits(teacher, tmp_path, monkeypatch, caps
     assert [line["step"] for line in lines] == [1, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_phase_without_finite_steps_publishes_nothing(teacher, tmp_path, monkeypatch, capsys):
     """The weight is named at each step, and skipped steps in a row stop the run; a restart ends in the same way."""
 

@@ -238,6 +238,7 @@ class TestCheckpoints:
         chex.assert_trees_all_equal(checkpoints.restore(4, jax.eval_shape(self.state)), states[4])
         checkpoints.close()
 
+    @pytest.mark.slow
     def test_damaged_checkpoints_are_not_restored(self, tmp_path):
         """Each file of the newest one in turn: the one before it is restored, and the file is named."""
         states = {step: self.state()._replace(step=jnp.int32(step)) for step in (1, 2)}

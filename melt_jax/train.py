@@ -14,6 +14,7 @@ cases (`melt_jax.training.preemption`).
 
 import dataclasses
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,11 @@ def main(argv: list[str]) -> None:
         run(config, as_path(flags.FLAGS.workdir, "--workdir"))
     except SaveError as error:
         command_line.exit_at_once(error)
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, InputError):
+            raise
+        traceback.print_exc()
+        command_line.exit_at_once(error)  # a normal exit waits for the other processes, which wait for this one
 
 
 def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:

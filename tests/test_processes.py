@@ -118,6 +118,32 @@ def test_comparison_of_runs_is_bitwise(monkeypatch, tmp_path):
     assert not compare().bitwise_equal
 
 
+FAILS = """
+import jax
+from melt_jax import command_line, train
+from melt_jax.training.processes import wait_for_process_0
+
+def run(config, workdir):
+    if jax.process_index() == 0:
+        raise RuntimeError("planted")
+    wait_for_process_0()
+
+train.run = run
+train.define_flags()
+command_line.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_process_waits_for_no_other(tmp_path):
+    """Its own error is its last line, and JAX ends the others, which wait for it."""
+    flags = ("--config=configs/nano.py", f"--workdir={tmp_path}")
+    started = start_processes(2, "-c", FAILS, *flags, stderr=subprocess.STDOUT, **several_devices(1))
+    first, other = (process.communicate(timeout=1800)[0] for process in started)
+    assert started[0].returncode == 1 and first.strip().endswith(": planted") and "barrier" not in first.lower()
+    assert started[1].returncode not in (0, 1) and "planted" not in other
+
+
 def test_single_process_broadcasts_to_itself():
     assert broadcast_from_process_0(True) is True and broadcast_from_process_0(False) is False
     assert [broadcast_text_from_process_0(text) for text in ("", "T × L")] == ["", "T × L"]

@@ -96,7 +96,7 @@ def test_tables_show_current_rows_only(tmp_path):
     """Records of rows or overrides that the table does not have are kept in the file but not shown."""
     records = [record("base", 0, answers="1.0"), record("base", 1, answers="0.9"), record("gone", 0), record("base", 7)]
     text = tables.markdown(SMALL, records)
-    assert text.splitlines()[2:] == ["| base | 50.0 ± 0.0 | 95.0 ± 63.5 | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 | "
-                                     "0.0000 ± 0.0000 | 2 |"]  # fmt: skip
+    assert text.splitlines()[2:] == ["| base | 50.0 ± 0.0 | 95.0 ± 63.5 | 0.50000 ± 0.00000 | 0.50000 ± 0.00000 | "
+                                     "0.00000 ± 0.00000 | 2 |"]  # fmt: skip
     tables.draw(SMALL, records).savefig(tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 1000

@@ -68,9 +68,10 @@ def run(main: Callable[[list[str]], object], positional: bool = False) -> None:
 
 
 def exit_at_once(error: Exception) -> NoReturn:
-    """Prints an error like `run` and ends the process with status 1, without waiting for threads of libraries.
+    """Prints an error like `run` and ends the process with status 1, without waiting for anything.
 
-    After a disk is full or gone, they would report the same error again, with tracebacks.
+    After a disk is full or gone, the threads of libraries would report the same error again, with tracebacks. The other
+    processes of a run may be waiting for this one.
     """
     sys.stdout.flush()
     print(f"{_name()}: {error}", file=sys.stderr, flush=True)

@@ -19,7 +19,8 @@ from melt_jax.config import InputError
 Path = pathlib.Path | epath.Path
 
 DIGESTS = "digests.json"
-UNRECORDED = (DIGESTS, ".incomplete")  # the second marks a folder in a bucket until it is complete
+INCOMPLETE = ".incomplete"  # in a folder in a bucket that is being written, or whose writer was killed
+UNRECORDED = (DIGESTS, INCOMPLETE)
 FORMAT = "melt_jax digests 1"
 SKIP = "MELT_SKIP_DIGESTS"  # environment variable, inherited by child processes; set by --check_digests=false
 BLOCK = 2**22  # bytes read at a time

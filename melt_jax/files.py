@@ -27,12 +27,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from melt_jax.config import InputError
-from melt_jax.digests import check_replaceable, write_digests
+from melt_jax.digests import INCOMPLETE, check_replaceable, write_digests
 
 Path: TypeAlias = pathlib.Path | epath.Path
 PathLike: TypeAlias = str | os.PathLike
 
-INCOMPLETE = ".incomplete"  # in a folder in a bucket that is being written, or whose writer was killed
 COPY_BYTES = 2**24  # of a file, copied at a time
 # Tokenizer files and generation defaults.
 COMPANIONS = (

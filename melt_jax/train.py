@@ -24,7 +24,7 @@ from rich.console import Console
 
 from melt_jax import command_line
 from melt_jax.checkpoints import hub
-from melt_jax.checkpoints.folder import not_finite
+from melt_jax.checkpoints.folder import not_finite, weight_name
 from melt_jax.checkpoints.orbax import open_folder, open_model, save_model
 from melt_jax.config import ConfigError, InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data import stream
@@ -292,8 +292,7 @@ def read_model(folder: Path, mesh: jax.sharding.Mesh) -> LoopedTransformer:
 
 def not_finite_weights(params: LoopedTransformer) -> list[str]:
     """The names of weights with NaN or infinity. Every process of a run must call it."""
-    found = not_finite(dict(module_leaves(params)))
-    return [path if layer is None else f"{path} of layer {layer}" for path, layer in found]
+    return [weight_name(path, layer) for path, layer in not_finite(dict(module_leaves(params)))]
 
 
 def _reason(error: OSError) -> str:

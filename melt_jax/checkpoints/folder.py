@@ -64,7 +64,7 @@ class ModelFolder(abc.ABC):
 
     def tensor_name(self, path: str, layer: int | None) -> str:
         """The name of a stored weight; `layer`, from 0, for the weights of layers."""
-        return path if layer is None else f"{path} of layer {layer}"
+        return weight_name(path, layer)
 
     @abc.abstractmethod
     def read(self, path: str, dtype: str) -> np.ndarray:
@@ -109,6 +109,11 @@ def not_finite_errors(source: ModelFolder, weights: Mapping[str, Any]) -> list[s
     """A message for each tensor of a folder with NaN or infinity, given {path: weight, layers stacked}."""
     names = [source.tensor_name(path, layer) for path, layer in not_finite(weights)]
     return [f"{name}: expected finite numbers, found NaN or infinity" for name in names]
+
+
+def weight_name(path: str, layer: int | None) -> str:
+    """How messages name a weight; `layer`, from 0, for those of layers."""
+    return path if layer is None else f"{path} of layer {layer}"
 
 
 def not_finite(weights: Mapping[str, Any]) -> list[tuple[str, int | None]]:

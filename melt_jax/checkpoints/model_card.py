@@ -1,14 +1,12 @@
 """The model card of an exported model: README.md with the hub's YAML front matter."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from melt_jax.checkpoints.hub import PREFIX, repository
 from melt_jax.checkpoints.orbax import open_folder
-from melt_jax.config import InputError
-from melt_jax.files import PathLike, absolute
+from melt_jax.files import PathLike, absolute, read_json
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token
 from melt_jax.model.model import abstract_model, parameter_count
 
@@ -83,21 +81,15 @@ def run_records(source: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config of the run, results of the model) of a phase's `model` folder; empty if they are missing.
 
     Raises:
-      InputError: a record is no JSON.
+      InputError: a record is no JSON object.
     """
     phase_folder = absolute(source).parent
     workdir, phase = phase_folder.parent, phase_folder.name
-    run, results = _read(workdir / "config.json"), _read(workdir / "results.json")
+    files = (workdir / "config.json", workdir / "results.json")
+    run, results = (read_json(file) if file.is_file() else {} for file in files)
     if phase not in run.get("phases", ()):
         return {}, {}
     return run, results.get(f"after {phase}") or {}
-
-
-def _read(file):
-    try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{file}: expected JSON, found {error}") from error
 
 
 def _hub_name(text: str | None) -> str | None:

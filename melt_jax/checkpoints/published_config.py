@@ -13,7 +13,7 @@ from typing import Any
 
 from melt_jax.config import CHOICES, GATES, InputError, ModelConfig
 from melt_jax.config_keys import keys_of
-from melt_jax.files import PathLike, as_path, completeness_errors, copy_file, write_text
+from melt_jax.files import PathLike, as_path, completeness_errors, copy_file, read_json, write_text
 
 STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors code: name
 DTYPES = tuple(STORED_DTYPES.values())
@@ -82,13 +82,7 @@ def read_raw_config(folder: PathLike) -> dict[str, Any]:
         raise InputError(
             f"{file}: expected a model checkpoint, published or written by melt_jax.convert, found no such file"
         )
-    try:
-        raw = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: expected JSON, found {error}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    return read_json(file)
 
 
 def read_config(folder: PathLike) -> ModelConfig:

@@ -64,7 +64,9 @@ def _read_header(address: str):
             first, last = entry["data_offsets"]
             bits = 8 * (last - first)
             if dtype := STORED_DTYPES.get(entry["dtype"]):
-                assert bits == 8 * jnp.dtype(dtype).itemsize * math.prod(entry["shape"]), name
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+                expected = 8 * jnp.dtype(dtype).itemsize * math.prod(entry["shape"])
+                if bits != expected:
+                    raise ValueError(f"{name}: {bits} bits instead of {expected}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SafetensorError(f"a malformed header: {error!r}") from error
     return header, 8 + size

@@ -165,7 +165,7 @@ def _set_damaged_aside(folder: Path, report: Callable[[str], object]) -> None:
 def _errors(item: Path) -> list[str]:
     if (item / DIGESTS).exists():
         return digest_errors(item)
-    # Without a record, as written by earlier versions, only the files that Orbax needs are known.
+    # Without a record, only the files that Orbax needs are known.
     return [f"{item / name}: expected a file, found none" for name in NEEDED if not (item / name).is_file()]
 
 

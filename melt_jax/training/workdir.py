@@ -9,12 +9,10 @@ import shutil
 import socket
 from collections.abc import Iterator
 
-import jax
-
 from melt_jax.config import ConfigError, InputError, ModelConfig, TrainConfig
 from melt_jax.files import Path, folder_bytes
 from melt_jax.training.plan import disk_bytes
-from melt_jax.training.processes import broadcast_text_from_process_0, wait_for_process_0
+from melt_jax.training.processes import text_from_process_0
 
 LOCK = "workdir.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without locks
@@ -37,21 +35,22 @@ def claim_workdir(config: TrainConfig, model: ModelConfig, workdir: Path) -> Ite
       ConfigError: in every process: another run uses the folder, it cannot be written, or the disk has too little room.
     """
     with contextlib.ExitStack() as stack:
-        error = ""
-        if jax.process_index() == 0 and isinstance(workdir, pathlib.Path):
-            try:
-                stack.enter_context(_locked(workdir))
-                error = disk_error(config, model, workdir)
-            except OSError as problem:  # the other processes wait for this one
-                error = (
-                    f"{workdir}: expected a folder that can be written, found {problem.strerror}; use another workdir"
-                )
-            except InputError as problem:
-                error = str(problem)
-        wait_for_process_0()
-        if error := broadcast_text_from_process_0(error):
+        if error := text_from_process_0(_claim_error, stack, config, model, workdir):
             raise ConfigError(error)
         yield
+
+
+def _claim_error(stack, config, model, workdir):
+    """Locks the workdir until the stack is closed; a message if it cannot be used, else an empty one."""
+    if not isinstance(workdir, pathlib.Path):
+        return ""
+    try:
+        stack.enter_context(_locked(workdir))
+        return disk_error(config, model, workdir)
+    except OSError as problem:
+        return f"{workdir}: expected a folder that can be written, found {problem.strerror}; use another workdir"
+    except InputError as problem:
+        return str(problem)
 
 
 def disk_error(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -> str:

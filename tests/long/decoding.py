@@ -4,8 +4,8 @@
 
 A LoopLM and a MELT of 30M random weights (width 512, 8 layers, 4 loops, float32) continue random prompts by 32 greedy
 tokens. The three run in turn, `--turns` times, because a shared machine changes its speed; the table has the median of
-decoded tokens per second, without the prefill, and of the ratios within a turn. Takes five minutes on two cores. A
-benchmark: it judges nothing, except that all three select the same tokens.
+decoded tokens per second, without the prefill, and of the ratios within a turn. A benchmark: it judges
+nothing, except that all three select the same tokens.
 """
 
 import argparse

@@ -17,6 +17,7 @@ add --keep_existing.
 In a run of several processes, process 0 converts, and the others wait and fail if it fails.
 """
 
+import ctypes
 import dataclasses
 import os
 import sys
@@ -205,7 +206,15 @@ def _convert(name, source, output, form, changes, existing):
 def _fresh_gates(folder, abstract, seed, dtype):
     """{path: weight} of the gates that the input lacks. Drawing needs the most memory, so it precedes all reading."""
     new = {path for path, _ in module_leaves(abstract) if path not in folder.shapes}
-    return jax.device_get(init_weights(abstract.config, jax.random.key(seed), new, GATE_STD, jnp.dtype(dtype)))
+    gates = jax.device_get(init_weights(abstract.config, jax.random.key(seed), new, GATE_STD, jnp.dtype(dtype)))
+    _release_freed_memory()
+    return gates
+
+
+def _release_freed_memory():
+    """Returns freed memory to the operating system if the C library is glibc, which otherwise keeps most of it."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _stream_weights(folder, gates, abstract, dtype):

@@ -119,9 +119,15 @@ def weight_name(path: str, layer: int | None) -> str:
 def not_finite(weights: Mapping[str, Any]) -> list[tuple[str, int | None]]:
     """(path, layer from 0 or None) of the weights with NaN or infinity. Every process of a run must call it."""
     layers = {path: path.startswith("layers.") for path in weights}
-    finite = jax.device_get({path: _finite(weight, layers[path]) for path, weight in weights.items()})
+    finite = jax.device_get({path: _finite_parts(weight, layers[path]) for path, weight in weights.items()})
     bad = [(path, i) for path, values in finite.items() for i in np.flatnonzero(~np.atleast_1d(values)).tolist()]
     return [(path, i if layers[path] else None) for path, i in bad]
+
+
+def _finite_parts(weight, by_layer):
+    if by_layer and isinstance(weight, np.ndarray):  # JAX copies its arguments from host memory: one layer at a time
+        return np.array([bool(_finite(layer, False)) for layer in weight])
+    return _finite(weight, by_layer)
 
 
 @functools.partial(jax.jit, static_argnums=1)

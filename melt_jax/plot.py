@@ -311,9 +311,11 @@ def read_gates(workdir: PathLike) -> dict[str, np.ndarray]:
 
 
 def draw_gates(gates: dict[str, np.ndarray]) -> Figure:
-    """A heat map for each entry of `read_gates`: rows are loops, columns layers."""
-    figure = Figure(figsize=(10, 0.8 + 2.2 * len(gates)), layout="constrained")
-    panels = figure.subplots(len(gates), 1, squeeze=False)[:, 0]
+    """A heat map for each entry of `read_gates`: rows are loops, columns layers. Few layers: side by side, with values."""
+    few = max(openness.shape[1] for openness in gates.values()) <= 12
+    grid = (1, len(gates)) if few else (len(gates), 1)
+    figure = Figure(figsize=(10, 0.8 + 2.2 * grid[0]), layout="constrained")
+    panels = figure.subplots(*grid, squeeze=False).ravel()
     for axes, (title, openness) in zip(panels, gates.items()):
         loops, layers = openness.shape
         image = axes.imshow(
@@ -323,7 +325,10 @@ def draw_gates(gates: dict[str, np.ndarray]) -> Figure:
             xlabel="layer", ylabel="loop", yticks=range(1, loops + 1), xticks=range(1, layers + 1, -(-layers // 24))
         )
         axes.set_title(title, fontsize=10, loc="left")
-        figure.colorbar(image, ax=axes, label="openness, mean of 1 − z")
+        for (loop, layer), value in np.ndenumerate(openness) if few else ():
+            color = "black" if value > 0.6 else "white"
+            axes.text(layer + 1, loop + 1, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+    figure.colorbar(image, ax=list(panels), label="openness, mean of 1 − z")
     return figure
 
 

@@ -311,7 +311,7 @@ def read_gates(workdir: PathLike) -> dict[str, np.ndarray]:
 
 
 def draw_gates(gates: dict[str, np.ndarray]) -> Figure:
-    """A heat map for each entry of `read_gates`: rows are loops, columns layers. Few layers: side by side, with values."""
+    """A heat map for each entry of `read_gates`: rows are loops, columns layers; with values if the layers are few."""
     few = max(openness.shape[1] for openness in gates.values()) <= 12
     grid = (1, len(gates)) if few else (len(gates), 1)
     figure = Figure(figsize=(10, 0.8 + 2.2 * grid[0]), layout="constrained")

@@ -118,6 +118,7 @@ def test_train_reports_all_config_errors():
     )
 
 
+@pytest.mark.slow
 def test_evaluate_reads_what_prepare_writes(tmp_path):
     problems = [make_problem(np.random.default_rng(i), 2) for i in range(4)]
     rows = [{"question": p.question, "answer": f"{p.steps}</think>{p.answer}"} for p in problems]

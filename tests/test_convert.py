@@ -216,6 +216,7 @@ def test_weights_have_the_given_shardings(converted):
         assert_same_bits(to_hf_tensors(open_model(converted / name)), to_hf_tensors(opened))
 
 
+@pytest.mark.slow
 def test_sharded_models_are_restored_in_place(tmp_path):
     environment = several_devices(4) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.helpers.shard_round_trip", tmp_path]

@@ -156,6 +156,7 @@ def test_inputs_too_long_are_counted(model, monkeypatch, capsys):
         model.generate_until(requests((PROMPT, {"max_gen_toks": 16})), disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_samples_depend_on_seed_and_number_only(model):
     """Equal requests give different samples; neither the other requests nor the batch change them."""
     ask = (PROMPT, SAMPLED)
@@ -250,11 +251,13 @@ def test_missing_harness_is_one_line(monkeypatch):
         run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_choice")
 
 
+@pytest.mark.slow
 def test_unknown_tasks_are_named(monkeypatch):
     with pytest.raises(InputError, match="--tasks: expected names of tasks or YAML files, found arithmetic_choise"):
         run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_choise,arithmetic_step")
 
 
+@pytest.mark.slow
 def test_repeats_need_a_task_that_scores_all(monkeypatch, offline):
     with pytest.raises(
         InputError, match="--repeats: expected a task that scores all 2 answers to a prompt, found arithme"

@@ -157,7 +157,12 @@ class PublishedFolder(ModelFolder):
         return weight
 
     def load(self, paths: Iterable[str], dtype: str, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return {path: device_put_weight(self.read(path, dtype), shardings.get(path)) for path in paths}
+        # Largest first: while a weight is copied to its devices, host memory holds it once more.
+        by_size = sorted(paths, key=lambda path: math.prod(self.shapes[path]), reverse=True)
+        return {
+            path: jax.block_until_ready(device_put_weight(self.read(path, dtype), shardings.get(path)))
+            for path in by_size
+        }
 
 
 def scan_tensors(folder: Path) -> tuple[dict[str, list[StoredTensor]], list[str]]:

@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from melt_jax.checkpoints.published import scan_tensors
 from melt_jax.config import ModelConfig
-from melt_jax.files import Path, as_path, copy_file, file_sizes, folder_bytes
+from melt_jax.files import Path, as_path, file_sizes, folder_bytes
 from tests.helpers import buckets
 from tests.helpers.synthetic import write_published
 
@@ -49,7 +49,7 @@ def main() -> None:
     print(f"published: {folder_bytes(base / 'ouro'):,} bytes in {args.files} file(s)", flush=True)
     if args.bucket:
         with buckets.emulator(base / "objects") as emulator:
-            good = read_from_bucket(base, emulator.new_bucket())
+            good = read_from_bucket(base, emulator)
         finish(base, args.keep, good)
     good = True
     for source, target, form, *more in (
@@ -70,11 +70,11 @@ def finish(base: pathlib.Path, keep: bool, good: bool) -> None:
     sys.exit(0 if good else 1)
 
 
-def read_from_bucket(base: pathlib.Path, bucket: str) -> bool:
+def read_from_bucket(base: pathlib.Path, emulator: buckets.Emulator) -> bool:
     """Copies the input to a bucket, converts and opens it there; returns whether both succeed within the bound."""
-    source = as_path(bucket) / "ouro"
+    source = as_path(emulator.new_bucket()) / "ouro"
     for name in file_sizes(base / "ouro"):
-        copy_file(base / "ouro" / name, source / name)
+        emulator.upload(base / "ouro" / name, str(source / name))
     good = convert(source, base / "looplm", "orbax", [])
     opens = f"from melt_jax.checkpoints.orbax import open_model; open_model({str(source)!r})"
     return measure(source, "open_model", [sys.executable, "-c", opens]) and good

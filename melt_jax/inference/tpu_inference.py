@@ -1,4 +1,4 @@
-"""A MELT for vLLM on TPUs, by tpu-inference; `vllm_plugin` registers it there.
+"""MELT and Ouro for vLLM on TPUs, by tpu-inference; `vllm_plugin` registers them there.
 
 tpu-inference owns the KV caches, one array for each layer, and computes attention over them: a call writes the keys and
 values of the tokens of a step into their slots and attends to those and, in the cache, to all earlier tokens of each
@@ -6,10 +6,12 @@ request. Everything else is `melt_jax.model`.
 
 In each of the T loops a layer calls attention once, with the keys and values of the current latents. So a query of loop
 t reads the tokens of its own step as they are in loop t, loop t + 1 overwrites their slots, and the final entries
-remain: a MELT's rule, if a step holds whole chunks, which the plugin makes vLLM schedule. The kernel takes the entries
-of the step from its arguments, not from the cache, and updates the cache in place; so no loop waits for another's
-entries and none is copied, but T − 1 of T writes are in vain. Its switch `update_kv_cache=False` does not avoid them,
-because it makes the kernel read the entries of the step from the cache, too.
+remain: a MELT's rule, if a step holds whole chunks, which the plugin makes vLLM schedule. The kernel (ragged paged
+attention, version 3) takes the entries of the step from its arguments, not from the cache, and updates the cache in
+place; so overwriting is safe and copies nothing, but T − 1 of T writes are in vain. Its switch `update_kv_cache=False`
+does not avoid them, because it makes the kernel read the entries of the step from the cache, too.
+
+A LoopLM has T · L caches, because the plugin makes vLLM count T · L layers.
 
 Letters in shapes: N tokens of a step, of all requests and padding; H query heads; K, E, D, T as in `melt_jax.model`.
 """
@@ -17,7 +19,7 @@ Letters in shapes: N tokens of a step, of all requests and padding; H query head
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from melt_jax.checkpoints.hub import PREFIX, local_folder, repository
 from melt_jax.checkpoints.published import load_model, read_config
+from melt_jax.checkpoints.published_config import ARCHITECTURES
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.files import Path
 from melt_jax.inference.sampling import exit_hidden
 from melt_jax.inference.vllm_plugin import SCHEDULER
-from melt_jax.model.cache import KV
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
 from melt_jax.model.layout import accumulation_dtype
@@ -43,17 +45,17 @@ AXES = {"vocab": "VOCAB", "heads": "ATTN_HEAD", "mlp": "MLP_TENSOR", "latent": "
 Attention = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
 
-class MeltForCausalLM(nnx.Module):
+class LoopedForCausalLM(nnx.Module):
     """A model of tpu-inference: it creates one, calls `load_weights` once, then `__call__` for each step.
 
     Attributes:
       folder: the published folder.
       mesh: of tpu-inference.
-      model: the MELT, unstacked; abstract until `load_weights`.
+      model: a MELT or a LoopLM, unstacked; abstract until `load_weights`.
     """
 
     def __init__(self, vllm_config: Any, rng_key: Key[Array, ""], mesh: jax.sharding.Mesh):
-        """A MELT with random weights; tpu-inference only traces it, unless weights are to be random.
+        """A model with random weights; tpu-inference only traces it, unless weights are to be random.
 
         Args:
           vllm_config: a `VllmConfig` with the dtype of a JAX array; T and the exit threshold are those of its
@@ -90,7 +92,7 @@ class MeltForCausalLM(nnx.Module):
         """Runs T loops over the tokens of a step.
 
         Args:
-          kv_caches: of each layer.
+          kv_caches: see `run_step`.
           input_ids: token ids.
           attention_metadata: an `AttentionMetadata`: positions, and the slots of each request.
           _: arguments for other kinds of models.
@@ -114,10 +116,11 @@ class MeltForCausalLM(nnx.Module):
 
 
 def register_models() -> None:
-    """Makes tpu-inference and vLLM run `MeltForCausalLM` for a config.json that names it."""
+    """Makes tpu-inference and vLLM run `LoopedForCausalLM` for a published config.json."""
     from tpu_inference.models.common.model_loader import register_model  # pyright: ignore[reportMissingImports]
 
-    register_model("MeltForCausalLM", MeltForCausalLM)
+    for architecture in ARCHITECTURES.values():
+        register_model(architecture, LoopedForCausalLM)
 
 
 def published_folder(model_config: Any) -> Path:
@@ -132,15 +135,13 @@ def published_folder(model_config: Any) -> Path:
 
 def serving_errors(vllm_config: Any, config: ModelConfig) -> list[str]:
     """What this model or tpu-inference cannot do, one text each."""
-    errors = []
-    if config.gate == "none":
-        errors.append("gate: expected a MELT, found 'none', a LoopLM")
-    if config.window or config.sweeps > 1:
+    errors, melt = [], config.gate != "none"
+    if melt and (config.window or config.sweeps > 1):
         errors.append(
             "window, sweeps: expected 0 and 1, because vLLM keeps one KV entry per token and layer, found"
             f" {config.window} and {config.sweeps}; generate with melt_jax"
         )
-    if vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
+    if melt and vllm_config.scheduler_config.scheduler_cls != SCHEDULER:
         errors.append(
             f"scheduler: expected {SCHEDULER}, found {vllm_config.scheduler_config.scheduler_cls}; leave out data"
             " parallelism and --scheduler-cls"
@@ -179,8 +180,8 @@ def run_step(
     """T loops over the tokens of a step.
 
     Args:
-      model: a MELT, unstacked.
-      caches: of each layer.
+      model: a MELT or a LoopLM, unstacked.
+      caches: of each layer; of a LoopLM, of each layer in loop 1, then in loop 2, …
       tokens: token ids.
       positions: for RoPE.
       attend: writes keys and values into a cache and attends to it.
@@ -188,22 +189,33 @@ def run_step(
     Returns:
       (the caches with the final entries, the normed stream of the last loop or of the one that the exit gate selects).
     """
-    config = model.config
+    config, layers = model.config, cast(Sequence[DecoderLayer], model.layers)
     rope = rope_table(positions[None], config.head_width, config.rope_theta, accumulation_dtype(model.dtype))
     run_layer = functools.partial(_run_layer, config, rope, attend)
 
-    def run_loop(state, loop):
-        y, latents, caches = state
+    def run_loop(y, latents, caches, loop):
         latents, caches = list(latents), list(caches)
-        for i, layer in enumerate(model.layers):  # pyright: ignore[reportArgumentType]
-            y, latents[i], caches[i] = run_layer(layer, y, latents[i], caches[i], loop)
-        y = rms_norm(y, model.norm[...], config.rms_eps)
-        return (y, latents, caches), y if config.exit_threshold < 1 else None
+        for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+            y, latents[i], caches[i] = run_layer(layer, y, latents[i], cache, loop)
+        return rms_norm(y, model.norm[...], config.rms_eps), latents, caches
 
-    y = model.embed(tokens[None])
-    state = y, [jnp.zeros_like(y)] * config.layers, list(caches)
-    (y, _, updated), loops = jax.lax.scan(run_loop, state, jnp.arange(1, config.loops + 1, dtype=jnp.int32))
-    return updated, (y if loops is None else exit_hidden(model, loops)[0])[0]
+    def step(state, loop):
+        y, latents, caches = state
+        state = run_loop(y, latents, caches, loop)
+        return state, state[0] if config.exit_threshold < 1 else None
+
+    y, caches = model.embed(tokens[None]), list(caches)
+    loops = jnp.arange(1, config.loops + 1, dtype=jnp.int32)
+    if config.gate != "none":
+        (y, _, caches), ends = jax.lax.scan(step, (y, [jnp.zeros_like(y)] * config.layers, caches), loops)
+    else:
+        ends, none = [], [None] * config.layers
+        for i in range(config.loops):  # each loop has caches of its own
+            part = slice(i * config.layers, (i + 1) * config.layers)
+            y, _, caches[part] = run_loop(y, none, caches[part], loops[i])
+            ends.append(y)
+        ends = jnp.stack(ends) if config.exit_threshold < 1 else None
+    return caches, (y if ends is None else exit_hidden(model, ends)[0])[0]
 
 
 def _run_layer(
@@ -212,15 +224,16 @@ def _run_layer(
     attend: Attention,
     layer: DecoderLayer,
     y: Float[Array, "1 N D"],
-    latent: Float[Array, "1 N D"],
+    latent: Float[Array, "1 N D"] | None,
     cache: Array,
     loop: Int[Array, ""],
-) -> tuple[Float[Array, "1 N D"], Float[Array, "1 N D"], Array]:
-    """One layer in one loop: (the stream, hᵗ, the cache)."""
-    u = layer.norm(y, "input_layernorm")
-    latent, _ = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
-    kv, query = layer.project_kv(latent, rope), layer.project_query(u, rope)
-    cache, heads = attend(cache, query.reshape(-1, config.heads, config.head_width), *KV(kv.keys[0], kv.values[0]))
+) -> tuple[Float[Array, "1 N D"], Float[Array, "1 N D"] | None, Array]:
+    """One layer in one loop: (the stream, hᵗ or None, the cache)."""
+    source = u = layer.norm(y, "input_layernorm")
+    if latent is not None:
+        source = latent = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)[0]
+    kv, query = layer.project_kv(source, rope), layer.project_query(u, rope)
+    cache, heads = attend(cache, query.reshape(-1, config.heads, config.head_width), kv.keys[0], kv.values[0])
     y = y + layer.norm(layer.project_output(heads.reshape(query.shape)), "input_layernorm_2")
     m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
     return y + layer.norm(m, "post_attention_layernorm_2"), latent, cache

@@ -6,6 +6,8 @@ this file need them. `python -m tests.long.tpu_inference` checks them against th
 
 import dataclasses
 import functools
+import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -74,11 +76,6 @@ def attention(
     return kv_cache, jnp.where(real[:, None, None], heads, jnp.nan).astype(q.dtype)
 
 
-def new_cache(pages: int, page_size: int, kv_heads: int, head_width: int, dtype: Any) -> jax.Array:
-    """A cache for `attention`; what is not written is NaN, except that masked entries must be finite."""
-    return jnp.full((pages, page_size, 2, kv_heads, head_width), 1e3, dtype)
-
-
 def modules(attend: Callable[..., Any] = attention, registered: dict[str, Any] | None = None) -> dict[str, Any]:
     """{name: module} of tpu-inference, for `sys.modules`; `register_model` adds to `registered`."""
     axes = SimpleNamespace(VOCAB=("data", "model"), ATTN_HEAD="model", MLP_TENSOR="model")
@@ -111,8 +108,10 @@ def vllm_config(folder: Any, dtype: Any = "float32", loops: int = 4, threshold: 
 class Runner:
     """A model as tpu-inference loads and calls it: traced, filled with weights, split, compiled with donated caches."""
 
-    def __init__(self, model_class: Any, config: Any, mesh: jax.sharding.Mesh):
+    def __init__(self, model_class: Any, config: Any, tensor: int = 1):
+        """`tensor`: devices of the mesh, whose axes are not explicit."""
         key = jax.random.key(0)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:tensor]).reshape(1, tensor), ("data", "model"))
         with jax.set_mesh(mesh):
             model = nnx.eval_shape(lambda: model_class(config, key, mesh))
             model.load_weights(key)
@@ -149,6 +148,20 @@ class Request:
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
+def pages_per_request(prompts: Sequence[Sequence[int]], new_tokens: int, page_size: int) -> int:
+    """Enough for the longest."""
+    return -(-(max(map(len, prompts)) + new_tokens) // page_size)
+
+
+def make_caches(runner: Runner, prompts: Sequence[Sequence[int]], new_tokens: int, page_size: int) -> list[jax.Array]:
+    """Caches for `attention`, with pages for all requests and a spare one; they are not zero."""
+    config = runner.model.model.config
+    pages = 1 + len(prompts) * pages_per_request(prompts, new_tokens, page_size)
+    shape = (pages, page_size, 2, config.kv_heads, config.head_width)
+    count = config.layers * (config.loops if config.gate == "none" else 1)
+    return [jnp.full(shape, 1e3, runner.model.model.dtype) for _ in range(count)]
+
+
 def serve(
     runner: Runner,
     caches: list[jax.Array],
@@ -162,7 +175,7 @@ def serve(
 
     Args:
       runner: the model.
-      caches: of each layer, with pages for all requests and one that no request uses; donated.
+      caches: of `make_caches`, or of the same pages in another layout; donated.
       prompts: token ids.
       new_tokens: of each request.
       chunk: tokens of a prompt that run in a step.
@@ -172,7 +185,7 @@ def serve(
     Returns:
       (the new tokens, the logits that selected them, and of each step the requests with one token and with more).
     """
-    each = -(-(max(map(len, prompts)) + new_tokens) // page_size)
+    each = pages_per_request(prompts, new_tokens, page_size)
     pages = np.random.default_rng(0).permutation(np.arange(1, 1 + each * len(prompts), dtype=np.int32))
     requests = [Request(list(prompt), len(prompt), at) for prompt, at in zip(prompts, pages.reshape(-1, each))]
     size, steps = 1 << (len(prompts) * chunk - 1).bit_length(), []
@@ -210,3 +223,23 @@ def _step_arrays(waiting, counts, size, most, make_metadata):
         query_start_loc=jnp.asarray(starts, jnp.int32),
         request_distribution=jnp.asarray([ones, ones, len(counts)], jnp.int32),
     )
+
+
+def compare_devices() -> None:
+    """Exits with status 1 if a model split over two devices computes something else than on one."""
+    sys.modules.update(modules())
+    from melt_jax.inference.tpu_inference import LoopedForCausalLM
+
+    folder = pathlib.Path(__file__).parents[1] / "golden/melt_tiny"
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13]]
+    found = []
+    for tensor in (1, 2):
+        runner = Runner(LoopedForCausalLM, vllm_config(folder), tensor)
+        split = {weight.sharding.spec for weight in jax.tree.leaves(runner.model)}
+        found.append(serve(runner, make_caches(runner, prompts, 2, 4), prompts, 2, 4, 4)[1])
+    print("shardings:", *split)
+    sys.exit(not np.allclose(*found, rtol=0, atol=1e-4) or jax.P(None, "model") not in split)
+
+
+if __name__ == "__main__":
+    compare_devices()

@@ -105,6 +105,7 @@ def test_refuses_what_cannot_be_served(values, message):
     assert len(errors) == 1 and re.fullmatch(f"{message}.*", errors[0])
 
 
+@pytest.mark.slow
 def test_two_devices_compute_the_same():
     """Heads, feed-forward, vocabulary and latents split over two devices, in another process."""
     command = [sys.executable, "-m", "tests.helpers.tpu_serving"]

@@ -13,6 +13,7 @@ import pytest
 
 from melt_jax.inference import vllm_plugin
 from melt_jax.inference.vllm_plugin import configure
+from tests.helpers import tpu_serving
 from tests.helpers.hub_examples import ROOT
 
 
@@ -108,6 +109,15 @@ def test_entry_point_needs_no_jax():
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
+def stub_vllm(monkeypatch, models, on_tpu):
+    """Puts `models` where vLLM has the hooks of its models."""
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(is_tpu=lambda: on_tpu))
+    for name in ("vllm", "vllm.model_executor"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models", SimpleNamespace(config=models))
+
+
 def test_other_models_keep_their_configuration(monkeypatch):
     """The hook runs for every model of the transformers backend, after the one that was there."""
     calls = []
@@ -118,13 +128,30 @@ def test_other_models_keep_their_configuration(monkeypatch):
             calls.append(config)
 
     models = SimpleNamespace(MODELS_CONFIG_MAP={vllm_plugin.ARCHITECTURE: Base}, VerifyAndUpdateConfig=Base)
-    package = SimpleNamespace(config=models)
-    for name in ("vllm", "vllm.model_executor"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "vllm.model_executor.models", package)
+    stub_vllm(monkeypatch, models, on_tpu=False)
     vllm_plugin.register()
     other, melt = vllm_config(model_type="ouro"), vllm_config()
     for config in (other, melt):
         models.MODELS_CONFIG_MAP[vllm_plugin.ARCHITECTURE].verify_and_update_config(config)
     assert calls == [other, melt]
     assert other.cache_config.enable_prefix_caching and not melt.cache_config.enable_prefix_caching
+
+
+def test_tpus_have_models_of_their_own(monkeypatch):
+    """Both are registered with tpu-inference; a MELT gets its chunks, a LoopLM a cache for each loop and layer."""
+    registered = {}
+    for name, module in tpu_serving.modules(registered=registered).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    base = type("Base", (), {"verify_and_update_config": classmethod(lambda cls, config: None)})
+    models = SimpleNamespace(MODELS_CONFIG_MAP={}, VerifyAndUpdateConfig=base)
+    stub_vllm(monkeypatch, models, on_tpu=True)
+    vllm_plugin.register()
+    assert set(registered) == set(models.MODELS_CONFIG_MAP) == {"MeltForCausalLM", "OuroForCausalLM"}
+    melt, ouro = vllm_config(), vllm_config(model_type="ouro")
+    ouro.model_config.hf_config.total_ut_steps = 4
+    ouro.model_config.model_arch_config = SimpleNamespace(total_num_hidden_layers=24)
+    for name, config in (("MeltForCausalLM", melt), ("OuroForCausalLM", ouro)):
+        models.MODELS_CONFIG_MAP[name].verify_and_update_config(config)
+    assert melt.scheduler_config.scheduler_cls == vllm_plugin.SCHEDULER
+    assert ouro.model_config.model_arch_config.total_num_hidden_layers == 4 * 24
+    assert ouro.scheduler_config.scheduler_cls is None

@@ -69,15 +69,22 @@ def select_logits(
     plausibility filter). The head is linear and the final norm closes every loop, so guiding the normed hidden states
     would give the same.
     """
-    config = model.config
-    chosen = exit_loop(model.exit_pdf(hidden), config.exit_threshold)
+    at_exit, chosen = exit_hidden(model, hidden)
+    logits = model.logits(at_exit)
+    if model.config.guidance:
+        # z_T + w (z_T − z₁)
+        logits = logits + model.config.guidance * (logits - model.logits(hidden[0]))
+    return logits, chosen
+
+
+def exit_hidden(
+    model: LoopedTransformer, hidden: Float[Array, "T B P D"]
+) -> tuple[Float[Array, "B P D"], Int[Array, "B P"]]:
+    """The hidden states of the loop that the exit gate selects by `exit_threshold`, and that loop, counted from 0."""
+    chosen = exit_loop(model.exit_pdf(hidden), model.config.exit_threshold)
     # A masked sum instead of an index works on sequences that are split over devices.
     at_chosen = chosen[None, :, :, None] == jnp.arange(len(hidden))[:, None, None, None]
-    logits = model.logits(jnp.sum(jnp.where(at_chosen, hidden, 0), axis=0))
-    if config.guidance:
-        # z_T + w (z_T − z₁)
-        logits = logits + config.guidance * (logits - model.logits(hidden[0]))
-    return logits, chosen
+    return jnp.sum(jnp.where(at_chosen, hidden, 0), axis=0), chosen
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

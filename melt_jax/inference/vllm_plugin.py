@@ -3,14 +3,16 @@
     pip install --no-deps melt_jax
     vllm serve MELT-1.6B --trust-remote-code
 
-vLLM runs the PyTorch code of the model's folder by its transformers backend. It keeps one KV cache per layer, to which
-each of the T loops writes the same slots: a query of loop t reads the tokens that run in the same step as they are in
-loop t, and final entries of earlier ones. So the tokens of a prompt that run in one step are a chunk, and the result
-depends on how vLLM cuts prompts. This plugin makes it cut them as training does, into chunks of `chunk_size` tokens
-that no other request can shorten, and turns prefix caching off. It imports neither vLLM nor JAX until vLLM calls it.
+vLLM runs the PyTorch code of the model's folder by its transformers backend; on TPUs, tpu-inference runs that of
+`tpu_inference`. They keep one KV cache per layer, to which each of the T loops writes the same slots: a query of loop t
+reads the tokens that run in the same step as they are in loop t, and final entries of earlier ones. So the tokens of a
+prompt that run in one step are a chunk, and the result depends on how vLLM cuts prompts. This plugin makes it cut them
+as training does, into chunks of `chunk_size` tokens that no other request can shorten, and turns prefix caching off. It
+imports neither vLLM nor JAX until vLLM calls it.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger("vllm.melt_jax")
@@ -20,18 +22,42 @@ SCHEDULER = "melt_jax.inference.vllm_scheduler.make_scheduler"
 
 def register() -> None:
     """The entry point of `vllm.general_plugins`; vLLM calls it once in each of its processes."""
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    if current_platform.is_tpu():
+        from melt_jax.inference.tpu_inference import register_models
+
+        register_models()
+        _hook("MeltForCausalLM", _configure_melt)
+        _hook("OuroForCausalLM", count_caches)
+    else:
+        _hook(ARCHITECTURE, _configure_melt)
+
+
+def _hook(architecture: str, change: Callable[[Any], None]) -> None:
+    """Makes vLLM call `change` with the configuration of an architecture, after a hook that it may have."""
     from vllm.model_executor.models import config as models  # pyright: ignore[reportMissingImports]
 
-    before = models.MODELS_CONFIG_MAP.get(ARCHITECTURE, models.VerifyAndUpdateConfig)
+    before = models.MODELS_CONFIG_MAP.get(architecture, models.VerifyAndUpdateConfig)
 
-    class MeltConfigHook(before):
+    class ConfigHook(before):
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
             super().verify_and_update_config(vllm_config)
-            if vllm_config.model_config.hf_config.model_type == "melt":
-                configure(vllm_config)
+            change(vllm_config)
 
-    models.MODELS_CONFIG_MAP[ARCHITECTURE] = MeltConfigHook
+    models.MODELS_CONFIG_MAP[architecture] = ConfigHook
+
+
+def _configure_melt(vllm_config):
+    if vllm_config.model_config.hf_config.model_type == "melt":
+        configure(vllm_config)
+
+
+def count_caches(vllm_config: Any) -> None:
+    """Makes vLLM count T · L layers in a LoopLM, and so allocate as many caches on TPUs."""
+    model = vllm_config.model_config
+    model.model_arch_config.total_num_hidden_layers *= model.hf_config.total_ut_steps
 
 
 def configure(vllm_config: Any) -> None:

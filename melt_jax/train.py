@@ -245,6 +245,8 @@ def run_phase(
             with monitor.annotate(step, state):
                 state, metrics = train_step(state, teacher, batch)
             last = monitor.after_dispatch(step, metrics, lambda params=state.params: not_finite_weights(params))
+            if last or checkpoints.is_due(step):
+                monitor.write_log()
             checkpoints.save(step, state, force=last)
             if last:
                 break

@@ -150,7 +150,7 @@ def test_a_failed_process_waits_for_no_other(tmp_path):
 
 
 def test_broken_communication_is_told_from_other_errors(monkeypatch):
-    """Also if Orbax's error, or the trainer's about a save, was raised because of it; too little memory is no such."""
+    """Also if it is the reason of an error about a save. Too little memory and files that cannot be written differ."""
 
     def because_of(cause):
         error = SaveError("save")
@@ -158,11 +158,14 @@ def test_broken_communication_is_told_from_other_errors(monkeypatch):
         return error
 
     broken = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    gathered = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
     memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    disk = ValueError("UNAVAILABLE: Error writing file [source locations='tensorstore/…']")
     assert not is_communication_error(broken)  # of a single process
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert is_communication_error(broken) and is_communication_error(because_of(broken))
-    assert not any(map(is_communication_error, (memory, ValueError("x"), because_of(OSError("full")))))
+    assert all(map(is_communication_error, (broken, because_of(broken), because_of(gathered))))
+    others = (memory, ValueError("x"), because_of(OSError("full")), because_of(disk))
+    assert not any(map(is_communication_error, others))
 
 
 def test_process_waits_for_the_name_of_a_lost_one(monkeypatch, capsys):

@@ -21,6 +21,8 @@ VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
 ADDRESS = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?|\[[0-9A-Fa-f:.%]+\]"  # a host name, IPv4, or IPv6 in brackets
 WAIT_SECONDS = 24 * 3600  # how long others wait for process 0; if it dies, JAX ends them after `run.lost_seconds`
 LOST_SECONDS = 100  # JAX's own default
+# Statuses of failed communication, with which JAX's errors begin; those of bad input and of too little memory differ.
+BROKEN = r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): "
 VERDICT_SECONDS = 30  # how much longer than `run.lost_seconds` JAX may take to end a process
 
 
@@ -53,13 +55,17 @@ def initialize_distributed(lost_seconds: int = LOST_SECONDS) -> None:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether the error comes from a computation or an agreement of several processes: one of them may be lost."""
+    """Whether the error comes from a computation or an agreement of several processes: one of them may be lost.
+
+    JAX raises such errors as JaxRuntimeError or ValueError. TensorStore, whose errors have the same statuses, reads and
+    writes files.
+    """
     if jax.process_count() == 1:
         return False
     causes: list[BaseException] = [error]
     while following := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(following)
-    return any(isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e) for e in causes)
+    return any(re.match(BROKEN, str(cause)) and "tensorstore" not in str(cause) for cause in causes)
 
 
 def wait_for_abort(error: BaseException, lost_seconds: int) -> None:

@@ -42,6 +42,7 @@ class Fork:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.status: int | None = None  # negative: the number of the signal that ended the fork
+        self._processor_seconds = 0.0
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -63,15 +64,24 @@ class Fork:
     def poll(self) -> int | None:
         """The exit status, or None while the fork runs."""
         if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
+            pid, status, used = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+                self._processor_seconds = used.ru_utime + used.ru_stime
         return self.status
+
+    def processor_seconds(self) -> float:
+        """The time that processors have worked for the fork, which does not depend on other load of the machine."""
+        if self.poll() is not None:
+            return self._processor_seconds
+        words = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def wait(self, seconds: float = float("inf")) -> int | None:
         """Waits for the end, at most that many seconds; returns the exit status, or None if the fork still runs."""
         end = time.monotonic() + seconds
         while self.poll() is None and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 0.005))
+            time.sleep(min(left, 0.02))
         return self.status
 
     def send_signal(self, number: int) -> None:

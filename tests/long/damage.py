@@ -81,7 +81,8 @@ def _continue(workdir: pathlib.Path, processes: int, name: str, how: str) -> tup
     if statuses != [0] * processes:
         return f"statuses {statuses}: {text[-800:]}", aside
     lines = [line for line in text.splitlines() if str(newest / name) in line and "expected" in line]
-    may_be_missed = not name.startswith(f"{ITEM}/") or (name == f"{ITEM}/{DIGESTS}" and how == "removed")
+    only_marks = not name.startswith(f"{ITEM}/") or name.endswith("commit_success.txt")
+    may_be_missed = only_marks or (name == f"{ITEM}/{DIGESTS}" and how == "removed")
     if aside and (f"checkpoint {newest} is damaged" not in text or (not lines and not may_be_missed)):
         return f"not named: {text[-800:]}", aside
     if not aside and not may_be_missed:

@@ -4,16 +4,17 @@
 
 Takes the time of an undisturbed run (two phases, saves, evaluations, models). Then starts a run and sends SIGKILL to
 its processes at a moment drawn uniformly from that time; starts it again, draws another moment, and so on, until it
-ends before its moment. (If it ends before the first moment, its own time counts from then on.) The ended run must equal
-the undisturbed one: every leaf of every phase's model and of the last checkpoint, every number of every line of the
-logs but times, and the scores, all bitwise. Then the next run starts, until there were enough kills. With SIGTERM a run
-must also exit with status 75, or 0 if it has ended.
+ends before its moment. The ended run must equal the undisturbed one: every leaf of every phase's model and of the last
+checkpoint, every number of every line of the logs but times, and the scores, all bitwise. Then the next run starts,
+until there were enough kills. With SIGTERM a run must also exit with status 75, or 0 if it has ended.
 
+Times are those that a processor works for the first process, so that other load of the machine shifts no moment.
 The interpreters' imports, during which a run touches nothing, are not part of the time: commands are forks of this one.
 """
 
 import argparse
 import collections
+import contextlib
 import pathlib
 import shutil
 import signal
@@ -31,19 +32,17 @@ PATIENCE = 1800  # seconds that a run may take on a machine of any speed
 
 
 def run_to_end(workdir: pathlib.Path, processes: int = 1, **changes: object) -> float:
-    """Runs a small run to its end; returns its seconds.
+    """Runs a small run to its end; returns the processor seconds of its first process.
 
     Raises:
       RuntimeError: a process failed.
     """
-    begin = time.monotonic()
     statuses = wait_for(started := start(workdir, processes, **changes), PATIENCE)
-    seconds = time.monotonic() - begin
     if statuses != [0] * processes:
         kill(started)
         logs = "\n".join(log_of(workdir, i).read_text()[-3000:] for i in range(processes))
         raise RuntimeError(f"{workdir}: expected status 0, found {statuses}\n{logs}")
-    return seconds
+    return started[0].processor_seconds()
 
 
 def wait_for(started: list[Fork], seconds: float) -> list[int | None]:
@@ -52,25 +51,30 @@ def wait_for(started: list[Fork], seconds: float) -> list[int | None]:
     return [fork.wait(max(end - time.monotonic(), 0)) for fork in started]
 
 
-def place(workdir: pathlib.Path) -> str:
-    """Where a run is, by its files: "start", the name of a phase, "after" a phase, and "saving" if a save is begun."""
+def place(workdir: pathlib.Path, started: float) -> str:
+    """Where a run is that was started at that time, by its files: "start", a phase, "after" one; and "saving"."""
     names = [name for phase in PHASES for name in (phase, f"{phase}/model")]
     reached = [name for name in names if (workdir / name).exists()]
-    saving = [*workdir.glob("*/checkpoints/*tmp*"), *workdir.glob("*/.model.incomplete")]
+    saving, now = [*workdir.glob("*/checkpoints/*tmp*"), *workdir.glob("*/.model.incomplete")], False
+    for path in saving:
+        with contextlib.suppress(OSError):  # the save ends
+            now |= path.stat().st_mtime > started  # others were left by an earlier kill
     last = reached[-1] if reached else "start"
-    return (f"after {last[:-6]}" if last.endswith("/model") else last) + (", saving" if saving else "")
+    return (f"after {last[:-6]}" if last.endswith("/model") else last) + (", saving" if now else "")
 
 
 def interrupt(workdir: pathlib.Path, processes: int, moment: float, number: int) -> tuple[str, list[int | None]]:
-    """Starts a run and sends all its processes a signal at that many seconds.
+    """Starts a run and sends all its processes a signal at that many processor seconds.
 
     Returns:
       (where it was, empty if it had ended before; exit statuses).
     """
-    started = start(workdir, processes)
-    if None not in (statuses := wait_for(started, moment)):
-        return "", statuses
-    where = place(workdir)
+    begin, started = time.time(), start(workdir, processes)
+    while started[0].processor_seconds() < moment and started[0].poll() is None:
+        time.sleep(0.01)
+    if started[0].poll() is not None:
+        return "", wait_for(started, PATIENCE)
+    where = place(workdir, begin)
     kill(started, number)
     statuses = wait_for(started, PATIENCE)
     kill(started)
@@ -103,10 +107,7 @@ def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int
         shutil.rmtree(workdir, ignore_errors=True)
         while not error:
             moment = rng.uniform(0, seconds) if trial.cases + len(moments) < kills else PATIENCE
-            begin = time.monotonic()
             where, statuses = interrupt(workdir, processes, moment, number)
-            if not where and not moments:
-                seconds = time.monotonic() - begin  # the machine may have become faster
             if not where:
                 error = "" if statuses == [0] * processes else f"resumed run: statuses {statuses}"
                 break
@@ -119,7 +120,7 @@ def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int
             error = f"{len(different)} of {len(wanted)} values differ: {', '.join(different[:3])}"
         most = max(most, len(moments))
         text = ", ".join(moments) or "no moment"
-        print(f"    {trial.name}: {workdir.name} of {seconds:.0f} s, {text}: {error or 'equal'}", flush=True)
+        print(f"    {trial.name}: {workdir.name} of {seconds:.1f} s, {text}: {error or 'equal'}", flush=True)
         for name in moments[:-1]:
             trial.case(name)
         if moments or error:
@@ -127,7 +128,7 @@ def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int
         if not error:
             shutil.rmtree(workdir)
     found = ", ".join(f"{count} {where}" for where, count in sorted(places.items()))
-    trial.worst = f"{runs} runs of {seconds:.0f} s, at most {most} kills in one; {found}"
+    trial.worst = f"{runs} runs of {seconds:.1f} processor seconds, at most {most} kills in one; {found}"
     return trial
 
 

@@ -52,7 +52,7 @@ def lose(workdir: pathlib.Path, process: int, came: Callable[[], object]) -> tup
         if any(fork.poll() is not None for fork in started) or time.monotonic() > deadline:
             kill(started)
             return f"statuses {[fork.wait() for fork in started]} before the moment", 0.0
-        time.sleep(0.002)
+        time.sleep(0.01)
     kill([started[process]])
     begin = time.monotonic()
     statuses = wait_for(started, LOST_SECONDS + MARGIN)

@@ -135,6 +135,7 @@ def get_config() -> ConfigDict:
     config.run.stall_seconds = 0.0  # seconds without a finished step before all stacks are logged; 0: never
     config.run.stall_first_seconds = 3600.0  # the same for the first step, which compiles; 0: never
     config.run.stall_exits = True  # exit with status 76 after a stall, so that a launcher restarts the run
+    config.run.lost_seconds = 100  # seconds without a sign of life of a process after which JAX ends the others
     config.run.profile_start = 0  # first step of each phase to profile, from 1; 0: none
     config.run.profile_steps = 3  # steps to profile
     config.run.wandb = ""  # Weights & Biases project, or entity/project, that gets the log too; empty: none

@@ -219,6 +219,7 @@ class RunConfig:
     stall_seconds: Annotated[PositiveOrZero, "seconds without a finished step before all stacks are logged; 0: never"]
     stall_first_seconds: Annotated[PositiveOrZero, "the same for the first step, which compiles; 0: never"]
     stall_exits: Annotated[bool, "exit with status 76 after a stall, so that a launcher restarts the run"]
+    lost_seconds: Annotated[Count, "seconds without a sign of life of a process after which JAX ends the others"]
     profile_start: Annotated[CountOrZero, "first step of each phase to profile, from 1; 0: none"]
     profile_steps: Annotated[Count, "steps to profile"]
     wandb: Annotated[str, "Weights & Biases project, or entity/project, that gets the log too; empty: none"]

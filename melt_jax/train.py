@@ -54,7 +54,13 @@ from melt_jax.training.checkpoints import Checkpoints, SaveError
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
-from melt_jax.training.processes import broadcast_from_process_0, initialize_distributed, text_from_process_0
+from melt_jax.training.processes import (
+    broadcast_from_process_0,
+    initialize_distributed,
+    is_communication_error,
+    text_from_process_0,
+    wait_for_abort,
+)
 from melt_jax.training.run_config import keep_config
 from melt_jax.training.skipped import NonFiniteError
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
@@ -74,14 +80,16 @@ def main(argv: list[str]) -> None:
     config = command_line.read_config()
     if not flags.FLAGS.workdir.strip():
         raise InputError("--workdir: expected a folder, found an empty name")
-    freeze(config)  # reports errors of the config before the processes join
-    initialize_distributed()
+    lost_seconds = freeze(config).run.lost_seconds  # reports errors of the config before the processes join
+    initialize_distributed(lost_seconds)
     exit_on_sigterm()
     try:
         run(config, as_path(flags.FLAGS.workdir, "--workdir"))
-    except SaveError as error:
-        command_line.exit_at_once(error)
     except Exception as error:
+        if is_communication_error(error):
+            wait_for_abort(error, lost_seconds)
+        if isinstance(error, SaveError):
+            command_line.exit_at_once(error)
         if jax.process_count() == 1 or isinstance(error, InputError):
             raise
         traceback.print_exc()
@@ -245,6 +253,8 @@ def run_phase(
             with monitor.annotate(step, state):
                 state, metrics = train_step(state, teacher, batch)
             last = monitor.after_dispatch(step, metrics, lambda params=state.params: not_finite_weights(params))
+            if last or checkpoints.is_due(step):
+                monitor.write_log()
             checkpoints.save(step, state, force=last)
             if last:
                 break

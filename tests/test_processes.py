@@ -4,22 +4,27 @@ import dataclasses
 import json
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 
 from melt_jax.checkpoints.orbax import open_model, save_model
+from melt_jax.training import processes as processes_module
+from melt_jax.training.checkpoints import SaveError
 from melt_jax.training.processes import (
     broadcast_from_process_0,
     broadcast_text_from_process_0,
+    is_communication_error,
     text_from_process_0,
+    wait_for_abort,
 )
 from tests.helpers.devices import several_devices
 from tests.helpers.mesh_steps import gap
 from tests.helpers.process_run import OTHERS, STEPS
+from tests.helpers.runs import differing, leaves
 from tests.helpers.start_processes import start_processes
 from tests.helpers.tiny import TINY, make_model
 from tests.long import processes
-from tests.long.kill_and_resume import differing, leaves
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the runs
 
@@ -142,6 +147,33 @@ def test_a_failed_process_waits_for_no_other(tmp_path):
     first, other = (process.communicate(timeout=1800)[0] for process in started)
     assert started[0].returncode == 1 and first.strip().endswith(": planted") and "barrier" not in first.lower()
     assert started[1].returncode != 0 and "planted" not in other
+
+
+def test_broken_communication_is_told_from_other_errors(monkeypatch):
+    """Also if it is the reason of an error about a save. Too little memory and files that cannot be written differ."""
+
+    def because_of(cause):
+        error = SaveError("save")
+        error.__cause__ = cause
+        return error
+
+    broken = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    gathered = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    disk = ValueError("UNAVAILABLE: Error writing file [source locations='tensorstore/…']")
+    assert not is_communication_error(broken)  # of a single process
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert all(map(is_communication_error, (broken, because_of(broken), because_of(gathered))))
+    others = (memory, ValueError("x"), because_of(OSError("full")), because_of(disk))
+    assert not any(map(is_communication_error, others))
+
+
+def test_process_waits_for_the_name_of_a_lost_one(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(processes_module.time, "sleep", waited.append)
+    wait_for_abort(ValueError("reset\nby peer"), 7)
+    assert waited == [7 + processes_module.VERDICT_SECONDS]
+    assert "of the run, found reset by peer; waits up to 37 s for JAX to list" in capsys.readouterr().err
 
 
 def test_single_process_broadcasts_to_itself():

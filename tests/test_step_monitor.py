@@ -330,7 +330,7 @@ class TestProcesses:
     @pytest.fixture(autouse=True)
     def joined(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+        monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
         for name in ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS", "SLURM_STEP_NUM_TASKS"):
             monkeypatch.delenv(name, raising=False)
         return calls

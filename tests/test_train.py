@@ -136,6 +136,19 @@ def test_interrupted_runs_are_bitwise_identical(teacher, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
+def test_kill_after_a_save_loses_no_line(teacher, tmp_path, monkeypatch):
+    """The checkpoint of step 2 is complete before step 3 runs; the line of step 2 has then been written."""
+    config = alignment_run(teacher, 3)
+    config.log_every = 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        call_at_step(2, fail_after(tmp_path / "alignment/checkpoints/2"), patch)
+        train.run(config, tmp_path)
+    train.run(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "alignment/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.slow
 def test_killed_save_of_the_model_is_resumed(teacher, tmp_path, monkeypatch, capsys):
     """The phase resumes from its last checkpoint; once the model is saved, damaged checkpoints are not read."""
     config = alignment_run(teacher, 2)

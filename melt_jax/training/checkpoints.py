@@ -87,6 +87,10 @@ class Checkpoints:
         step = self._manager.latest_step()
         return None if step is None else int(step)  # with several processes Orbax gives an array's element
 
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after that step."""
+        return self._manager.should_save(step)
+
     @spent("saving")
     def save(self, step: int, state: Any, force: bool = False) -> bool:
         """Saves the state after `step` steps in the background if one is due or `force` is set; returns whether it did.

@@ -5,8 +5,8 @@ The exit statuses of `melt_jax.train`, besides 0 (the run is complete) and 1 (an
     75  PREEMPTED   SIGTERM; a checkpoint was saved; rerun the command to resume from it
     76  STALLED     the watchdog ended a run that made no progress; rerun the command to resume from the last checkpoint
 
-Launchers restart the run after both. If one of several processes dies, JAX aborts the others (SIGABRT, 134 in a shell):
-restart the run then too.
+Launchers restart the run after both. If one of several processes dies, JAX prints its index and aborts the others after
+`run.lost_seconds` (SIGABRT, 134 in a shell): restart the run then too.
 """
 
 import itertools

@@ -5,6 +5,8 @@ import glob
 import multiprocessing
 import os
 import re
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +19,22 @@ from melt_jax.config import InputError
 
 VARIABLES = ("MELT_COORDINATOR", "MELT_PROCESSES", "MELT_PROCESS")
 ADDRESS = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?|\[[0-9A-Fa-f:.%]+\]"  # a host name, IPv4, or IPv6 in brackets
-WAIT_SECONDS = 24 * 3600  # how long others wait for process 0; if it dies, JAX ends them within minutes
+WAIT_SECONDS = 24 * 3600  # how long others wait for process 0; if it dies, JAX ends them after `run.lost_seconds`
+LOST_SECONDS = 100  # JAX's own default
+# Statuses of failed communication, with which JAX's errors begin; those of bad input and of too little memory differ.
+BROKEN = r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): "
+VERDICT_SECONDS = 30  # how much longer than `run.lost_seconds` JAX may take to end a process
 
 
-def initialize_distributed() -> None:
+def initialize_distributed(lost_seconds: int = LOST_SECONDS) -> None:
     """Joins the run's other processes through `jax.distributed`, if there are any. Call it before any other use of JAX.
 
     `MELT_COORDINATOR` (address:port of process 0), `MELT_PROCESSES` (their number) and `MELT_PROCESS` (the index of
     this one, from 0) decide if they are set; `MELT_PROCESSES=1` alone forces a single process. Otherwise JAX finds the
     hosts of a TPU slice and the tasks of a Slurm step by itself; everything else is a single process.
+
+    Args:
+      lost_seconds: if a process shows no sign of life for so long, JAX aborts the others.
 
     Raises:
       InputError: some of the variables are missing or invalid, or JAX does not find the other processes.
@@ -34,15 +43,45 @@ def initialize_distributed() -> None:
     if given == {"MELT_PROCESSES": "1"}:
         return
     if given:
-        jax.distributed.initialize(*_explicit(given))
+        jax.distributed.initialize(*_explicit(given), heartbeat_timeout_seconds=lost_seconds)
     elif _several_slurm_tasks() or _tpu_machine():
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=lost_seconds)
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"jax.distributed: expected the other processes of the run, found none: {error}. Set"
                 f" {', '.join(VARIABLES)}, or MELT_PROCESSES=1 for a run of one process"
             ) from error
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether the error comes from a computation or an agreement of several processes: one of them may be lost.
+
+    JAX raises such errors as JaxRuntimeError or ValueError. TensorStore, whose errors have the same statuses, reads and
+    writes files.
+    """
+    if jax.process_count() == 1:
+        return False
+    causes: list[BaseException] = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+    return any(re.match(BROKEN, str(cause)) and "tensorstore" not in str(cause) for cause in causes)
+
+
+def wait_for_abort(error: BaseException, lost_seconds: int) -> None:
+    """Waits until JAX aborts this process because another one is lost, which takes it `lost_seconds`.
+
+    JAX prints the index of the lost process and ends this one with status 134, so that launchers restart the run. If
+    this process ended at once instead, it would count as lost too. Returns if none is lost.
+    """
+    reason = " ".join(str(error).split())[:300]
+    print(
+        f"process {jax.process_index()}: expected all {jax.process_count()} processes of the run, found {reason}; waits"
+        f" up to {lost_seconds + VERDICT_SECONDS} s for JAX to list the lost ones",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(lost_seconds + VERDICT_SECONDS)
 
 
 def broadcast_from_process_0(flag: bool) -> bool:

@@ -130,6 +130,13 @@ class StepMonitor:
             self._interval, self._unread = [], (step, self._interval)
         return last
 
+    def write_log(self) -> None:
+        """Writes the line of the log that is due. Call it before a step is saved: a resumed run writes only later ones.
+
+        It waits for the step, as saving it does.
+        """
+        self._read()
+
     def finish(self) -> None:
         """Reads the remaining metrics and waits for checkpoints being saved. Call it after the loop.
 

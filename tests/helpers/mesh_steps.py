@@ -31,7 +31,12 @@ BATCH, LENGTH, CHUNK = 16, 12, 5
 
 
 def one_step(
-    phase: str, mesh: jax.sharding.Mesh, gather: str, parts: int, config: ModelConfig = CONFIG
+    phase: str,
+    mesh: jax.sharding.Mesh,
+    gather: str,
+    parts: int,
+    config: ModelConfig = CONFIG,
+    dtype: str = "float64",
 ) -> dict[str, np.ndarray]:
     """{name: array}: metrics and moments after one step from the middle of a phase.
 
@@ -40,7 +45,7 @@ def one_step(
     """
     student, teacher = make_model(config), make_model(dataclasses.replace(config, gate="none"), 1)
     optimizer = make_optimizer(PHASES[phase], OPTIMIZER, student)
-    step = make_train_step(objective(phase, PHASES[phase], CHUNK), optimizer, parts, "float64", gather)
+    step = make_train_step(objective(phase, PHASES[phase], CHUNK), optimizer, parts, dtype, gather)
     student, batch = jax.tree.map(jnp.copy, student), random_batch(BATCH, LENGTH)  # `init_state` donates the weights
     with jax.set_mesh(mesh):
         sharding = batch_sharding(mesh)

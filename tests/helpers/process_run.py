@@ -24,8 +24,8 @@ from melt_jax.training.checkpoints import Checkpoints, flatten
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.processes import initialize_distributed
 from melt_jax.training.step import init_state
+from tests.helpers.runs import differing, read_checkpoint
 from tests.helpers.tiny import TINY, make_model
-from tests.long.kill_and_resume import differing, read_checkpoint
 
 STEPS, BATCH = 3, 8
 MESH = {"replica": 2, "fsdp": 2, "tensor": 2}

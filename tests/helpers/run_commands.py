@@ -2,31 +2,135 @@
 
     python -m tests.helpers.run_commands <<<'[["melt_jax.train", "--config=missing.py"]]'
 
-Reads a JSON list of command lines and prints a JSON list of [status, stdout, stderr].
+Reads a JSON list of command lines and prints a JSON list of [status, stdout, stderr]. A program that imports this
+module must not use JAX itself, only in forks.
 """
 
+import atexit
 import importlib
 import json
 import os
 import pathlib
+import pickle
+import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
 
 COMMANDS = ("train", "prepare", "convert", "generate", "evaluate", "compile", "memory", "plot")
+
+
+class Fork:
+    """A fork of this process that runs `work()`, whose integer is its exit status.
+
+    Args:
+      work: the function.
+      stdout: a file to which standard output is appended.
+      stderr: the same for standard error.
+      environment: changes of environment variables.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], int],
+        stdout: pathlib.Path,
+        stderr: pathlib.Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.status: int | None = None  # negative: the number of the signal that ended the fork
+        self._processor_seconds = 0.0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 2
+        try:
+            for number, path in enumerate((stdout, stderr), 1):
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+            os.environ.update(environment or {})
+            status = work()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """The exit status, or None while the fork runs."""
+        if self.status is None:
+            pid, status, used = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+                self._processor_seconds = used.ru_utime + used.ru_stime
+        return self.status
+
+    def processor_seconds(self) -> float:
+        """The time that processors have worked for the fork, which does not depend on other load of the machine."""
+        if self.poll() is not None:
+            return self._processor_seconds
+        words = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    def wait(self, seconds: float = float("inf")) -> int | None:
+        """Waits for the end, at most that many seconds; returns the exit status, or None if the fork still runs."""
+        end = time.monotonic() + seconds
+        while self.poll() is None and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.02))
+        return self.status
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless the fork has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def start_command(
+    module: str, arguments: list[str], log: pathlib.Path, environment: Mapping[str, str] | None = None
+) -> Fork:
+    """Starts an imported command as `python -m module` would; it appends all output to `log`."""
+
+    def work() -> int:
+        status = _run(module, arguments)
+        getattr(threading, "_shutdown")()  # noqa: B009, as at the end of an interpreter: JAX leaves the other processes
+        getattr(atexit, "_run_exitfuncs")()  # noqa: B009
+        return status
+
+    return Fork(work, log, log, environment)
 
 
 def run_forked(module: str, arguments: list[str]) -> tuple[int, str, str]:
     """Runs an imported command as `python -m module` would; returns status, stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [pathlib.Path(folder) / name for name in ("stdout", "stderr")]
-        if not (child := os.fork()):
-            for number, path in enumerate(outputs, 1):
-                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
-            os._exit(_run(module, arguments))
-        _, status = os.waitpid(child, 0)
-        stdout, stderr = (path.read_text() for path in outputs)
-    return os.waitstatus_to_exitcode(status), stdout, stderr
+        stdout, stderr = (pathlib.Path(folder) / name for name in ("stdout", "stderr"))
+        status = Fork(lambda: _run(module, arguments), stdout, stderr).wait()
+        assert status is not None
+        return status, stdout.read_text(), stderr.read_text()
+
+
+def in_fork(work: Callable[..., Any], *args: object) -> Any:
+    """`work(*args)`, computed in a fork, so that this process does not use JAX. The result must be picklable."""
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = pathlib.Path(folder) / "result", pathlib.Path(folder) / "log"
+
+        def store() -> int:
+            result.write_bytes(pickle.dumps(work(*args)))
+            return 0
+
+        if status := Fork(store, log, log).wait():
+            raise RuntimeError(f"{work.__name__}: status {status}\n{log.read_text()[-5000:]}")
+        return pickle.loads(result.read_bytes())
+
+
+def kill(forks: list[Fork], number: int = signal.SIGKILL) -> None:
+    """Sends a signal to forks, and does not wait."""
+    for fork in forks:
+        fork.send_signal(number)
 
 
 def _run(module, arguments):
@@ -47,8 +151,6 @@ def _run(module, arguments):
     except BaseException:
         traceback.print_exc()
         status = 2
-    sys.stdout.flush()
-    sys.stderr.flush()
     return status or 0
 
 

@@ -31,9 +31,9 @@ from melt_jax.data.arithmetic import make_problem
 from melt_jax.data.records import sha256
 from melt_jax.files import as_path, file_sizes, make_folder
 from tests.helpers import buckets
+from tests.helpers.runs import differing, leaves
 from tests.helpers.start_processes import start_processes
 from tests.helpers.tiny import TINY, make_model
-from tests.long.kill_and_resume import differing, leaves
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TOKENIZER = ROOT / "melt_jax/assets/ouro_nano"

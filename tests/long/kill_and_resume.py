@@ -1,134 +1,153 @@
-"""Kills and resumes runs, and compares their results with an uninterrupted run's. Not part of the test suite.
+"""Kills runs at random moments, resumes them, and compares the results with an undisturbed run. Not in the test suite.
 
-    JAX_PLATFORMS=cpu python -m tests.long.kill_and_resume [--folder=/tmp/kill_and_resume]
+    python -m tests.long.kill_and_resume [--processes=2] [--signal=SIGTERM] [--kills=25] [--seed=0]
 
-Trains a small configs/nano.py three times: uninterrupted; killed with SIGKILL once in each phase; and stopped with
-SIGTERM once in each phase, which must save the running step and exit with status 75. The same command resumes a stopped
-run. Every leaf of every phase's model and of the last checkpoint must then be bitwise equal to the uninterrupted run's.
-Prints a table and exits with status 1 if anything differs. Takes some minutes.
+Takes the time of an undisturbed run (two phases, saves, evaluations, models). Then starts a run and sends SIGKILL to
+its processes at a moment drawn uniformly from that time; starts it again, draws another moment, and so on, until it
+ends before its moment. The ended run must equal the undisturbed one: every leaf of every phase's model and of the last
+checkpoint, every number of every line of the logs but times, and the scores, all bitwise. Then the next run starts,
+until there were enough kills. With SIGTERM a run must also exit with status 75, or 0 if it has ended.
+
+Times are those that a processor works for the first process, so that other load of the machine shifts no moment.
+The interpreters' imports, during which a run touches nothing, are not part of the time: commands are forks of this one.
 """
 
 import argparse
-import json
+import collections
+import contextlib
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from melt_jax.checkpoints.orbax import open_model
-from melt_jax.training.checkpoints import flatten
 from melt_jax.training.preemption import PREEMPTED
+from tests.helpers.run_commands import Fork, kill
+from tests.helpers.runs import PHASES, contents, differing, log_of, prepare, start
+from tests.helpers.trial import HEADING, Trial
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PHASES = {"transition": 40, "alignment": 30}  # steps
-# The signal is sent that many seconds after the log shows that step, to interrupt an arbitrary part of a step or save.
-MOMENTS = {"transition": (17, 0.037), "alignment": (11, 0.091)}
-OVERRIDES = {
-    "chunk_size": 24,
-    "data.batch": 2,
-    "log_every": 1,
-    "checkpoint_every": 4,
-    "evaluation.problems": 0,
-    "evaluation.sequences": 0,
-    "evaluation.sample": False,
-    **{f"{phase}.steps": steps for phase, steps in PHASES.items()},
-}
+PATIENCE = 1800  # seconds that a run may take on a machine of any speed
 
 
-def start(workdir):
-    """Starts the training command in the background."""
-    command = [sys.executable, "-m", "melt_jax.train", "--config=configs/nano.py", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
-    with open(workdir.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+def run_to_end(workdir: pathlib.Path, processes: int = 1, **changes: object) -> float:
+    """Runs a small run to its end; returns the processor seconds of its first process.
+
+    Raises:
+      RuntimeError: a process failed.
+    """
+    statuses = wait_for(started := start(workdir, processes, **changes), PATIENCE)
+    if statuses != [0] * processes:
+        kill(started)
+        logs = "\n".join(log_of(workdir, i).read_text()[-3000:] for i in range(processes))
+        raise RuntimeError(f"{workdir}: expected status 0, found {statuses}\n{logs}")
+    return started[0].processor_seconds()
 
 
-def last_step(workdir, phase):
-    """The last step in a phase's log; 0 if there is none."""
-    path = workdir / phase / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+def wait_for(started: list[Fork], seconds: float) -> list[int | None]:
+    """Waits at most that long for all processes; returns their exit statuses, None for those that still run."""
+    end = time.monotonic() + seconds
+    return [fork.wait(max(end - time.monotonic(), 0)) for fork in started]
 
 
-def checkpoints(workdir, phase):
-    """The steps of a phase's complete checkpoints."""
-    return sorted(int(path.name) for path in (workdir / phase / "checkpoints").glob("*") if path.name.isdecimal())
+def place(workdir: pathlib.Path, started: float) -> str:
+    """Where a run is that was started at that time, by its files: "start", a phase, "after" one; and "saving"."""
+    names = [name for phase in PHASES for name in (phase, f"{phase}/model")]
+    reached = [name for name in names if (workdir / name).exists()]
+    saving, now = [*workdir.glob("*/checkpoints/*tmp*"), *workdir.glob("*/.model.incomplete")], False
+    for path in saving:
+        with contextlib.suppress(OSError):  # the save ends
+            now |= path.stat().st_mtime > started  # others were left by an earlier kill
+    last = reached[-1] if reached else "start"
+    return (f"after {last[:-6]}" if last.endswith("/model") else last) + (", saving" if now else "")
 
 
-def interrupt(workdir, phase, number):
-    """Starts the run and sends the signal at the phase's moment; returns a line of the table."""
-    process, (step, later) = start(workdir), MOMENTS[phase]
-    while last_step(workdir, phase) < step:
-        if process.poll() is not None:
-            raise SystemExit(f"{workdir}: exited with status {process.returncode} before {phase} {step}; see its .log")
-        time.sleep(0.002)
-    time.sleep(later)
-    process.send_signal(number)
-    status, seen = process.wait(), last_step(workdir, phase)
-    return [number.name, phase, f"log at {seen}", f"status {status}", f"checkpoints {checkpoints(workdir, phase)}"]
+def interrupt(workdir: pathlib.Path, processes: int, moment: float, number: int) -> tuple[str, list[int | None]]:
+    """Starts a run and sends all its processes a signal at that many processor seconds.
+
+    Returns:
+      (where it was, empty if it had ended before; exit statuses).
+    """
+    begin, started = time.time(), start(workdir, processes)
+    while started[0].processor_seconds() < moment and started[0].poll() is None:
+        time.sleep(0.01)
+    if started[0].poll() is not None:
+        return "", wait_for(started, PATIENCE)
+    where = place(workdir, begin)
+    kill(started, number)
+    statuses = wait_for(started, PATIENCE)
+    kill(started)
+    return where, statuses
 
 
-def finish(workdir):
-    """Runs the command to its end."""
-    if status := start(workdir).wait():
-        raise SystemExit(f"{workdir}: exited with status {status}; see its .log")
+def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int, seed: int) -> Trial:
+    """The trial of the module; leaves the folders of failed runs behind.
+
+    Args:
+      folder: a folder with `teacher`.
+      processes: of a run.
+      number: SIGKILL or SIGTERM.
+      kills: how many.
+      seed: of the moments.
+    """
+    trial = Trial(f"{signal.Signals(number).name} anywhere, {processes} process{'es' * (processes > 1)}")
+    reference = folder / f"undisturbed{processes}"
+    if not reference.exists():
+        run_to_end(reference, processes)  # compiles
+    timed = folder / f"{number}.{processes}.timed"
+    shutil.rmtree(timed, ignore_errors=True)
+    seconds, wanted = run_to_end(timed, processes), contents(reference)
+    if different := differing(contents(timed), wanted):
+        raise RuntimeError(f"two undisturbed runs differ in {len(different)} values: {different[:5]}")
+    rng, places, runs, most = np.random.default_rng((seed, processes, number)), collections.Counter(), 0, 0
+    while trial.cases < kills:
+        workdir, moments, error = folder / f"{number}.{processes}.{runs}", [], ""
+        runs += 1
+        shutil.rmtree(workdir, ignore_errors=True)
+        while not error:
+            moment = rng.uniform(0, seconds) if trial.cases + len(moments) < kills else PATIENCE
+            where, statuses = interrupt(workdir, processes, moment, number)
+            if not where:
+                error = "" if statuses == [0] * processes else f"resumed run: statuses {statuses}"
+                break
+            allowed = {-number} if number == signal.SIGKILL else {0, PREEMPTED}
+            moments.append(f"{moment:.2f} s ({where})")
+            places[where] += 1
+            if not set(statuses) <= allowed:
+                error = f"statuses {statuses}"
+        if not error and (different := differing(contents(workdir), wanted)):
+            error = f"{len(different)} of {len(wanted)} values differ: {', '.join(different[:3])}"
+        most = max(most, len(moments))
+        text = ", ".join(moments) or "no moment"
+        print(f"    {trial.name}: {workdir.name} of {seconds:.1f} s, {text}: {error or 'equal'}", flush=True)
+        for name in moments[:-1]:
+            trial.case(name)
+        if moments or error:
+            trial.case(str(workdir), error)
+        if not error:
+            shutil.rmtree(workdir)
+    found = ", ".join(f"{count} {where}" for where, count in sorted(places.items()))
+    trial.worst = f"{runs} runs of {seconds:.1f} processor seconds, at most {most} kills in one; {found}"
+    return trial
 
 
-def read_checkpoint(folder):
-    """{name: NumPy array} of a checkpoint that any devices may have written."""
-    reader = ocp.PyTreeCheckpointer()
-    stored = reader.metadata(folder).item_metadata.tree
-    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-    return reader.restore(folder, restore_args=on_host)
-
-
-def leaves(workdir, phases=PHASES):
-    """{name: array} of every phase's model and the last phase's last checkpoint; `phases`: {name: steps}."""
-    out = {}
-    for phase, steps in phases.items():
-        if phase == list(phases)[-1]:  # earlier phases' checkpoints are deleted
-            state = read_checkpoint(workdir / phase / "checkpoints" / str(steps) / "default")
-            out |= {f"{phase}.checkpoint.{name}": leaf for name, leaf in state.items()}
-        model = open_model(workdir / phase / "model", dtype="float32")
-        out |= {f"{phase}.model.{name}": np.asarray(leaf) for name, leaf in flatten(model).items()}
-    return out
-
-
-def differing(found, wanted):
-    """The names of leaves that are missing on one side or not bitwise equal."""
-    same = lambda a, b: a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return sorted(found.keys() ^ wanted.keys()) + [
-        name for name in found.keys() & wanted.keys() if not same(found[name], wanted[name])
-    ]
-
-
-def main():
-    """Runs everything and returns the exit status."""
+def main() -> int:
+    """Runs the trial and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="/tmp/kill_and_resume", type=pathlib.Path, help="replaced if it exists")
-    folder = parser.parse_args().folder.absolute()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-    finish(folder / "uninterrupted")
-    wanted, failed = leaves(folder / "uninterrupted"), False
-    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, PREEMPTED)):
-        workdir = folder / number.name
-        for phase in PHASES:
-            line = interrupt(workdir, phase, number)
-            failed |= line[3] != f"status {int(status)}"
-            print("  ".join(f"{word:14}" for word in line), flush=True)
-        finish(workdir)
-        different = differing(leaves(workdir), wanted)
-        failed |= bool(different)
-        print(f"{number.name}: {len(different)} of {len(wanted)} leaves differ", *different[:5])
-    return int(failed)
+    parser.add_argument("--processes", default=1, type=int)
+    parser.add_argument("--signal", default="SIGKILL", choices=("SIGKILL", "SIGTERM"))
+    parser.add_argument("--kills", default=25, type=int)
+    parser.add_argument("--seed", default=0, type=int, help="of the moments")
+    arguments = parser.parse_args()
+    folder = arguments.folder.absolute()
+    prepare(folder, anew=True)
+    begin = time.monotonic()
+    number = signal.Signals[arguments.signal]
+    trial = kill_at_random(folder, arguments.processes, number, arguments.kills, arguments.seed)
+    print(f"{HEADING}\n{trial.row(time.monotonic() - begin)}")
+    return int(trial.survived < trial.cases)
 
 
 if __name__ == "__main__":

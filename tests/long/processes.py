@@ -29,7 +29,7 @@ from absl import logging
 from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.training.preemption import PREEMPTED
 from tests.helpers.mesh_steps import relative
-from tests.long.kill_and_resume import differing, last_step, leaves
+from tests.helpers.runs import differing, last_step, leaves
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PHASES = {"transition": 24, "alignment": 16}  # steps

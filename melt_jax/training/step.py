@@ -188,8 +188,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             updated = optax.apply_updates(state.params, updates), opt_state
-        metrics = _step_metrics(sums, objective.terms(sums), count, gradients)
-        return _skip_unless_finite(state, updated, metrics)
+            metrics = _step_metrics(sums, objective.terms(sums), count, gradients)
+            return _skip_unless_finite(state, updated, metrics)
 
     return jax.jit(train_step, donate_argnums=0)
 

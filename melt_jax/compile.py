@@ -97,6 +97,26 @@ class Program(NamedTuple):
     tokens: int = 0
     token_bytes: float = 0
 
+    def lower(self) -> Any:
+        """The traced program, for the compiler; under its mesh."""
+        return self.function.lower(*self.arguments, **self.static)
+
+
+def training_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Program:
+    """The training step of a phase, as a run compiles it; under the mesh. `model` is the LoopLM's config."""
+    return _training_program(config, _student(config, model), mesh, phase)
+
+
+def decoding_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Program:
+    """The decoding step of the student ("decode") or of the LoopLM ("decode_looplm"); see `training_program`."""
+    student = _student(config, model)
+    return _decoding_program(config, _looplm(student) if phase == "decode_looplm" else student, mesh, phase)
+
+
+def _student(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    changes = config.student.changes | {"remat": config.remat, "attention_block": config.attention_block}
+    return dataclasses.replace(model, **changes)
+
 
 def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Report:
     """Compiles the program of a phase and returns its `Report`.
@@ -112,15 +132,10 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
       ShardingError: the mesh does not divide batch or weights.
       DoesNotFitError: the compiler refuses the program for lack of memory.
     """
-    student = dataclasses.replace(
-        model,
-        **config.student.changes,
-        remat=config.remat,
-        attention_block=config.attention_block,
-    )
+    student = _student(config, model)
     kind = mesh.devices.flat[0].device_kind
     if phase == "decode_looplm":
-        student = dataclasses.replace(student, gate="none", first_loop="copy", window=0, sweeps=1)
+        student = _looplm(student)
     other = {"evaluate": _evaluation_program, "prefill": _prefill_program}
     other |= dict.fromkeys(("decode", "decode_looplm"), _decoding_program)
     make = other.get(phase, _training_program)
@@ -128,7 +143,7 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
         program = make(config, student, mesh, phase)
         begin = time.perf_counter()
         try:
-            compiled, total = _compile(program.function.lower(*program.arguments, **program.static))
+            compiled, total = _compile(program.lower())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -188,10 +203,11 @@ def _stored_weights(models: Iterable[ModelConfig], mesh, dtype: str) -> StoredWe
 
 
 def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
-    data, teacher = config.data, dataclasses.replace(student, gate="none", first_loop="copy")
+    data, teacher = config.data, _looplm(student)
     check_batch(mesh, data.batch, config.micro_batches)
     optimizer = make_optimizer(config.phase(phase), config.optimizer, abstract_model(student))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), _placed(abstract_model(student), mesh))
+    state = jax.tree.map(lambda x: x if x.sharding else _whole(mesh, x.shape, x.dtype), state)  # counters
     tokens: Any = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
     objective = OBJECTIVES[phase](config)
     reads = config.micro_batches * weight_reads(student, phase, data.length, config.chunk_size)
@@ -207,11 +223,16 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     )
 
 
+def _looplm(student: ModelConfig) -> ModelConfig:
+    """The config of the student's teacher."""
+    return dataclasses.replace(student, gate="none", first_loop="copy", window=0, sweeps=1, remat="none")
+
+
 def _evaluation_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
     del phase
     length, count = config.data.length, scoring.rows_at_a_time(config)
     check_batch(mesh, config.data.batch, config.micro_batches)
-    models = student, dataclasses.replace(student, gate="none", first_loop="copy")
+    models = student, _looplm(student)
     stored = (_placed(abstract_model(model), mesh) for model in models)
     weights = [jax.eval_shape(lambda model: scoring.scoring_weights(model, config), model) for model in stored]
     tokens: Any = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=batch_sharding(mesh))

@@ -126,6 +126,10 @@ class Records:
         if self._path and self._path.exists():
             self._records = dict(json.loads(line) for line in self._path.read_text().splitlines())
 
+    def has(self, step: dict[str, Any]) -> bool:
+        """Whether the record of a step is stored."""
+        return json.dumps(step) in self._records
+
     def compile(self, step: dict[str, Any]) -> Record:
         """Returns the stored record of a step, or compiles it and stores its record."""
         key = json.dumps(step)

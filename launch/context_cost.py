@@ -16,7 +16,10 @@ import argparse
 import json
 import os
 import pathlib
+import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the repository is not installed as a package
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +46,8 @@ TOKENS, REPEATS = 4, 3  # tokens of a block, blocks
 
 def compiled_bytes(topology: str, model: str, contexts: tuple[int, ...], sequences: int = 1) -> dict[int, float]:
     """{context: bytes that one device moves for a token of each sequence}, of one compiled program."""
-    settings = {"data.length": max(contexts), "data.batch": sequences, "mesh.tensor": 1, "teacher": "none-such"}
-    overrides = [(key, str(value)) for key, value in settings.items()]
+    settings = {"data.length": max(contexts), "data.batch": sequences, "mesh.tensor": 1, "micro_batches": 1}
+    overrides = [("teacher", "none-such"), *((key, str(value)) for key, value in settings.items())]
     config = freeze(load_config("configs/ouro_1_4b.py", overrides))
     mesh = make_mesh(config.mesh, describe_devices(topology))
     with jax.set_mesh(mesh):

@@ -59,6 +59,7 @@ from melt_jax.sharding import (
     partition,
     weight_shardings,
 )
+from melt_jax.training.compiler_options import compiler_options
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 
@@ -210,9 +211,10 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     state = jax.tree.map(lambda x: x if x.sharding else _whole(mesh, x.shape, x.dtype), state)  # counters
     tokens: Any = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
     objective = OBJECTIVES[phase](config)
+    options = compiler_options(config.compiler_options, mesh.devices.flat[0].device_kind)
     reads = config.micro_batches * weight_reads(student, phase, data.length, config.chunk_size)
     return Program(
-        make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather),
+        make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather, options),
         (state, _placed(abstract_model(teacher, config.dtype), mesh), Batch(tokens, tokens, tokens)),
         step_flops(student, phase, data.batch, data.length, config.chunk_size).total,
         {"cached_blocks": _mean_blocks(range(0, data.length, config.chunk_size), config)},

@@ -51,6 +51,7 @@ from melt_jax.sharding import (
 )
 from melt_jax.training.attempts import Attempt, spent
 from melt_jax.training.checkpoints import Checkpoints, SaveError
+from melt_jax.training.compiler_options import compiler_options
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
@@ -233,7 +234,8 @@ def run_phase(
 
     # ---- step and data
     objective = OBJECTIVES[name](config)
-    train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
+    options = compiler_options(config.compiler_options, mesh.devices.flat[0].device_kind)
+    train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather, options)
     sharding, size = batch_sharding(mesh), config.data.batch
     indices = local_batch_indices(sharding, size)
     batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, indices)

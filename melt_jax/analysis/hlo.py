@@ -117,6 +117,7 @@ class Collective:
         for the others (for all-reduce, all-to-all and collective-permute the result has the same size).
       groups: the devices of each group; None for a permutation or an unknown format.
       sizes: elements of each array, counted as `bytes` is.
+      overlapped: whether other work may run between its start and its end.
     """
 
     kind: str
@@ -127,6 +128,7 @@ class Collective:
     bytes: float
     groups: Groups | None
     sizes: tuple[int, ...]
+    overlapped: bool = False
 
     @property
     def hops(self) -> int:
@@ -217,7 +219,9 @@ class Program:
         if scopes:
             lines.append("by scope")
             lines += [row(name, flops) for name, flops in self.flops_by_scope(scopes).items()]
-        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB per device")
+        overlapped = sum(collective.bytes for collective in self.collectives if collective.overlapped)
+        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB per device,"
+                     f" {overlapped / 1e6:,.3f} of them beside other work")  # fmt: skip
         for (kind, group, dtype), (times, size) in self.collectives_by_kind().items():
             lines.append(f"  {kind:<19}{size / 1e6:>14,.3f} {times:>9,g} times, {dtype}, {group} devices")
         lines += [f"custom call, FLOPs unknown: {name}, {n:,g} times" for name, n in self.custom_calls.items()]
@@ -351,7 +355,9 @@ class _Walk:
         dtype = " × ".join(sorted({dtype for dtype, _ in found}))
         groups = replica_groups(instruction, self.devices)
         sizes = tuple(copies * array_elements(array) for array in found)
-        self.collectives.append(Collective(kind, op_name, group, dtype, times, times * size, groups, sizes))
+        overlapped = instruction.opcode.endswith("-start") or START in _marks(computation)
+        found = Collective(kind, op_name, group, dtype, times, times * size, groups, sizes, overlapped)
+        self.collectives.append(found)
 
     def _conditional(self, instruction, times, op_name):
         names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
@@ -406,11 +412,16 @@ def _elements(instruction: Instruction) -> int:
     return sum(map(array_elements, arrays(instruction.shape)))
 
 
+def _marks(computation):
+    """The targets of a computation's custom calls."""
+    return {attribute(call, "custom_call_target") for call in computation.values() if call.opcode == "custom-call"}
+
+
 def _continues_collective(name, computation):
     """Whether the collectives of a fused computation were started in another.
 
     A TPU overlaps a collective with products by fusing a copy of it into the fusion that starts it, those that run
     meanwhile, and the one that ends it.
     """
-    marks = {attribute(call, "custom_call_target") for call in computation.values() if call.opcode == "custom-call"}
+    marks = _marks(computation)
     return START not in marks and (DONE in marks or name.startswith("async_collective_fusion"))

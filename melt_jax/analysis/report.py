@@ -187,6 +187,8 @@ class Report:
             "flops": self.program.flops, "flops_ratio": self.flops_ratio, "necessary_flops": self.necessary_flops,
             "gather_group": self.weights.group, "gathered_ratio": self.gathered_ratio,
             "unknown_gathers": self.weights.gathered_bytes(self.program.collectives)[1],
+            "collective_bytes": self.program.collective_bytes,
+            "overlapped_bytes": sum(x.bytes for x in self.program.collectives if x.overlapped),
             "copy_bytes": self.weights.copy_bytes, "steps": self.steps,
             "token_bytes": self.token_bytes, "moved_token_bytes": self.moved_token_bytes,
             "collectives": {f"{kind} {dtype} {group}": moved for (kind, group, dtype), moved in kinds},

@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.remat = "products"  # backward recomputes scores only, all but products, or all; one of none, products, layer
     config.attention_block = 512  # cached slots whose attention scores are in memory at a time
     config.micro_batches = 1  # sequential parts of a batch, whose gradients are summed; divides data.batch
+    config.compiler_options = "default"  # TPU compiler options of a step; one of default, overlap, vmem, overlap_vmem
     config.gather = "step"  # when weights are gathered over fsdp: once a step or at each use; one of step, layer
 
     # Devices along each mesh axis: within a slice (ICI), and slices (DCN). One axis may be 0: all remaining devices.

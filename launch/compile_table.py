@@ -3,6 +3,7 @@
     python launch/compile_table.py                       steps on several TPU topologies: two tables with the same rows
     python launch/compile_table.py --levers              one step with several choices
     python launch/compile_table.py --windows             steps with windows, chunk lengths and sequences at a time
+    python launch/compile_table.py --decoding            decoding steps: the bytes that they move and those that must
     python launch/compile_table.py --only='v6e|2.6B'     only rows whose names match a regular expression
     python launch/compile_table.py --records=FILE        stores each result in FILE; a rerun compiles only missing rows
 
@@ -58,10 +59,19 @@ WINDOWS = (  # window, chunk, topology, phase, sequences, tensor, micro-batches
     (128, 128, "v5p:2x2x2", "alignment", 8, 1, 1),
     (128, 128, "v5p:2x2x2", "transition", 8, 1, 1),
 )
+DECODING = (  # topology, phase, sequences, slots of the cache
+    ("v5e:2x2", "decode", 8, 4096),
+    ("v5e:2x2", "decode_looplm", 2, 4096),  # 8 do not fit
+    ("v6e:2x2", "decode", 8, 4096),
+    ("v6e:2x2", "decode_looplm", 8, 4096),
+    ("v5p:2x2x1", "decode", 8, 4096),
+    ("v5p:2x2x1", "decode_looplm", 8, 4096),
+)
 RECIPE_BATCH = 32  # sequences per step of the recipe; chip-hours are scaled to it
 
 WHERE = ("model", "topology", "phase", "sequences", "tensor", "micro-batches")
 SHAPE = ("window", "chunk", *WHERE[1:])
+SERVED = ("topology", "phase", "sequences", "slots")
 TOTAL, RATIO, SECONDS = "GB a device", "FLOPs / necessary", "seconds at peak: products + collectives"
 MEMORY = (TOTAL, "temporaries, GB")
 WORK = (RATIO, "weights gathered, copies", "collectives, GB", SECONDS)
@@ -69,6 +79,10 @@ HOURS, COMPILED = "chip-hours", "compiled in, s"
 COLUMNS = {  # of each table: the columns of names, the other columns
     "topologies": (WHERE, (*MEMORY, HOURS, COMPILED)),
     "levers": (("choice",), (*MEMORY, *WORK, COMPILED)),
+    "decoding": (
+        SERVED,
+        (TOTAL, "moved, GB", "must move, GB", "moved / must move", "ms at peak", "tokens / s", COMPILED),
+    ),
     "windows": (SHAPE, ("at once", TOTAL, RATIO, SECONDS, "reading weights, s", HOURS, COMPILED)),
 }
 
@@ -112,6 +126,10 @@ class Records:
         if self._path and self._path.exists():
             self._records = dict(json.loads(line) for line in self._path.read_text().splitlines())
 
+    def has(self, step: dict[str, Any]) -> bool:
+        """Whether the record of a step is stored."""
+        return json.dumps(step) in self._records
+
     def compile(self, step: dict[str, Any]) -> Record:
         """Returns the stored record of a step, or compiles it and stores its record."""
         key = json.dumps(step)
@@ -141,6 +159,18 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
         "collectives, GB": f"{moved:.0f}",
         SECONDS: f"{products:.2f} + {collectives:.2f}",
         "reading weights, s": f"{record['read_seconds']:.2f}",
+    } | (_decoding_cells(record) if record.get("token_bytes") else {})
+
+
+def _decoding_cells(record):
+    moved, needed = record["moved_token_bytes"], record["token_bytes"]
+    seconds = record["roofline"]["memory_seconds"] * moved / record["roofline"]["memory_bytes"]
+    return {
+        "moved, GB": f"{moved / 1e9:.2f}",
+        "must move, GB": f"{needed / 1e9:.2f}",
+        "moved / must move": f"{moved / needed:.3f}",
+        "ms at peak": f"{seconds * 1e3:.1f}",
+        "tokens / s": f"{record['batch'] / seconds:,.0f}",
     }
 
 
@@ -173,6 +203,11 @@ def steps(table: str, only: str) -> list[tuple[Names, dict[str, Any]]]:
     """Returns [(names of the row, arguments of `compile_step`)] of the rows of a table whose names match `only`."""
     if table == "levers":
         found = [((name,), {"config": SMALL} | BASE | changes) for name, changes in LEVERS.items()]
+    elif table == "decoding":
+        found = [
+            (tuple(map(str, row)), {"config": SMALL} | _step(*row[:3], 1, 1) | {"data.length": row[3]})
+            for row in DECODING
+        ]
     elif table == "windows":
         found = [
             (
@@ -199,10 +234,11 @@ def main() -> None:
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--levers", action="store_true", help="print the table of choices")
     other.add_argument("--windows", action="store_true", help="print the table of windows")
+    other.add_argument("--decoding", action="store_true", help="print the table of decoding")
     parser.add_argument("--only", default="", metavar="REGEX", help="only rows whose names, joined by spaces, match")
     parser.add_argument("--records", metavar="FILE", help="file of records; rows with a record are not compiled again")
     args = parser.parse_args()
-    table = "levers" if args.levers else "windows" if args.windows else "topologies"
+    table = next((name for name in ("levers", "windows", "decoding") if getattr(args, name)), "topologies")
     names, columns = COLUMNS[table]
     chosen, records = steps(table, args.only), Records(args.records)
     if not chosen:

@@ -1,16 +1,18 @@
-"""Compiles a program for a TPU topology, with no TPU attached, and reports its memory, FLOPs and collectives.
+"""Compiles a program for a TPU topology, with no TPU attached, and reports its memory, FLOPs and traffic.
 
     python -m melt_jax.compile --config=configs/ouro_1_4b.py --topology=v5e:4x4 --phase=alignment \\
         --config.data.batch=4 --config.micro_batches=1
 
 The program is exactly the one that `melt_jax.train` (transition, alignment; evaluate: scoring at the end of a phase) or
-`melt_jax.generate` (prefill, decode) runs. The model is that of the config's teacher if its folder exists, else
-`config.model`.
+`melt_jax.generate` (prefill, decode; decode_looplm: with a LoopLM of the same sizes) runs. The model is that of the
+config's teacher if its folder exists, else `config.model`.
 
 Total memory comes from the compiler's memory-usage report, arguments and outputs from `memory_analysis`; temporaries
 are the rest. FLOPs and collectives are read from the compiled text and multiplied by the trip counts of the enclosing
-loops; the loop over blocks of the cache counts with its mean number of trips. The status is 1 if the program does not
-fit the chip. Needs libtpu: pip install 'jax[tpu]'.
+loops; the loop over blocks of the cache counts with its mean number of trips. Bytes of HBM are read from the text too
+(`melt_jax.analysis.hlo_memory`), and a table bounds the time of each named scope by the chip's peaks
+(`melt_jax.analysis.roofline`). The status is 1 if the program does not fit the chip. Needs libtpu: pip install
+'jax[tpu]'.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ import re
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from flax import nnx
 
 from melt_jax import command_line
 from melt_jax.analysis.chips import find_chip
+from melt_jax.analysis.decoding import decoding_bytes
 from melt_jax.analysis.flops import causal_entries, forward_flops, step_flops, weight_reads
 from melt_jax.analysis.hlo import analyse, innermost
 from melt_jax.analysis.report import SCOPES, Memory, Report, StoredWeights
@@ -42,7 +46,7 @@ from melt_jax.checkpoints.published_config import read_config
 from melt_jax.config import InputError, ModelConfig, TrainConfig, freeze
 from melt_jax.data.batch import Batch
 from melt_jax.inference import scoring
-from melt_jax.inference.generation import STOP_SLOTS, DecodeState, decode_block, prefill_chunk
+from melt_jax.inference.generation import STOP_SLOTS, DecodeState, GenerationOptions, decode_block, prefill_chunk
 from melt_jax.inference.sampling import GREEDY, SamplingRequest
 from melt_jax.model.cache import create_cache
 from melt_jax.model.model import abstract_model, parameter_count
@@ -55,11 +59,12 @@ from melt_jax.sharding import (
     partition,
     weight_shardings,
 )
+from melt_jax.training.compiler_options import compiler_options
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.step import OBJECTIVES, init_state, make_train_step
 
 TRAINING = ("warm_start", "transition", "alignment")
-PHASES = (*TRAINING, "evaluate", "prefill", "decode")
+PHASES = (*TRAINING, "evaluate", "prefill", "decode", "decode_looplm")
 
 
 class DoesNotFitError(InputError):
@@ -77,6 +82,9 @@ class Program(NamedTuple):
       gathered: configs of the models whose weights it gathers.
       description: of its inputs, for the report's title.
       read: bytes of weights that a device reads from its memory at least; 0 if not computed.
+      static: static arguments of the function.
+      tokens: that the program decodes for each sequence.
+      token_bytes: that a device must move for one of them.
     """
 
     function: Any
@@ -86,6 +94,29 @@ class Program(NamedTuple):
     gathered: tuple[ModelConfig, ...]
     description: str
     read: float = 0
+    static: Mapping[str, Any] = types.MappingProxyType({})
+    tokens: int = 0
+    token_bytes: float = 0
+
+    def lower(self) -> Any:
+        """The traced program, for the compiler; under its mesh."""
+        return self.function.lower(*self.arguments, **self.static)
+
+
+def training_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Program:
+    """The training step of a phase, as a run compiles it; under the mesh. `model` is the LoopLM's config."""
+    return _training_program(config, _student(config, model), mesh, phase)
+
+
+def decoding_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Program:
+    """The decoding step of the student ("decode") or of the LoopLM ("decode_looplm"); see `training_program`."""
+    student = _student(config, model)
+    return _decoding_program(config, _looplm(student) if phase == "decode_looplm" else student, mesh, phase)
+
+
+def _student(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    changes = config.student.changes | {"remat": config.remat, "attention_block": config.attention_block}
+    return dataclasses.replace(model, **changes)
 
 
 def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Report:
@@ -102,20 +133,18 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
       ShardingError: the mesh does not divide batch or weights.
       DoesNotFitError: the compiler refuses the program for lack of memory.
     """
-    student = dataclasses.replace(
-        model,
-        **config.student.changes,
-        remat=config.remat,
-        attention_block=config.attention_block,
-    )
+    student = _student(config, model)
     kind = mesh.devices.flat[0].device_kind
-    other = {"evaluate": _evaluation_program, "prefill": _prefill_program, "decode": _decoding_program}
+    if phase == "decode_looplm":
+        student = _looplm(student)
+    other = {"evaluate": _evaluation_program, "prefill": _prefill_program}
+    other |= dict.fromkeys(("decode", "decode_looplm"), _decoding_program)
     make = other.get(phase, _training_program)
     with jax.set_mesh(mesh):
         program = make(config, student, mesh, phase)
         begin = time.perf_counter()
         try:
-            compiled, total = _compile(program.function.lower(*program.arguments))
+            compiled, total = _compile(program.lower())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -135,6 +164,8 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
         _stored_weights(program.gathered, mesh, config.dtype),
         config.phase(phase).steps if phase in TRAINING else 0,
         program.read,
+        program.tokens,
+        program.token_bytes,
     )
 
 
@@ -173,15 +204,17 @@ def _stored_weights(models: Iterable[ModelConfig], mesh, dtype: str) -> StoredWe
 
 
 def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
-    data, teacher = config.data, dataclasses.replace(student, gate="none", first_loop="copy")
+    data, teacher = config.data, _looplm(student)
     check_batch(mesh, data.batch, config.micro_batches)
     optimizer = make_optimizer(config.phase(phase), config.optimizer, abstract_model(student))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), _placed(abstract_model(student), mesh))
+    state = jax.tree.map(lambda x: x if x.sharding else _whole(mesh, x.shape, x.dtype), state)  # counters
     tokens: Any = jax.ShapeDtypeStruct((data.batch, data.length), jnp.int32, sharding=batch_sharding(mesh))
     objective = OBJECTIVES[phase](config)
+    options = compiler_options(config.compiler_options, mesh.devices.flat[0].device_kind)
     reads = config.micro_batches * weight_reads(student, phase, data.length, config.chunk_size)
     return Program(
-        make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather),
+        make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather, options),
         (state, _placed(abstract_model(teacher, config.dtype), mesh), Batch(tokens, tokens, tokens)),
         step_flops(student, phase, data.batch, data.length, config.chunk_size).total,
         {"cached_blocks": _mean_blocks(range(0, data.length, config.chunk_size), config)},
@@ -192,11 +225,16 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     )
 
 
+def _looplm(student: ModelConfig) -> ModelConfig:
+    """The config of the student's teacher."""
+    return dataclasses.replace(student, gate="none", first_loop="copy", window=0, sweeps=1, remat="none")
+
+
 def _evaluation_program(config: TrainConfig, student: ModelConfig, mesh, phase: str) -> Program:
     del phase
     length, count = config.data.length, scoring.rows_at_a_time(config)
     check_batch(mesh, config.data.batch, config.micro_batches)
-    models = student, dataclasses.replace(student, gate="none", first_loop="copy")
+    models = student, _looplm(student)
     stored = (_placed(abstract_model(model), mesh) for model in models)
     weights = [jax.eval_shape(lambda model: scoring.scoring_weights(model, config), model) for model in stored]
     tokens: Any = jax.ShapeDtypeStruct((count, length), jnp.int32, sharding=batch_sharding(mesh))
@@ -238,20 +276,24 @@ def _decoding_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     sampling = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, GREEDY))
     sampling = jax.tree.map(lambda x: _whole(mesh, x.shape, x.dtype), sampling)
     request = SamplingRequest(sampling, numbers, _whole(mesh, (STOP_SLOTS,)), _whole(mesh, ()))
-    blocks = _mean_blocks(range(length), config)
+    blocks, tokens = _mean_blocks(range(length), config), GenerationOptions(1).block
+    needed = decoding_bytes(student, count, (length - 1) / 2, jnp.dtype(config.dtype).itemsize)
 
     def trips(op_name):
         if innermost(op_name, SCOPES) == "cached_blocks":
             return blocks
-        return 1 if op_name.count("while") == 1 else None  # the outermost loop, over one token
+        return tokens if op_name.count("while") == 1 else None  # the outermost loop, over a block of tokens
 
     return Program(
         decode_block,
         (model, cache, state, request),
-        _groups(mesh) * count * forward_flops(student, causal_entries(length), logits=1).total,
+        _groups(mesh) * count * tokens * forward_flops(student, causal_entries(length), logits=1).total,
         trips,
         (),
-        f"{_serving_description(config, mesh)}, one token at a time",
+        f"{_serving_description(config, mesh)}, {tokens} tokens in a call, one at a time",
+        static={"block": tokens},
+        tokens=tokens,
+        token_bytes=needed.total / mesh.shape["tensor"],
     )
 
 

@@ -26,6 +26,7 @@ CHOICES = {
     "remat": ("none", "products", "layer"),
     "dtype": ("float32", "bfloat16"),
     "gather": ("step", "layer"),
+    "compiler_options": ("default", "overlap", "vmem", "overlap_vmem"),
     "reduction": ("sum", "relative"),
     "distilled": ("all", "last"),
     "divergence": ("forward", "reverse"),
@@ -245,6 +246,7 @@ class TrainConfig:
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"]
     micro_batches: Annotated[Count, "sequential parts of a batch, whose gradients are summed; divides data.batch"]
     gather: Annotated[str, OneOf(CHOICES["gather"]), "when weights are gathered over fsdp: once a step or at each use"]
+    compiler_options: Annotated[str, OneOf(CHOICES["compiler_options"]), "TPU compiler options of a step"]
     mesh: MeshConfig
     data: DataConfig
     pretraining: PretrainingConfig

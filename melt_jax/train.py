@@ -51,6 +51,7 @@ from melt_jax.sharding import (
 )
 from melt_jax.training.attempts import Attempt, spent
 from melt_jax.training.checkpoints import Checkpoints, SaveError
+from melt_jax.training.compiler_options import compiler_options
 from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
@@ -151,20 +152,21 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
 def _run(
     config: TrainConfig, looplm: ModelConfig, workdir: Path, mesh: jax.sharding.Mesh, console: Console
 ) -> LoopedTransformer:
-    # ---- the teacher
+    # ---- the teacher, which is read once: in float32, if training starts from its weights
     pretraining = config.phases == ("pretraining",)
-    teacher, results = None, Results(workdir / "results.json")
-    shardings = weight_shardings(abstract_model(looplm), mesh)
+    ended = [name for name in config.phases if broadcast_from_process_0(is_complete(workdir / name / "model"))]
+    stored = teacher = None
+    results = Results(workdir / "results.json")
     if not pretraining:
-        teacher = open_model(config.teacher, dtype=config.dtype, shardings=shardings)
-        teacher = reconfigure(teacher, attention_block=config.attention_block)
+        shardings = weight_shardings(abstract_model(looplm), mesh)
+        stored = open_model(config.teacher, dtype=config.dtype if ended else "float32", shardings=shardings)
+        teacher = reconfigure(cast_copy(stored, config.dtype), attention_block=config.attention_block)
         if config.evaluation.baselines:
             untrained = lambda: reconfigure(teacher, gate="last")
             results.measure("teacher", lambda: teacher, teacher, config)
             results.measure("single shared KV entry, untrained", untrained, teacher, config)
 
     # ---- phases that an earlier run has ended; their evaluation may be missing
-    ended = [name for name in config.phases if broadcast_from_process_0(is_complete(workdir / name / "model"))]
     for name in ended:
         _delete_checkpoints(name, config, workdir / name)
         results.measure(f"after {name}", lambda name=name: read_model(workdir / name, mesh), teacher, config)
@@ -174,12 +176,12 @@ def _run(
     if ended:
         params = read_model(workdir / ended[-1], mesh)
         console.print(f"{ended[-1]}: complete, read from {workdir / ended[-1] / 'model'}")
-    elif pretraining:
+    elif stored is None:
         stds = config.pretraining
         params = place_weights(init_model(looplm, key, stds.init_std, embedding_std=stds.embedding_std), mesh)
     else:
-        params = make_student(open_model(config.teacher, dtype="float32", shardings=shardings), config, key)
-        params = place_weights(params, mesh)
+        params = place_weights(make_student(stored, config, key), mesh)
+    del stored
 
     # ---- the phases that remain
     for name in config.phases[len(ended) :]:
@@ -240,7 +242,8 @@ def run_phase(
 
     # ---- step and data
     objective = OBJECTIVES[name](config)
-    train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather)
+    options = compiler_options(config.compiler_options, mesh.devices.flat[0].device_kind)
+    train_step = make_train_step(objective, optimizer, config.micro_batches, config.dtype, config.gather, options)
     sharding, size = batch_sharding(mesh), config.data.batch
     indices = local_batch_indices(sharding, size)
     batches = stream.batches(config.data, config.seed, first_step + start, first_step + phase.steps, indices)
@@ -281,6 +284,11 @@ def with_local_folders(config: TrainConfig) -> TrainConfig:
     folder = lambda text, files: str(hub.local_folder(text, files)) if text else ""
     teacher, tokenizer = folder(config.teacher, hub.MODEL), folder(config.tokenizer, hub.TOKENIZER)
     return dataclasses.replace(config, teacher=teacher, tokenizer=tokenizer)
+
+
+def cast_copy(model: LoopedTransformer, dtype: str) -> LoopedTransformer:
+    """The model in another dtype, with arrays of its own, which remain when those of `model` are donated."""
+    return jax.jit(lambda model: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), model))(model)
 
 
 def make_student(looplm: LoopedTransformer, config: TrainConfig, key: jax.Array) -> LoopedTransformer:

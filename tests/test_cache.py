@@ -12,6 +12,7 @@ from melt_jax.config import InputError
 from melt_jax.model.attention import AttentionMask
 from melt_jax.model.cache import KV, ChunkKV, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
+from melt_jax.model.model import reconfigure
 from tests.helpers.marks import slow
 from tests.helpers.tiny import TINY, jit_run, make_model, random_tokens, run
 
@@ -233,3 +234,16 @@ def test_equal_segment_ids_are_one_document():
     )
     np.testing.assert_array_equal(twice["hidden"][:, :4], apart["hidden"][:, :4])
     assert np.abs(twice["hidden"] - apart["hidden"])[:, 4:].max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"gate": "none"}, {"window": 2, "sweeps": 2}], ids=str)
+def test_reading_in_place_changes_nothing(changes):
+    """Views of the stacked entries give the same hidden states and entries as slices of them."""
+    model, tokens = reconfigure(make_model(), **changes), random_tokens(2, 3)
+    empty = create_cache(model.config, 2, 12, model.dtype)
+    random = lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype)
+    cache = jax.tree.map(random, empty)._replace(segments=jnp.ones_like(empty.segments))
+    if cache.window is not None:
+        cache = cache._replace(window=cache.window._replace(segments=jnp.ones_like(empty.window.segments)))
+    want, got = (jax.jit(run_chunk)(model, tokens, read, 7) for read in (cache, cache.in_place()))
+    jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -13,7 +13,8 @@ RECORD = {
     "devices": 4, "tensor": 2, "micro_batches": 1, "read_seconds": 0.5,
     "gather_group": 1, "gathered_ratio": None, "unknown_gathers": 0, "copy_bytes": 1e9,
     "collectives": {"all-gather": [3, 5e9]}, "compute_seconds": 1, "collective_seconds": 2,
-    "compile_seconds": 60,
+    "compile_seconds": 60, "token_bytes": 2e9, "moved_token_bytes": 3e9,
+    "roofline": {"memory_seconds": 1.0, "memory_bytes": 30e9},
 }  # fmt: skip
 
 
@@ -25,6 +26,7 @@ def test_rows_have_a_cell_for_each_column():
     assert cells(title) == ["choice", *columns] and len(cells(rule)) == 1 + len(columns)
     found = dict(zip(cells(title), cells(compile_table.row(("a",), columns, RECORD)), strict=True))
     assert found["GB a device"] == "12.0 of 17.0" and found["chip-hours"] == "16"
+    assert found["moved / must move"] == "1.500" and found["ms at peak"] == "100.0" and found["tokens / s"] == "40"
     assert found["at once"] == "2" and found["reading weights, s"] == "0.50"
     assert found["weights gathered, copies"] == "none" and found["collectives, GB"] == "5"
     assert cells(compile_table.row(("a",), columns, RECORD | {"fits": False}))[1] == "**12.0 of 17.0**"

@@ -15,9 +15,11 @@ from configs import nano
 from melt_jax import train
 from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.checkpoints.published import save_published
-from melt_jax.config import ConfigError
+from melt_jax.compile import training_program
+from melt_jax.config import ConfigError, freeze
 from melt_jax.data import stream
 from melt_jax.inference import scoring
+from melt_jax.sharding import make_mesh
 from melt_jax.training.preemption import PREEMPTED
 from melt_jax.training.skipped import NonFiniteError
 from tests.helpers.tiny import TINY, make_model
@@ -222,6 +224,42 @@ def test_only_resumable_keys_may_change(teacher, tmp_path):
     save_published(moved, make_model(LOOPLM, 5), dtype="float32")
     with pytest.raises(ConfigError, match=r":\n  - teacher weights: expected sha256 \w+, found sha256 \w+$"):
         train.run(config, folder)
+
+
+def test_what_is_compiled_is_what_runs(teacher, tmp_path, monkeypatch):
+    """The steps have the text of `melt_jax.compile`'s programs; each phase compiles one; the teacher is read once."""
+    config_dict = tiny_run(teacher)
+    config_dict.evaluation.sequences, config_dict.evaluation.baselines = 0, False
+    config_dict.remat = "products"
+    for phase in (config_dict.transition, config_dict.alignment):
+        phase.steps = 2
+    texts, steps, reads = [], [], []
+
+    def recorded(*args, make=train.make_train_step):
+        step = make(*args)
+        steps.append(step)
+
+        def run(*inputs):
+            if len(texts) < len(steps):
+                texts.append(step.lower(*inputs).as_text())
+            return step(*inputs)
+
+        return run
+
+    def read(folder, *args, open_model=train.open_model, **kwargs):
+        reads.append(folder)
+        return open_model(folder, *args, **kwargs)
+
+    monkeypatch.setattr(train, "make_train_step", recorded)
+    monkeypatch.setattr(train, "open_model", read)
+    train.run(config_dict, tmp_path)
+    assert reads == [teacher] and [step._cache_size() for step in steps] == [1, 1]
+    config = freeze(config_dict)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        for phase, text in zip(config.phases, texts, strict=True):
+            compiled = training_program(config, LOOPLM, mesh, phase).lower().as_text()
+            assert [(a, b) for a, b in zip(compiled.splitlines(), text.splitlines()) if a != b][:3] == []
 
 
 def test_errors_are_reported_together(teacher, tmp_path):

@@ -1,4 +1,4 @@
-"""Counts the FLOPs of matrix products and the bytes of collectives in compiled programs, per device.
+"""Counts the FLOPs of matrix products and the bytes of memory and of collectives in compiled programs, per device.
 
 XLA's `cost_analysis` counts the body of a while loop once, whatever its trip count, and every scan is such a loop.
 `analyse` walks the text of a compiled program, `compiled.as_text()`, from its entry through fusions, calls,
@@ -10,7 +10,8 @@ of the TPU and CPU compilers.
 
 A multiply-add is 2 FLOPs. Only `dot` and `convolution` count (the TPU's compiler writes matrix products as
 convolutions): not products that the compiler rewrote as multiply and reduce, and not custom calls, which are listed by
-name. The CPU's compiler computes bfloat16 in float32, so its collectives move twice the bytes.
+name. `hlo_memory` defines the bytes of memory. The CPU's compiler computes bfloat16 in float32, so its collectives move
+twice the bytes.
 """
 
 import collections
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from melt_jax.analysis.hlo_loops import read_loop
+from melt_jax.analysis.hlo_memory import traffic
 from melt_jax.analysis.hlo_text import (
     Computation,
     Groups,
@@ -36,6 +38,7 @@ from melt_jax.analysis.hlo_text import (
     parse_program,
     plain_attribute,
     replica_groups,
+    result_sides,
 )
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-broadcast",
@@ -60,12 +63,44 @@ class Product:
         request more than the default.
       count: executions in one call of the program.
       flops: of all executions, on one device.
+      sides: (the size that is summed over, the smaller of the result's rows and columns).
     """
 
     op_name: str
     precision: str
     count: float
     flops: float
+    sides: tuple[int, int]
+
+    def rate(self, unit: int) -> float:
+        """The share of the peak that a matrix unit of `unit` × `unit` reaches.
+
+        A half for each side of at most half the unit, such as heads of 128 on units of 256: either a part of the unit
+        holds nothing, or fewer rows pass than it takes to load the next square.
+        """
+        return 0.5 ** sum(side <= unit // 2 for side in self.sides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """An instruction that reads or writes memory; see `hlo_memory`.
+
+    Attributes:
+      op_name: JAX's name of the operation; "" if the compiler dropped it.
+      used_by: the op_name of the first instruction that uses the result, such as the product for which a weight is
+        copied to VMEM; "" if there is none.
+      opcode: of the instruction.
+      count: executions in one call of the program.
+      read: bytes read by all executions, on one device.
+      written: bytes written by all executions.
+    """
+
+    op_name: str
+    used_by: str
+    opcode: str
+    count: float
+    read: float
+    written: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +117,7 @@ class Collective:
         for the others (for all-reduce, all-to-all and collective-permute the result has the same size).
       groups: the devices of each group; None for a permutation or an unknown format.
       sizes: elements of each array, counted as `bytes` is.
+      overlapped: whether other work may run between its start and its end.
     """
 
     kind: str
@@ -92,6 +128,12 @@ class Collective:
     bytes: float
     groups: Groups | None
     sizes: tuple[int, ...]
+    overlapped: bool = False
+
+    @property
+    def hops(self) -> int:
+        """Hops between neighbours, one after the other, if groups are rings that send in both directions."""
+        return (self.group // 2) * {"all-reduce": 2}.get(self.kind, 1) if self.kind != "collective-permute" else 1
 
     @property
     def sent_bytes(self) -> float:
@@ -120,12 +162,14 @@ class Program:
       collectives: in the same order.
       custom_calls: {target, followed by a Pallas kernel's name: executions}; their FLOPs are unknown.
       loops: of all branches, outer loops first.
+      transfers: in the order of the text.
     """
 
     products: tuple[Product, ...]
     collectives: tuple[Collective, ...]
     custom_calls: dict[str, float]
     loops: tuple[Loop, ...]
+    transfers: tuple[Transfer, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -136,6 +180,11 @@ class Program:
     def bf16_flops(self) -> float:
         """FLOPs in bf16 passes of a TPU's matrix unit: float32 takes 6 passes at precision highest, 3 at high."""
         return sum(product.flops * PASSES.get(product.precision, 1) for product in self.products)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes that are read from memory and written to it."""
+        return sum(transfer.read + transfer.written for transfer in self.transfers)
 
     @property
     def collective_bytes(self) -> float:
@@ -170,7 +219,9 @@ class Program:
         if scopes:
             lines.append("by scope")
             lines += [row(name, flops) for name, flops in self.flops_by_scope(scopes).items()]
-        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB per device")
+        overlapped = sum(collective.bytes for collective in self.collectives if collective.overlapped)
+        lines.append(f"collectives          {self.collective_bytes / 1e6:>14,.3f} MB per device,"
+                     f" {overlapped / 1e6:,.3f} of them beside other work")  # fmt: skip
         for (kind, group, dtype), (times, size) in self.collectives_by_kind().items():
             lines.append(f"  {kind:<19}{size / 1e6:>14,.3f} {times:>9,g} times, {dtype}, {group} devices")
         lines += [f"custom call, FLOPs unknown: {name}, {n:,g} times" for name, n in self.custom_calls.items()]
@@ -196,7 +247,13 @@ def analyse(text: str, trips: Trips | Mapping[str, float] | None = None) -> Prog
     computations, entry, devices = parse_program(text)
     walk = _Walk(computations, devices, _trips_function(trips))
     walk.visit(entry, 1, {}, "")
-    return Program(tuple(walk.products), tuple(walk.collectives), dict(walk.custom_calls), tuple(walk.loops))
+    return Program(
+        tuple(walk.products),
+        tuple(walk.collectives),
+        dict(walk.custom_calls),
+        tuple(walk.loops),
+        tuple(walk.transfers),
+    )
 
 
 def innermost(op_name: str, names: Iterable[str]) -> str | None:
@@ -227,6 +284,7 @@ class _Walk:
         self.computations, self.devices, self.trips = computations, devices, trips
         self.products: list[Product] = []
         self.collectives: list[Collective] = []
+        self.transfers: list[Transfer] = []
         self.loops: list[Loop] = []
         self.custom_calls = collections.Counter()
 
@@ -246,6 +304,8 @@ class _Walk:
         for instruction in computation.values():
             opcode = instruction.opcode.removesuffix("-start")
             own_name = attribute(instruction, "op_name") or op_name
+            if fusion is None:
+                self._transfer(computation, instruction, times, own_name)
             if opcode in ("dot", "convolution"):
                 self._product(computation, instruction, times, own_name)
             elif opcode in COLLECTIVES and not under_way:
@@ -270,7 +330,18 @@ class _Walk:
         asked = re.search(r"operand_precision=\{(high\w*)", instruction.attributes)
         if asked and precision == "f32":
             precision = f"f32 {asked[1]}"
-        self.products.append(Product(op_name, precision, times, times * flops))
+        summed = flops // (2 * max(array_elements(arrays(instruction.shape)[0]), 1))
+        sides = (summed, min(result_sides(instruction, lhs, rhs)))
+        self.products.append(Product(op_name, precision, times, times * flops, sides))
+
+    def _transfer(self, computation, instruction, times, op_name):
+        if attribute(instruction, "custom_call_target") in MARKERS:
+            return
+        moved = traffic(self.computations, computation, instruction)
+        if moved.total:
+            read, written = (times * size for size in moved)
+            used_by = _name_of_use(computation, instruction)
+            self.transfers.append(Transfer(op_name, used_by, instruction.opcode, times, read, written))
 
     def _collective(self, computation, instruction, times, op_name, fusion):
         kind = instruction.opcode.removesuffix("-start")
@@ -284,7 +355,9 @@ class _Walk:
         dtype = " × ".join(sorted({dtype for dtype, _ in found}))
         groups = replica_groups(instruction, self.devices)
         sizes = tuple(copies * array_elements(array) for array in found)
-        self.collectives.append(Collective(kind, op_name, group, dtype, times, times * size, groups, sizes))
+        overlapped = instruction.opcode.endswith("-start") or START in _marks(computation)
+        found = Collective(kind, op_name, group, dtype, times, times * size, groups, sizes, overlapped)
+        self.collectives.append(found)
 
     def _conditional(self, instruction, times, op_name):
         names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
@@ -295,10 +368,15 @@ class _Walk:
         for branch in branches:
             walks.append(_Walk(self.computations, self.devices, self.trips))
             walks[-1].visit(branch, times, {}, op_name)
-        cost = lambda walk: (sum(x.flops for x in walk.products), sum(x.bytes for x in walk.collectives))
+        cost = lambda walk: (
+            sum(x.flops for x in walk.products),
+            sum(x.bytes for x in walk.collectives),
+            sum(x.read + x.written for x in walk.transfers),
+        )
         larger = max(walks, key=cost)
         self.products += larger.products
         self.collectives += larger.collectives
+        self.transfers += larger.transfers
         self.custom_calls.update(larger.custom_calls)
         for walk in walks:
             self.loops += walk.loops
@@ -316,8 +394,27 @@ class _Walk:
         self.visit(plain_attribute(instruction, "body"), times * trips, fixed, op_name)
 
 
+def _name_of_use(computation, instruction):
+    """The op_name of the first named instruction that uses a result, found through copies and other nameless ones."""
+    waiting, seen = [instruction.name], set()
+    while waiting:
+        name = waiting.pop(0)
+        for user in computation.values():
+            if user.name not in seen and name in operand_names(user):
+                if found := attribute(user, "op_name"):
+                    return found
+                seen.add(user.name)
+                waiting.append(user.name)
+    return ""
+
+
 def _elements(instruction: Instruction) -> int:
     return sum(map(array_elements, arrays(instruction.shape)))
+
+
+def _marks(computation):
+    """The targets of a computation's custom calls."""
+    return {attribute(call, "custom_call_target") for call in computation.values() if call.opcode == "custom-call"}
 
 
 def _continues_collective(name, computation):
@@ -326,5 +423,5 @@ def _continues_collective(name, computation):
     A TPU overlaps a collective with products by fusing a copy of it into the fusion that starts it, those that run
     meanwhile, and the one that ends it.
     """
-    marks = {attribute(call, "custom_call_target") for call in computation.values() if call.opcode == "custom-call"}
+    marks = _marks(computation)
     return START not in marks and (DONE in marks or name.startswith("async_collective_fusion"))

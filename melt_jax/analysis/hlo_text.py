@@ -215,16 +215,38 @@ def dot_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
     return 2 * size * array_elements(arrays(instruction.shape)[0])
 
 
+def result_sides(instruction: Instruction, lhs: Array, rhs: Array) -> tuple[int, int]:
+    """(rows, columns) of the result of a `dot` or `convolution`, without batch dimensions."""
+    if instruction.opcode == "dot":
+        sides = []
+        for side, array in (("lhs", lhs), ("rhs", rhs)):
+            named = re.findall(rf"{side}_(?:contracting|batch)_dims=\{{([\d,]*)\}}", instruction.attributes)
+            axes = {int(axis) for found in named for axis in found.split(",") if axis}
+            sides.append(math.prod(size for axis, size in enumerate(array[1]) if axis not in axes))
+        return sides[0], sides[1]
+    _, rhs_labels, out_labels = convolution_labels(instruction)
+    output = dict(zip(out_labels, arrays(instruction.shape)[0][1]))
+    kernel = dict(zip(rhs_labels, rhs[1]))
+    # A spatial dimension with a window of 1 holds rows; one with a larger window is a batch or is summed over.
+    rows = math.prod(size for label, size in output.items() if label.isdigit() and kernel[label] == 1)
+    return output["b"] * rows, output["f"]
+
+
+def convolution_labels(instruction: Instruction) -> tuple[str, str, str]:
+    """The labels of the dimensions of a `convolution`: of its left operand, its right operand and its result."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"expected dim_labels= in %{instruction.name}, found {instruction.attributes[:200]!r}")
+    return labels[1], labels[2], labels[3]
+
+
 def convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
     """The FLOPs of a `convolution`: 2 × its multiplications, except those with padding and dilation holes.
 
     The TPU's compiler writes the batch dimensions of a matrix product as spatial dimensions: a window over all of them,
     dilated and padded so that each output sees one element. Counting elements alone gives 2·M·N·K.
     """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    if labels is None:
-        raise ValueError(f"expected dim_labels= in %{instruction.name}, found {instruction.attributes[:200]!r}")
-    lhs_labels, rhs_labels, out_labels = labels.groups()
+    lhs_labels, rhs_labels, out_labels = convolution_labels(instruction)
     output = arrays(instruction.shape)[0][1]
     size = lambda labels, dims, label: dims[labels.index(label)]
     flops = 2 * size(out_labels, output, "b") * size(out_labels, output, "f") * size(rhs_labels, rhs[1], "i")

@@ -1,4 +1,4 @@
-"""The report of `melt_jax.compile`: memory, FLOPs and collectives of one compiled program."""
+"""The report of `melt_jax.compile`: memory, FLOPs, collectives and the roofline of one compiled program."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,9 +7,12 @@ from typing import Any
 from melt_jax.analysis.chips import Chip
 from melt_jax.analysis.hlo import Collective, Program, innermost
 from melt_jax.analysis.hlo_text import Groups
+from melt_jax.analysis.roofline import Roofline, roofline
 
-SCOPES = ("gate", "attention", "near_entries", "cached_blocks", "mlp", "distillation", "alignment", "gather_weights",
+SCOPES = ("embedding", "gate", "projections", "attention", "near_entries", "cached_blocks", "mlp", "final_norm", "head",
+          "cache_write", "sampling", "distillation", "alignment", "cross_entropy", "gradient_sums", "gather_weights",
           "reduce", "optimizer")  # fmt: skip
+OWNERS = ("teacher", "student")  # outer scopes whose parts the roofline tells apart
 WHOLE_COPY = 0.9  # a step gathers each weight at least once; a lower share means that some were not attributed
 
 
@@ -91,6 +94,8 @@ class Report:
       weights: those that the program may gather.
       steps: the phase's number of steps; 0 if the program is not a training step.
       weight_reads: bytes of weights that a device reads from its memory at least; 0 if not computed.
+      tokens: that the program decodes for each sequence; 0 if it does not decode.
+      token_bytes: that a device must move for one token of each sequence.
     """
 
     title: str
@@ -103,6 +108,8 @@ class Report:
     weights: StoredWeights
     steps: int
     weight_reads: float = 0
+    tokens: int = 0
+    token_bytes: float = 0
 
     @property
     def fits(self) -> bool:
@@ -130,9 +137,18 @@ class Report:
         sent = sum(collective.sent_bytes for collective in self.program.collectives)
         return self.program.bf16_flops / chip.device_flops, sent / chip.ring_bandwidth
 
+    def roofline(self, chip: Chip) -> Roofline:
+        """The bounds of the program's time by a chip's peaks, for each named scope."""
+        return roofline(self.program, chip, SCOPES, OWNERS)
+
     def read_seconds(self, chip: Chip) -> float:
         """Seconds in which the weights are read at the peak of a chip's memory."""
         return self.weight_reads / (chip.memory_bandwidth / chip.devices)
+
+    @property
+    def moved_token_bytes(self) -> float:
+        """Bytes of memory that a device moves to decode one token of each sequence; 0 if the program does not."""
+        return self.program.memory_bytes / self.tokens if self.tokens else 0
 
     def chip_hours(self, chip: Chip) -> float:
         """The chip-hours of the whole phase, if reading weights overlaps with products and collectives do not."""
@@ -159,7 +175,7 @@ class Report:
         ]
         if self.flops_ratio < 1:
             lines.append("(below 1: products that XLA rewrote as multiply and reduce are not counted)")
-        return "\n".join([*lines, *self._gather_lines(), *self._peak_lines()])
+        return "\n".join([*lines, *self._gather_lines(), *self._token_lines(), *self._peak_lines()])
 
     def record(self) -> dict[str, Any]:
         """The numbers of the tables as plain JSON; chip figures only if the chip is known."""
@@ -171,7 +187,10 @@ class Report:
             "flops": self.program.flops, "flops_ratio": self.flops_ratio, "necessary_flops": self.necessary_flops,
             "gather_group": self.weights.group, "gathered_ratio": self.gathered_ratio,
             "unknown_gathers": self.weights.gathered_bytes(self.program.collectives)[1],
+            "collective_bytes": self.program.collective_bytes,
+            "overlapped_bytes": sum(x.bytes for x in self.program.collectives if x.overlapped),
             "copy_bytes": self.weights.copy_bytes, "steps": self.steps,
+            "token_bytes": self.token_bytes, "moved_token_bytes": self.moved_token_bytes,
             "collectives": {f"{kind} {dtype} {group}": moved for (kind, group, dtype), moved in kinds},
         }  # fmt: skip
         if self.chip is None:
@@ -180,7 +199,7 @@ class Report:
         return record | {
             "chip": self.chip.name, "chips": self.devices // self.chip.devices, "memory": self.chip.device_memory,
             "compute_seconds": compute, "collective_seconds": links, "read_seconds": self.read_seconds(self.chip),
-            "chip_hours": self.chip_hours(self.chip),
+            "chip_hours": self.chip_hours(self.chip), "roofline": self.roofline(self.chip).record(),
         }  # fmt: skip
 
     def _gather_lines(self):
@@ -193,6 +212,13 @@ class Report:
                     f" {_giga(unknown)} GB of all-gathers are not attributed"]  # fmt: skip
         rest = f"; {_giga(unknown)} GB of all-gathers are not attributed" if unknown else ""
         return [f"weights gathered: {self.gathered_ratio:.2f} of {copy}{rest}"]
+
+    def _token_lines(self):
+        if not self.tokens:
+            return []
+        moved, needed = self.moved_token_bytes, self.token_bytes
+        return [f"memory traffic for a token of each sequence: {_giga(moved)} GB, {moved / needed:.3f} of the"
+                f" {_giga(needed)} GB that must move"]  # fmt: skip
 
     def _peak_lines(self):
         if self.chip is None:
@@ -207,7 +233,7 @@ class Report:
             lines.append(
                 f"{self.steps} steps of the phase: {self.chip_hours(self.chip):,.1f} chip-hours at those rates"
             )
-        return lines
+        return [*lines, *self.roofline(self.chip).lines()]
 
 
 def _giga(number: float) -> str:

@@ -148,7 +148,7 @@ def prefill_chunk(
     """
     slots = start + jnp.arange(tokens.shape[1])
     segments = (slots[None] < lengths[:, None]).astype(jnp.int32)
-    out = run_chunk(model, tokens, cache, start, segments=segments)
+    out = run_chunk(model, tokens, cache.in_place(), start, segments=segments)
     last = lengths - 1 - start
     inside = (last >= 0) & (last < tokens.shape[1])
     index = jnp.clip(last, 0, tokens.shape[1] - 1)[None, :, None, None]
@@ -190,7 +190,7 @@ def decode_block(
     def one_token(carry):
         step, cache, state, tokens, exits = carry
         live = (~state.done).astype(jnp.int32)[:, None]
-        out = run_chunk(model, state.tokens[:, None], cache, state.lengths, segments=live)
+        out = run_chunk(model, state.tokens[:, None], cache.in_place(), state.lengths, segments=live)
         cache = cache.write(out.kv, out.segments, state.lengths)
         state = state._replace(lengths=state.lengths + live[:, 0])
         state, new, left = _advance(model, state, out.hidden[:, :, 0], request)

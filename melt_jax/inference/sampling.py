@@ -119,4 +119,5 @@ def sample_tokens(
     def greedy(logits):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    return jax.lax.cond(sampling.temperature > 0, draw, greedy, logits)
+    with jax.named_scope("sampling"):
+        return jax.lax.cond(sampling.temperature > 0, draw, greedy, logits)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from melt_jax.model.cache import KV, ChunkKV, blend
+from melt_jax.model.cache import KV, ChunkKV, EntryView, blend, read_slots
 from melt_jax.model.layout import einsum, upcast
 
 SAVED = "attention"  # the `jax.checkpoint` name of the values that the backward pass needs from the forward pass
@@ -92,7 +92,8 @@ def blockwise_attention(
 
     Args:
       query: the chunk's queries.
-      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, blended by α.
+      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, blended by α; in inference
+        each may be an `EntryView`.
       near: the entries that `mask.near` covers, [B, N, K, E].
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
@@ -168,8 +169,8 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
 
     def body(index, state):
         begin = jnp.minimum(index * size, slots - size)  # the last block may overlap the one before it
-        cut = functools.partial(jax.tree.map, lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, 1))
-        kv = blend(cut(earlier), alpha)
+        cut = lambda entries: read_slots(entries, begin, size)
+        kv = blend(jax.tree.map(cut, earlier, is_leaf=lambda x: isinstance(x, KV | EntryView)), alpha)
         return add_block(state, kv, mask.over_cache(index * size, begin, size), begin)
 
     if size == slots:

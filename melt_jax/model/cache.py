@@ -110,6 +110,58 @@ class EntryList:
         return item if isinstance(item, EntryList) else _swap_heads(item)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EntryStack:
+    """Stacked entries of which attention reads one block of one layer at a time, where they are.
+
+    A scan over the entries themselves makes a TPU copy each layer's, live or not, before attention reads its blocks.
+    Scanning over `indices` and taking a `view` does not. For inference: views are not differentiable.
+
+    Attributes:
+      entries: `KV` of [L, B, S, K, E] or [T, L, B, S, K, E].
+    """
+
+    entries: KV
+
+    def indices(self) -> Int[Array, "*lead n"]:
+        """The index of each layer, or of each loop and layer, for a scan in place of the entries."""
+        lead = self.entries.keys.shape[:-4]
+        return jnp.asarray(np.moveaxis(np.indices(lead, np.int32), 0, -1))
+
+    def view(self, index: Int[Array, " n"]) -> "EntryView":
+        """The entries of one index, unread."""
+        return EntryView(self.entries, index)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EntryView:
+    """The entries [B, S, K, E] of one layer of an `EntryStack`."""
+
+    entries: KV
+    index: Int[Array, " n"]
+
+    def read(self, begin: Int[Array, ""] | int, size: int) -> KV:
+        """The entries of slots begin … begin + size − 1, [B, size, K, E]."""
+
+        def read(x):
+            lead, (batch, _, *rest) = x.ndim - 4, x.shape[-4:]
+            zero = jnp.int32(0)
+            start = (*(self.index[i] for i in range(lead)), zero, jnp.asarray(begin, jnp.int32), zero, zero)
+            sizes = (*[1] * lead, batch, size, *rest)
+            return jax.lax.squeeze(jax.lax.dynamic_slice(x, start, sizes), range(lead))
+
+        return jax.tree.map(read, self.entries)
+
+
+def read_slots(entries: KV | EntryView, begin: Int[Array, ""] | int, size: int) -> KV:
+    """The slots begin … begin + size − 1 of one layer's entries, [B, size, K, E]."""
+    if isinstance(entries, EntryView):
+        return entries.read(begin, size)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, 1), entries)
+
+
 def _swap_heads(kv: KV) -> KV:
     """[B, S, K, E] from [B, K, S, E], and the reverse."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), kv)
@@ -135,6 +187,11 @@ class Cache(NamedTuple):
         return self._replace(
             shared=self.shared and EntryList.of(self.shared), per_loop=self.per_loop and EntryList.of(self.per_loop)
         )
+
+    def in_place(self) -> "Cache":
+        """The cache for `run_chunk` in inference: stacked entries are read in blocks, not copied layer by layer."""
+        stack = lambda entries: EntryStack(entries) if isinstance(entries, KV) else entries
+        return self._replace(shared=stack(self.shared), per_loop=stack(self.per_loop))
 
     @property
     def keys(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
@@ -169,6 +226,10 @@ class Cache(NamedTuple):
 
         `start` is one slot for the whole batch, or a slot per sequence.
         """
+        with jax.named_scope("cache_write"):
+            return self._write(entries, segments, start)
+
+    def _write(self, entries, segments, start):
         shared = _write_entries(self.shared, entries.shared, start, 2)
         per_loop = _write_entries(self.per_loop, entries.per_loop, start, 3)
         window = self.window

@@ -62,20 +62,23 @@ class DecoderLayer(nnx.Module):
 
     def project_kv(self, stream: Float[Array, "B C D"], rope: RopeTable) -> KV:
         """The KV entries of a stream: k = rope(stream W_K), v = stream W_V."""
-        return KV(
-            apply_rope(einsum("bcd,dke->bcke", stream, self.k_proj[...]), rope),
-            einsum("bcd,dke->bcke", stream, self.v_proj[...]),
-        )
+        with jax.named_scope("projections"):
+            return KV(
+                apply_rope(einsum("bcd,dke->bcke", stream, self.k_proj[...]), rope),
+                einsum("bcd,dke->bcke", stream, self.v_proj[...]),
+            )
 
     def project_query(self, stream: Float[Array, "B C D"], rope: RopeTable) -> Float[Array, "B C K G E"]:
         """q = rope(stream W_Q)."""
         cos, sin = rope
-        query = einsum("bcd,dkge->bckge", stream, self.q_proj[...])
-        return apply_rope(query, (cos[..., None, :], sin[..., None, :]))
+        with jax.named_scope("projections"):
+            query = einsum("bcd,dkge->bckge", stream, self.q_proj[...])
+            return apply_rope(query, (cos[..., None, :], sin[..., None, :]))
 
     def project_output(self, heads: Float[Array, "B C K G E"]) -> Float[Array, "B C D"]:
         """W_O applied to the heads' attention results."""
-        return einsum("bcxyz,xyzd->bcd", heads, self.o_proj[...], out_sharding=token_sharding(heads))
+        with jax.named_scope("projections"):
+            return einsum("bcxyz,xyzd->bcd", heads, self.o_proj[...], out_sharding=token_sharding(heads))
 
     def mlp(self, x: Float[Array, "B C D"]) -> Float[Array, "B C D"]:
         """down(silu(gate x) · up x)."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
-from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, blend, create_cache
+from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, EntryStack, blend, create_cache
 from melt_jax.model.gate import update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
 from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features
@@ -152,7 +152,8 @@ def _run_loops(
     if is_unstacked(model) and x.shape[1] == 1:
         # The scores of one token are small, and a block of the slots would be a copy.
         config = dataclasses.replace(config, attention_block=max(1, cache.length))
-    run_layer = functools.partial(_run_layer, config, context)
+    stored = ChunkKV(cache.shared, cache.per_loop)
+    run_layer = functools.partial(_run_layer, config, context, stored)
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
@@ -160,7 +161,7 @@ def _run_loops(
         x, latents, _ = state
         loop, cached, window, previous_per_loop, given = xs
         earlier = _Earlier(
-            ChunkKV(cache.shared, cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
+            ChunkKV(_scanned(cache.shared), cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
         )
         layer_loop = jnp.full((config.layers,), loop)
         x, (layer_input, latents, kv, attention_output, gate_openness) = scan_layers(
@@ -176,7 +177,9 @@ def _run_loops(
     pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
     window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
     (_, _, shared), (per_loop, recent, outputs) = scan_loops(
-        run_loop, (x, latents, shared), (loops, cache.per_loop, window, previous and previous.per_loop, layer_inputs)
+        run_loop,
+        (x, latents, shared),
+        (loops, _scanned(cache.per_loop), window, previous and previous.per_loop, layer_inputs),
     )
     kv = ChunkKV(shared, per_loop, jax.tree.map(lambda entries: entries[:-1], recent))
     hidden, layer_input, attention_output, gate_openness = outputs
@@ -208,9 +211,24 @@ def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D
     return latents, create_cache(config, batch, length, x.dtype, batch_axes=split).shared
 
 
-def _run_layer(config: ModelConfig, context: _Context, y: Float[Array, "B C D"], xs):
-    """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, t, its input or None)."""
+def _scanned(entries: Any) -> Any:
+    """What a scan over loops or layers slices instead of these entries."""
+    return entries.indices() if isinstance(entries, EntryStack) else entries
+
+
+def _of_layer(stored: Any, scanned: Any) -> Any:
+    """One layer's entries from a scan's slice of `_scanned`."""
+    return stored.view(scanned) if isinstance(stored, EntryStack) else scanned
+
+
+def _run_layer(config: ModelConfig, context: _Context, stored: ChunkKV, y: Float[Array, "B C D"], xs):
+    """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, t, its input or None).
+
+    `stored` are the entries of all layers.
+    """
     layer, latent, earlier, loop, given = xs
+    cached = ChunkKV(*(_of_layer(*pair) for pair in zip(stored[:2], earlier.cached[:2])))
+    earlier = earlier._replace(cached=cached)
     layer_input = y = y if given is None else whole_features(given)
     with jax.named_scope("gate"):
         u = layer.norm(y, "input_layernorm")

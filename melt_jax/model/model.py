@@ -100,6 +100,10 @@ class LoopedTransformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B C"]) -> Float[Array, "B C D"]:
         """x⁰ = embed[token], unscaled."""
+        with jax.named_scope("embedding"):
+            return self._embed(tokens)
+
+    def _embed(self, tokens):
         table, sharding = self.embed_tokens[...], token_sharding(tokens[..., None])
         if jax.typeof(table).sharding.spec[0] is None:
             return table.at[tokens].get(out_sharding=sharding)
@@ -109,9 +113,10 @@ class LoopedTransformer(nnx.Module):
 
     def logits(self, hidden: Float[Array | np.ndarray, "*lead D"]) -> Float[Array, "*lead V"]:
         """Next-token logits, at least float32."""
-        if self.lm_head is None:
-            return einsum("...d,vd->...v", hidden, self.embed_tokens[...], accumulate=True)
-        return einsum("...d,dv->...v", hidden, self.lm_head[...], accumulate=True)
+        with jax.named_scope("head"):
+            if self.lm_head is None:
+                return einsum("...d,vd->...v", hidden, self.embed_tokens[...], accumulate=True)
+            return einsum("...d,dv->...v", hidden, self.lm_head[...], accumulate=True)
 
     def exit_pdf(self, hidden: Float[Array | np.ndarray, "T B S D"]) -> Float[Array, "B S T"]:
         """The probability that each loop is the last one, at least float32 (arXiv 2510.25741).

@@ -201,7 +201,8 @@ def _chunk_sums_backward(step, residuals, sums_bar):
         own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
         chunk_weights_bar, earlier_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         add = lambda total, x: total + x.astype(total.dtype)
-        totals = jax.tree.map(add, (entries_bar, weights_bar), (earlier_bar, chunk_weights_bar))
+        with jax.named_scope("gradient_sums"):
+            totals = jax.tree.map(add, (entries_bar, weights_bar), (earlier_bar, chunk_weights_bar))
         return (totals[0], window_bar, totals[1]), None
 
     zeros = lambda x: jnp.zeros_like(x, accumulation_dtype(x.dtype))

@@ -246,7 +246,8 @@ def whole_documents(tokens: Tokens, loss_mask: Mask) -> Batch:
 
 def teacher_targets(teacher: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...]) -> Targets:
     """Runs the frozen teacher over (tokens, positions, segments) chunks; its cache is freed after the last one."""
-    (hidden, layer_input, attention_output, _), _ = run_chunks(teacher, chunks)
+    with jax.named_scope("teacher"):
+        (hidden, layer_input, attention_output, _), _ = run_chunks(teacher, chunks)
     return jax.lax.stop_gradient(Targets(hidden, attention_output, layer_input))
 
 
@@ -395,7 +396,8 @@ def _sum_over_chunks(
     count, batch, chunk_size = tokens.shape
     slots = count * chunk_size if count > 1 else 0
     cache = create_cache(model.config, batch, slots, model.dtype, transition, batch_axes(tokens[0]))
-    if count == 1:
-        only = jax.tree.map(lambda x: x[0], chunks)
-        return step(perturb_weights(model, perturbation), cache, 0, data, only)[0]
-    return chunk_sums(step, model, perturbation, cache, data, chunks)
+    with jax.named_scope("student"):
+        if count == 1:
+            only = jax.tree.map(lambda x: x[0], chunks)
+            return step(perturb_weights(model, perturbation), cache, 0, data, only)[0]
+        return chunk_sums(step, model, perturbation, cache, data, chunks)

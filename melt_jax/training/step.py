@@ -154,6 +154,7 @@ def make_train_step(
     micro_batches: int = 1,
     dtype: DTypeLike = "float32",
     gather: str = "step",
+    compiler_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, LoopedTransformer | None, Batch], tuple[TrainState, Metrics]]:
     """The jitted step `(state, teacher, batch) → (state, metrics)`; the state is donated.
 
@@ -175,6 +176,7 @@ def make_train_step(
       gather: when weights are gathered over fsdp. "step": all of them once per step; each group of devices runs its
         sequences on its own copy, and gradients are reduced once. "layer": each weight at every use, which takes less
         memory but T gathers and reductions of every layer per chunk.
+      compiler_options: of XLA; see `training.compiler_options`.
     """
 
     def train_step(state, teacher, batch):
@@ -188,10 +190,10 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             updated = optax.apply_updates(state.params, updates), opt_state
-        metrics = _step_metrics(sums, objective.terms(sums), count, gradients)
-        return _skip_unless_finite(state, updated, metrics)
+            metrics = _step_metrics(sums, objective.terms(sums), count, gradients)
+            return _skip_unless_finite(state, updated, metrics)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def _gradients_of_parts(objective, micro_batches, weights, teacher, parts, step, count):

@@ -62,7 +62,8 @@ def lose(workdir: pathlib.Path, process: int, came: Callable[[], object]) -> tup
         text = log_of(workdir, i).read_text()[sizes[i] :]
         if i != process and status != -signal.SIGABRT:
             return f"process {i}: status {status} after {seconds:.0f} s", seconds
-        if i != process and not re.search(rf"stopped sending heartbeats\):\s*{process}\s", text):
+        named = rf"stopped sending heartbeats\):\s*{process}\s" + ("|leader task was" if process == 0 else "")
+        if i != process and not re.search(named, text):
             return f"process {i} does not name process {process}: {text[-600:]}", seconds
     return "", seconds
 

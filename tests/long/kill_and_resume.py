@@ -78,7 +78,8 @@ def interrupt(workdir: pathlib.Path, processes: int, moment: float, number: int)
     kill(started, number)
     statuses = wait_for(started, PATIENCE)
     kill(started)
-    return where, statuses
+    ended = statuses == [0] * processes  # before the signal reached it
+    return "" if ended else where, statuses
 
 
 def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int, seed: int) -> Trial:
@@ -111,7 +112,7 @@ def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int
             if not where:
                 error = "" if statuses == [0] * processes else f"resumed run: statuses {statuses}"
                 break
-            allowed = {-number} if number == signal.SIGKILL else {0, PREEMPTED}
+            allowed = {0, -number} if number == signal.SIGKILL else {0, PREEMPTED}
             moments.append(f"{moment:.2f} s ({where})")
             places[where] += 1
             if not set(statuses) <= allowed:

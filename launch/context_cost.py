@@ -24,10 +24,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the repository 
 import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from melt_jax import ModelConfig
 from melt_jax import compile as command
 from melt_jax.analysis import figures
+from melt_jax.analysis.chips import CHIPS, Chip
 from melt_jax.analysis.hlo import analyse, innermost
 from melt_jax.analysis.report import SCOPES
 from melt_jax.analysis.topology import OFFLINE, describe_devices
@@ -35,12 +37,14 @@ from melt_jax.command_line import load_config
 from melt_jax.config import freeze
 from melt_jax.inference import generation
 from melt_jax.inference.generation import GenerationOptions, decode_block, prepare_prefill
-from melt_jax.model.model import init_model, unstack
+from melt_jax.model.cache import bytes_per_token
+from melt_jax.model.model import abstract_model, init_model, parameter_count, unstack
 from melt_jax.sharding import make_mesh
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 MODELS = {"LoopLM": ("decode_looplm", "none"), "MELT": ("decode", "elementwise")}
 SMALL = dict(vocab=1024, width=256, layers=4, heads=4, kv_heads=4, head_width=64, feed_forward=704, max_positions=65536)
+CHIP_OF = {chip.name: chip for chip in CHIPS}
 TOKENS, REPEATS = 4, 3  # tokens of a block, blocks
 
 
@@ -82,6 +86,38 @@ def cpu_seconds(model: str, context: int) -> float:
     return min(seconds[1:])
 
 
+def tokens_per_second(chip: Chip, model: str, context: int, moved: float, fixed: float) -> tuple[int, float]:
+    """(sequences that fit a device, the tokens per second that they decode together at the peak of its memory).
+
+    Args:
+      chip: of the topology.
+      model: a key of `MODELS`.
+      context: tokens of each sequence.
+      moved: bytes moved for a token of one sequence.
+      fixed: those of them that further sequences do not add: the weights.
+    """
+    config = ModelConfig(gate=MODELS[model][1])
+    free = chip.device_memory - 2 * parameter_count(abstract_model(config))
+    count = int(free // (context * bytes_per_token(config)))
+    return count, count * chip.device_bandwidth / (fixed + count * (moved - fixed)) if count else 0.0
+
+
+def print_table(costs: dict[str, list[float]], unit: str, scale: float, chip: Chip | None) -> None:
+    """Prints the costs, and with a chip the speed of as many sequences as fit."""
+    speed = " fit, LoopLM | tokens / s, LoopLM | fit, MELT | tokens / s, MELT |" if chip else ""
+    print(f"| context | LoopLM, {unit} | MELT, {unit} | MELT / LoopLM |{speed}")
+    print("|---" * (8 if chip else 4) + "|")
+    # Every block of the cache costs the same, so the first two contexts give the cost of none.
+    fixed = {model: values[0] - (values[1] - values[0]) for model, values in costs.items()}
+    for i, context in enumerate(CONTEXTS):
+        looplm, melt = (costs[model][i] for model in MODELS)
+        line = f"| {context:,} | {looplm / scale:.2f} | {melt / scale:.2f} | {melt / looplm:.3f} |"
+        for model in MODELS if chip else ():
+            count, speed = tokens_per_second(chip, model, context, costs[model][i], fixed[model])
+            line += f" {count} | {speed:,.0f} |"
+        print(line)
+
+
 def records(path: str | None) -> dict[str, float]:
     """The results in a file of JSON lines."""
     file = pathlib.Path(path) if path else None
@@ -94,9 +130,10 @@ def draw(costs: dict[str, list[float]], contexts: tuple[int, ...], label: str) -
     axes = figure.subplots()
     for name, values in costs.items():
         axes.plot(contexts, values, marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel=label)
-    axes.set_xticks(contexts, [f"{context:,}" for context in contexts], minor=False)
-    axes.minorticks_off()
+    axes.set(xscale="log", xlabel="context, tokens", ylabel=label)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0)
     axes.legend()
     return figure
 
@@ -127,9 +164,7 @@ def main() -> None:
             pathlib.Path(args.records).write_text("".join(json.dumps(item) + "\n" for item in known.items()))
     costs = {model: [known[key(model, context)] for context in CONTEXTS] for model in MODELS}
     unit, scale = ("ms", 1e-3) if args.cpu else ("GB", 1e9)
-    print(f"| context | LoopLM, {unit} | MELT, {unit} | MELT / LoopLM |\n|---|---|---|---|")
-    for context, looplm, melt in zip(CONTEXTS, costs["LoopLM"], costs["MELT"]):
-        print(f"| {context:,} | {looplm / scale:.2f} | {melt / scale:.2f} | {melt / looplm:.3f} |")
+    print_table(costs, unit, scale, None if args.cpu else CHIP_OF[args.topology.split(":")[0]])
     if args.output:
         label = "ms per token" if args.cpu else "GB moved per token"
         scaled = {model: [value / scale for value in values] for model, values in costs.items()}

@@ -60,11 +60,11 @@ def test_decoding_moves_little_more_than_it_must(phase, topology):
     assert f"{report.moved_token_bytes / report.token_bytes:.3f} of the" in report.text()
 
 
-@pytest.mark.parametrize("gate", ["none", "elementwise"])
-def test_decoding_on_a_cpu_moves_little_more(gate):
-    """A CPU reads all slots of its cache; here they are full. It copies a LoopLM's last layer in loop T."""
+@pytest.mark.parametrize(("gate", "count"), [("none", 1), ("none", 4), ("elementwise", 1)])
+def test_decoding_on_a_cpu_moves_little_more(gate, count):
+    """A CPU reads all slots of its cache; here they are full."""
     model = unstack(init_model(ModelConfig(**SMALL | {"layers": 2}, gate=gate), jax.random.key(0)))
-    options, prompts = GenerationOptions(2), [[1]] * 4
+    options, prompts = GenerationOptions(2), [[1]] * count
     inputs = prepare_prefill(model, prompts, 1023, 1)
     state = generation._initial_state(inputs.lengths)
     request = generation._request(options, range(len(prompts)))
@@ -72,5 +72,4 @@ def test_decoding_on_a_cpu_moves_little_more(gate):
     program = analyse(text, lambda name: 1 if name.count("while") == 1 else None)
     needed = decoding_bytes(model.config, len(prompts), inputs.cache.length, itemsize=4).total
     assert not program.unknown_loops
-    copies = 4 * 2 * jax.tree.leaves(inputs.cache.per_loop)[0].nbytes if gate == "none" else 0
-    assert needed <= program.memory_bytes < 1.15 * needed + copies
+    assert needed <= program.memory_bytes < 1.15 * needed

@@ -191,7 +191,8 @@ def decode_block(
         step, cache, state, tokens, exits = carry
         live = (~state.done).astype(jnp.int32)[:, None]
         out = run_chunk(model, state.tokens[:, None], cache.in_place(), state.lengths, segments=live)
-        cache = cache.write(out.kv, out.segments, state.lengths)
+        start = _after(out.hidden, state.lengths) if is_unstacked(model) else state.lengths
+        cache = cache.write(out.kv, out.segments, start)
         state = state._replace(lengths=state.lengths + live[:, 0])
         state, new, left = _advance(model, state, out.hidden[:, :, 0], request)
         return step + 1, cache, state, tokens.at[step].set(new), exits.at[step].set(left)
@@ -359,6 +360,15 @@ def _request(options: GenerationOptions, indices: Sequence[int]) -> SamplingRequ
     stop = np.array((*options.stop, *[-1] * (STOP_SLOTS - len(options.stop))), np.int32)
     sampling = jax.tree.map(jnp.asarray, options.sampling)
     return SamplingRequest(*replicated((sampling, np.array(indices, np.int32), stop, np.int32(options.max_new_tokens))))
+
+
+def _after(value, index):
+    """The index, unchanged, but known only when `value` is.
+
+    It orders the reads of entry lists before the writes: in straight code, XLA may otherwise write first, and then
+    copies every list for its reader.
+    """
+    return index + (value.ravel()[-1] * 0).astype(index.dtype)  # XLA keeps the product, which is NaN for NaN
 
 
 def _initial_state(lengths: Int[Array, " B"]) -> DecodeState:

@@ -8,6 +8,7 @@ that generates. 129 would be exact too; 128 suits the tiles of a TPU.
     python -m melt_jax.train --config=configs/ouro_1_4b_exact.py --workdir=runs/melt_1_6b_exact
 
 Beside the cache of 196 608 bytes per token, a sequence keeps its window: 75 MB in bfloat16, whatever its length.
+vLLM does not serve a window; transformers and `melt_jax.generate` do.
 
 A step has been compiled for these chips; the recipe has never been run. The price by the compiler, beside the paper's
 chunks: GB per chip, FLOPs / necessary, and the least chip-hours of the phase (launch/README.md has the whole table):

@@ -37,13 +37,18 @@ def one_step(
     parts: int,
     config: ModelConfig = CONFIG,
     dtype: str = "float64",
+    noise: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """{name: array}: metrics and moments after one step from the middle of a phase.
 
+    With `noise`, each weight of student and teacher is first changed by a random part of itself, at most that large.
     Weights are left out: Adam's first update is ± the learning rate for any gradient other than zero, even for one
     that is only rounding error.
     """
     student, teacher = make_model(config), make_model(dataclasses.replace(config, gate="none"), 1)
+    random = np.random.default_rng(0)
+    vary = lambda x: x * (1 + noise * random.uniform(-1, 1, x.shape)).astype(x.dtype)
+    student, teacher = jax.tree.map(vary, (student, teacher))
     optimizer = make_optimizer(PHASES[phase], OPTIMIZER, student)
     step = make_train_step(objective(phase, PHASES[phase], CHUNK), optimizer, parts, dtype, gather)
     student, batch = jax.tree.map(jnp.copy, student), random_batch(BATCH, LENGTH)  # `init_state` donates the weights

@@ -13,6 +13,7 @@ of tokens. A CPU reads all slots of its cache, so the cache has as many slots as
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -43,7 +44,7 @@ from melt_jax.sharding import make_mesh
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 MODELS = {"LoopLM": ("decode_looplm", "none"), "MELT": ("decode", "elementwise")}
-SMALL = dict(vocab=1024, width=256, layers=4, heads=4, kv_heads=4, head_width=64, feed_forward=704, max_positions=65536)
+SMALL = ModelConfig(vocab=1024, width=256, layers=4, heads=4, kv_heads=4, head_width=64, feed_forward=704)
 CHIP_OF = {chip.name: chip for chip in CHIPS}
 TOKENS, REPEATS = 4, 3  # tokens of a block, blocks
 
@@ -71,7 +72,7 @@ def compiled_bytes(topology: str, model: str, contexts: tuple[int, ...], sequenc
 
 def cpu_seconds(model: str, context: int) -> float:
     """Processor seconds per token on this CPU, with a full cache of `context` tokens."""
-    weights = unstack(init_model(ModelConfig(**SMALL, gate=MODELS[model][1]), jax.random.key(0)))
+    weights = unstack(init_model(dataclasses.replace(SMALL, gate=MODELS[model][1]), jax.random.key(0)))
     new = TOKENS * (REPEATS + 1)
     inputs = prepare_prefill(weights, [[1] * (context - new)], new, context)
     state = generation._initial_state(inputs.lengths)
@@ -112,7 +113,9 @@ def print_table(costs: dict[str, list[float]], unit: str, scale: float, chip: Ch
     for i, context in enumerate(CONTEXTS):
         looplm, melt = (costs[model][i] for model in MODELS)
         line = f"| {context:,} | {looplm / scale:.2f} | {melt / scale:.2f} | {melt / looplm:.3f} |"
-        for model in MODELS if chip else ():
+        for model in MODELS:
+            if chip is None:
+                continue
             count, speed = tokens_per_second(chip, model, context, costs[model][i], fixed[model])
             line += f" {count} | {speed:,.0f} |"
         print(line)

@@ -24,7 +24,9 @@ from tests.helpers.tiny import TINY
 
 
 def run_config(**changes):
-    defaults = dict(skipped_limit=3, stall_seconds=0.0, stall_first_seconds=0.0, stall_exits=False, wandb="")
+    defaults = dict(
+        skipped_limit=3, stall_seconds=0.0, stall_first_seconds=0.0, stall_exits=False, lost_seconds=100, wandb=""
+    )
     return RunConfig(**(defaults | dict(profile_start=0, profile_steps=2) | changes))
 
 

@@ -45,8 +45,10 @@ SMALL = dict(vocab=512, width=512, layers=8, kv_heads=4, heads=4, head_width=128
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("phase", ["decode", "decode_looplm"])
+@pytest.mark.parametrize(
+    ("phase", "topology"),
+    [("decode", "v5e:2x2"), ("decode", "v5p:2x2x1"), ("decode", "v6e:2x2"), ("decode_looplm", "v5e:2x2")],
+)
 def test_decoding_moves_little_more_than_it_must(phase, topology):
     """At most 1.15 times the bytes: no copies of weights, of the cache or of empty slots."""
     settings = {

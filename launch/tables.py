@@ -294,7 +294,7 @@ def markdown(experiment: Experiment, records: Sequence[dict[str, str]]) -> str:
         mean, half = interval(values)
         return form(mean) if np.isnan(half) else f"{form(mean)} ± {form(half)}"
 
-    percent, nats = lambda x: f"{100 * x:.1f}", lambda x: f"{x:.5f}"
+    percent, nats = lambda x: f"{100 * x:.1f}", lambda x: f"{round(x, 5) + 0.0:.5f}"  # no -0.00000
     columns = [("answers_transition", percent), ("answers", percent)]
     columns += [("kl_chunk", nats), ("kl_decoding", nats), ("difference", nats)]
     lines = [" | ".join(("", *HEADINGS, "")).strip(), "|---" * len(HEADINGS) + "|"]

@@ -56,7 +56,7 @@ def compiled_bytes(topology: str, model: str, contexts: tuple[int, ...], sequenc
     config = freeze(load_config("configs/ouro_1_4b.py", overrides))
     mesh = make_mesh(config.mesh, describe_devices(topology))
     with jax.set_mesh(mesh):
-        program = command.decoding_program(config, config.model, mesh, MODELS[model][0])
+        program = command.make_program(config, config.model, mesh, MODELS[model][0])
         text = program.lower().compile().as_text()
 
     def moved(context):

@@ -103,20 +103,18 @@ class Program(NamedTuple):
         return self.function.lower(*self.arguments, **self.static)
 
 
-def training_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Program:
-    """The training step of a phase, as a run compiles it; under the mesh. `model` is the LoopLM's config."""
-    return _training_program(config, _student(config, model), mesh, phase)
+def make_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Program:
+    """The program of a phase, as a command runs it; call it under the mesh. See `compile_phase`."""
+    other = {"evaluate": _evaluation_program, "prefill": _prefill_program}
+    other |= dict.fromkeys(("decode", "decode_looplm"), _decoding_program)
+    return other.get(phase, _training_program)(config, _phase_model(config, model, phase), mesh, phase)
 
 
-def decoding_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Program:
-    """The decoding step of the student ("decode") or of the LoopLM ("decode_looplm"); see `training_program`."""
-    student = _student(config, model)
-    return _decoding_program(config, _looplm(student) if phase == "decode_looplm" else student, mesh, phase)
-
-
-def _student(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+def _phase_model(config: TrainConfig, model: ModelConfig, phase: str) -> ModelConfig:
+    """The model that a phase trains or runs."""
     changes = config.student.changes | {"remat": config.remat, "attention_block": config.attention_block}
-    return dataclasses.replace(model, **changes)
+    student = dataclasses.replace(model, **changes)
+    return _looplm(student) if phase == "decode_looplm" else student
 
 
 def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh, phase: str) -> Report:
@@ -133,15 +131,9 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
       ShardingError: the mesh does not divide batch or weights.
       DoesNotFitError: the compiler refuses the program for lack of memory.
     """
-    student = _student(config, model)
     kind = mesh.devices.flat[0].device_kind
-    if phase == "decode_looplm":
-        student = _looplm(student)
-    other = {"evaluate": _evaluation_program, "prefill": _prefill_program}
-    other |= dict.fromkeys(("decode", "decode_looplm"), _decoding_program)
-    make = other.get(phase, _training_program)
     with jax.set_mesh(mesh):
-        program = make(config, student, mesh, phase)
+        program = make_program(config, model, mesh, phase)
         begin = time.perf_counter()
         try:
             compiled, total = _compile(program.lower())
@@ -151,7 +143,7 @@ def compile_phase(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Me
             reason = str(error).splitlines()[0]
             raise DoesNotFitError(f"{phase} on {mesh.size} × {kind} DOES NOT FIT: {reason}") from error
         seconds = time.perf_counter() - begin
-    parameters = parameter_count(abstract_model(student))
+    parameters = parameter_count(abstract_model(_phase_model(config, model, phase)))
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return Report(
         f"{phase}: {parameters:,} parameters on {mesh.size} × {kind}, {shape}\n{program.description}",

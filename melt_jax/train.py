@@ -160,7 +160,8 @@ def _run(
     if not pretraining:
         shardings = weight_shardings(abstract_model(looplm), mesh)
         stored = open_model(config.teacher, dtype=config.dtype if ended else "float32", shardings=shardings)
-        teacher = reconfigure(cast_copy(stored, config.dtype), attention_block=config.attention_block)
+        teacher = stored if ended else cast_copy(stored, config.dtype)
+        teacher = reconfigure(teacher, attention_block=config.attention_block)
         if config.evaluation.baselines:
             untrained = lambda: reconfigure(teacher, gate="last")
             results.measure("teacher", lambda: teacher, teacher, config)

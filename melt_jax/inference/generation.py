@@ -368,7 +368,7 @@ def _after(value, index):
     It orders the reads of entry lists before the writes: in straight code, XLA may otherwise write first, and then
     copies every list for its reader.
     """
-    return index + (value.ravel()[-1] * 0).astype(index.dtype)  # XLA keeps the product, which is NaN for NaN
+    return index + (value.ravel()[-1] > jnp.inf).astype(index.dtype)  # always 0, also for NaN, but XLA compares
 
 
 def _initial_state(lengths: Int[Array, " B"]) -> DecodeState:

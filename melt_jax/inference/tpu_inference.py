@@ -234,6 +234,5 @@ def _run_layer(
         source = latent = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)[0]
     kv, query = layer.project_kv(source, rope), layer.project_query(u, rope)
     cache, heads = attend(cache, query.reshape(-1, config.heads, config.head_width), kv.keys[0], kv.values[0])
-    y = y + layer.norm(layer.project_output(heads.reshape(query.shape)), "input_layernorm_2")
-    m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
-    return y + layer.norm(m, "post_attention_layernorm_2"), latent, cache
+    y, _ = layer.add_attention(y, heads.reshape(query.shape))
+    return layer.add_mlp(y), latent, cache

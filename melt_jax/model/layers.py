@@ -80,6 +80,18 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("projections"):
             return einsum("bcxyz,xyzd->bcd", heads, self.o_proj[...], out_sharding=token_sharding(heads))
 
+    def add_attention(
+        self, y: Float[Array, "B C D"], heads: Float[Array, "B C K G E"]
+    ) -> tuple[Float[Array, "B C D"], Float[Array, "B C D"]]:
+        """(y + rms(a; input_layernorm_2), a), where a is W_O applied to the heads' attention results."""
+        output = self.project_output(heads)
+        return y + self.norm(output, "input_layernorm_2"), output
+
+    def add_mlp(self, y: Float[Array, "B C D"]) -> Float[Array, "B C D"]:
+        """y + rms(mlp(rms(y; post_attention_layernorm)); post_attention_layernorm_2)."""
+        m = self.mlp(self.norm(y, "post_attention_layernorm"))
+        return y + self.norm(m, "post_attention_layernorm_2")
+
     def mlp(self, x: Float[Array, "B C D"]) -> Float[Array, "B C D"]:
         """down(silu(gate x) · up x)."""
         hidden = jax.nn.silu(einsum("bcd,df->bcf", x, self.gate_proj[...]))

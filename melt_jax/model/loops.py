@@ -242,11 +242,9 @@ def _run_layer(config: ModelConfig, context: _Context, stored: ChunkKV, y: Float
         mask = context.mask._replace(last_loop=loop == config.loops)
         query = layer.project_query(u, context.rope)
         heads = blockwise_attention(query, earlier.cached, near, context.alpha, mask, config.attention_block)
-        attention_output = layer.project_output(heads)
-        y = y + layer.norm(attention_output, "input_layernorm_2")
+        y, attention_output = layer.add_attention(y, heads)
     with jax.named_scope("mlp"):
-        m = layer.mlp(layer.norm(y, "post_attention_layernorm"))
-        y = y + layer.norm(m, "post_attention_layernorm_2")
+        y = layer.add_mlp(y)
     kv = kv._replace(recent=None if earlier.window is None else own)
     return y, (split_features(layer_input), latent, kv, split_features(attention_output), gate_openness)
 

@@ -1,6 +1,8 @@
 """The outcome of a trial: a line of the table that `tests.long.trials` prints."""
 
 import dataclasses
+import time
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass
@@ -35,6 +37,18 @@ class Trial:
     def row(self, seconds: float) -> str:
         """The line of the table."""
         return f"{self.name:34} {self.cases:6} {self.survived:9} {seconds:7.0f}  {self.worst}"
+
+
+def print_trials(trials: Iterable[tuple]) -> int:
+    """Runs trials, (function, *arguments) that return a `Trial`; prints the table, and returns the exit status."""
+    print(HEADING, flush=True)
+    failed = False
+    for work, *arguments in trials:
+        begin = time.monotonic()
+        trial = work(*arguments)
+        print(trial.row(time.monotonic() - begin), flush=True)
+        failed |= trial.survived < trial.cases
+    return int(failed)
 
 
 HEADING = f"{'trial':34} {'cases':>6} {'survived':>9} {'time, s':>7}  worst figure"

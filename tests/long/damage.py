@@ -14,14 +14,13 @@ import pathlib
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 
 from melt_jax.digests import DIGESTS
 from melt_jax.training.checkpoints import DAMAGED, ITEM
 from tests.helpers.run_commands import kill
 from tests.helpers.runs import PHASES, contents, differing, log_of, prepare, start
-from tests.helpers.trial import HEADING, Trial
+from tests.helpers.trial import Trial, print_trials
 from tests.long.kill_and_resume import PATIENCE, run_to_end, wait_for
 
 PHASE = "alignment"
@@ -105,10 +104,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     prepare(folder, anew=True)
-    begin = time.monotonic()
-    trial = damage_each_file(folder, arguments.processes, arguments.every, arguments.case)
-    print(f"{HEADING}\n{trial.row(time.monotonic() - begin)}")
-    return int(trial.survived < trial.cases)
+    return print_trials([(damage_each_file, folder, arguments.processes, arguments.every, arguments.case)])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 
 import jax
 import numpy as np
@@ -29,7 +28,7 @@ from tests.helpers.mesh_steps import MESHES, gap, one_step
 from tests.helpers.mesh_steps import PHASES as STEP_PHASES
 from tests.helpers.run_commands import in_fork
 from tests.helpers.runs import PHASES, QUICK, contents, differing, prepare
-from tests.helpers.trial import HEADING, Trial
+from tests.helpers.trial import Trial, print_trials
 from tests.long.kill_and_resume import run_to_end
 
 MARGIN = 16
@@ -135,14 +134,7 @@ def main() -> int:
     parser.add_argument("--folder", default="/tmp/determinism", type=pathlib.Path, help="replaced if it exists")
     folder = parser.parse_args().folder.absolute()
     prepare(folder, anew=True)
-    print(HEADING, flush=True)
-    failed = False
-    for work, *args in ((rounded_steps,), (equal_runs, folder), (rounded_runs, folder)):
-        begin = time.monotonic()
-        trial = work(*args)
-        print(trial.row(time.monotonic() - begin), flush=True)
-        failed |= trial.survived < trial.cases
-    return int(failed)
+    return print_trials([(rounded_steps,), (equal_runs, folder), (rounded_runs, folder)])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import numpy as np
 from melt_jax.training.preemption import PREEMPTED
 from tests.helpers.run_commands import Fork, kill
 from tests.helpers.runs import PHASES, contents, differing, log_of, prepare, start
-from tests.helpers.trial import HEADING, Trial
+from tests.helpers.trial import Trial, print_trials
 
 PATIENCE = 1800  # seconds that a run may take on a machine of any speed
 
@@ -144,11 +144,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     prepare(folder, anew=True)
-    begin = time.monotonic()
     number = signal.Signals[arguments.signal]
-    trial = kill_at_random(folder, arguments.processes, number, arguments.kills, arguments.seed)
-    print(f"{HEADING}\n{trial.row(time.monotonic() - begin)}")
-    return int(trial.survived < trial.cases)
+    return print_trials([(kill_at_random, folder, arguments.processes, number, arguments.kills, arguments.seed)])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from melt_jax.inference.sampling import Sampling, sample_tokens
 from tests.helpers.run_commands import Fork, in_fork, kill
 from tests.helpers.runs import last_step, log_of, prepare, start
 from tests.helpers.tiny import TINY, make_model, random_tokens, run
-from tests.helpers.trial import HEADING, Trial
+from tests.helpers.trial import Trial, print_trials
 
 CONFIGS = {
     "LoopLM": dataclasses.replace(TINY, gate="none", attention_block=512),
@@ -153,14 +153,7 @@ def main() -> int:
     folder = arguments.folder.absolute()
     prepare(folder, anew=True)
     prompts, tokens, steps = (8, 300, 200) if arguments.short else (64, 10_000, 2000)
-    print(HEADING, flush=True)
-    failed = False
-    for work, *args in ((many_prompts, prompts), (long_generations, tokens), (many_steps, folder, steps)):
-        begin = time.monotonic()
-        trial = work(*args)
-        print(trial.row(time.monotonic() - begin), flush=True)
-        failed |= trial.survived < trial.cases
-    return int(failed)
+    return print_trials([(many_prompts, prompts), (long_generations, tokens), (many_steps, folder, steps)])
 
 
 if __name__ == "__main__":

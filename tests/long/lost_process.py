@@ -21,7 +21,7 @@ import numpy as np
 
 from tests.helpers.run_commands import Fork, kill
 from tests.helpers.runs import contents, differing, last_step, log_of, prepare, start
-from tests.helpers.trial import HEADING, Trial
+from tests.helpers.trial import Trial, print_trials
 from tests.long.kill_and_resume import PATIENCE, run_to_end, wait_for
 
 PROCESSES, LOST_SECONDS = 4, 20
@@ -95,10 +95,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     prepare(folder, anew=True)
-    begin = time.monotonic()
-    trial = lose_processes(folder, arguments.seed)
-    print(f"{HEADING}\n{trial.row(time.monotonic() - begin)}")
-    return int(trial.survived < trial.cases)
+    return print_trials([(lose_processes, folder, arguments.seed)])
 
 
 if __name__ == "__main__":

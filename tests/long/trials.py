@@ -62,7 +62,7 @@ TRIALS: dict[str, Function] = {
     "rounded_runs": lambda folder, short: determinism.rounded_runs(folder),
     "bad_input": _bad_input,
 }
-SHORT = ("killed_1", "damaged_1", "load_steps")  # other tests of the suite state what the other trials state
+SHORT = ("killed_1", "damaged_1")  # other tests of the suite state what the other trials state
 
 
 def run_trial(name: str, folder: pathlib.Path, short: bool) -> tuple[Trial, float]:

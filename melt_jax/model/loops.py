@@ -157,6 +157,10 @@ def _run_loops(
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
+    def run_nth_layer(y, xs):
+        index, layer, *rest = xs
+        return run_layer(y, (layer if model.layer_sums is None else model.layer_sums.send(layer, index), *rest))
+
     def run_loop(state, xs):
         x, latents, _ = state
         loop, cached, window, previous_per_loop, given = xs
@@ -165,7 +169,7 @@ def _run_loops(
         )
         layer_loop = jnp.full((config.layers,), loop)
         x, (layer_input, latents, kv, attention_output, gate_openness) = scan_layers(
-            run_layer, x, (model.layers, latents, earlier, layer_loop, given)
+            run_nth_layer, x, (jnp.arange(config.layers), model.layers, latents, earlier, layer_loop, given)
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(x, model.norm[...], config.rms_eps)

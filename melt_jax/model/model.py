@@ -83,6 +83,7 @@ class LoopedTransformer(nnx.Module):
       norm: [D]; closes every loop.
       early_exit_gate: `ExitGate`.
       lm_head: [D, V], or None when tied to the embedding.
+      layer_sums: `GradientSums` that receive the gradients of the layers' weights, or None.
     """
 
     def __init__(self, config: ModelConfig, init: Initializer):
@@ -92,6 +93,7 @@ class LoopedTransformer(nnx.Module):
         self.norm = init.ones((config.width,), ("norm",))
         self.early_exit_gate = ExitGate(config, init)
         self.lm_head = None if config.tied else init.normal((config.width, config.vocab), ("embed", "vocab"))
+        self.layer_sums = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -214,6 +216,20 @@ def reconfigure(
             raise InputError(f"key: expected a key to draw the gates that {changes} adds, found none")
         weights = old | init_weights(config, key, missing, gate_std, model.dtype)
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in wanted])
+
+
+def split_layers(model: LoopedTransformer) -> tuple[DecoderLayer, LoopedTransformer]:
+    """(the layers, the model without them)."""
+    others = jax.tree.map(lambda x: x, model)
+    others.layers = nnx.List()  # pyright: ignore[reportAttributeAccessIssue]
+    return model.layers, others
+
+
+def join_layers(others: LoopedTransformer, layers: DecoderLayer, layer_sums: Any = None) -> LoopedTransformer:
+    """The model that `split_layers` has split; the backward pass adds the gradients of the layers to `layer_sums`."""
+    model = jax.tree.map(lambda x: x, others)
+    model.layers, model.layer_sums = layers, layer_sums
+    return model
 
 
 def unstack(model: LoopedTransformer) -> LoopedTransformer:

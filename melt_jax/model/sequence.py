@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from melt_jax.config import InputError
 from melt_jax.model.cache import Cache, ChunkKV, create_cache
+from melt_jax.model.gradient_sums import GradientSums
 from melt_jax.model.layout import accumulation_dtype, batch_axes
 from melt_jax.model.loops import run_chunk
-from melt_jax.model.model import LoopedTransformer
+from melt_jax.model.model import LoopedTransformer, join_layers, split_layers
 
 Alpha = Float[Array, ""] | float | None
 ChunkStep = Callable[..., tuple[Any, Any, Any]]
@@ -183,34 +184,41 @@ def _chunk_sums_backward(step, residuals, sums_bar):
     weights, perturbation, cache, windows, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
     entries = ChunkKV(cache.shared, cache.per_loop)
+    layers, others = split_layers(weights)
 
     def body(carry, xs):
-        entries_bar, window_bar, weights_bar = carry
+        entries_bar, window_bar, layers_bar, others_bar = carry
         start, window, chunk = xs
+        layer_sums = GradientSums(layers_bar)
 
-        def chunk_step(weights, entries, window_kv):
+        def chunk_step(layers, others, entries, window_kv):
+            model = join_layers(others, layers, layer_sums)
             read = None if window is None else window._replace(kv=window_kv)
-            sums, new, segments = step(
-                weights, Cache(entries.shared, entries.per_loop, cache.segments, read), start, data, chunk
-            )
+            earlier = Cache(entries.shared, entries.per_loop, cache.segments, read)
+            sums, new, segments = step(model, earlier, start, data, chunk)
             written = None if read is None else read.advance(new.recent, segments, start).kv
             return sums, new._replace(recent=None), written
 
-        (_, new_entries, _), pull_back = jax.vjp(chunk_step, weights, entries, window and window.kv)
+        differentiated = layers, others, entries, window and window.kv
+        (_, new_entries, _), pull_back = jax.vjp(chunk_step, *differentiated)
         own_bar = Cache(entries_bar.shared, entries_bar.per_loop, cache.segments).read(start, chunk_size)
         own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
-        chunk_weights_bar, earlier_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
+        values = jax.tree.map(lambda _: jax.ad.GradValue(), differentiated)
+        unwanted = jax.tree.map(lambda _: jax.ad.DontWant(), layers)
+        pull_back = pull_back.with_refs(unwanted, *values[1:])
+        _, chunk_others_bar, earlier_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         add = lambda total, x: total + x.astype(total.dtype)
         with jax.named_scope("gradient_sums"):
-            totals = jax.tree.map(add, (entries_bar, weights_bar), (earlier_bar, chunk_weights_bar))
-        return (totals[0], window_bar, totals[1]), None
+            totals = jax.tree.map(add, (entries_bar, others_bar), (earlier_bar, chunk_others_bar))
+        return (totals[0], window_bar, layer_sums.take(), totals[1]), None
 
     zeros = lambda x: jnp.zeros_like(x, accumulation_dtype(x.dtype))
-    weights_zeros = jax.tree.map(zeros, weights) if perturbation is None else jax.tree.map(jnp.zeros_like, perturbation)
+    weights_zeros = jax.tree.map(zeros, weights) if perturbation is None else perturbation
     window_zeros = None if cache.window is None else jax.tree.map(jnp.zeros_like, cache.window.kv)
-    totals = jax.tree.map(zeros, entries), window_zeros, weights_zeros
+    totals = jax.tree.map(zeros, entries), window_zeros, *split_layers(weights_zeros)
     starts = _chunk_starts(count, chunk_size)
-    (_, _, weights_bar), _ = jax.lax.scan(body, totals, (starts, windows, chunks), reverse=True)
+    (_, _, layers_bar, others_bar), _ = jax.lax.scan(body, totals, (starts, windows, chunks), reverse=True)
+    weights_bar = join_layers(others_bar, layers_bar)
     if perturbation is not None:
         return None, weights_bar, None, None, None
     return jax.tree.map(lambda bar, w: bar.astype(w.dtype), weights_bar, weights), None, None, None, None

@@ -196,9 +196,8 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
-def _gradients_of_parts(objective, micro_batches, weights, teacher, parts, step, count):
+def _gradients_of_parts(objective, micro_batches, weights, perturbation, teacher, parts, step, count):
     """(gradients, sums), added up over the parts [micro_batches, …] of a batch."""
-    perturbation = jax.tree.map(lambda w: jnp.zeros_like(w, accumulation_dtype(w.dtype)), weights)
 
     @functools.partial(jax.grad, has_aux=True)
     def part_gradients(perturbation, batch):
@@ -216,12 +215,16 @@ def _gradients_of_parts(objective, micro_batches, weights, teacher, parts, step,
     return jax.lax.scan(add_part, totals, parts)[0]
 
 
+def _zero_gradients(weights):
+    return jax.tree.map(lambda w: jnp.zeros_like(w, accumulation_dtype(w.dtype)), weights)
+
+
 def _gather_once(part_gradients, params, weights, teacher, parts, step, count):
     """(gradients, sums): each group of devices computes on its own copy of the weights."""
     with jax.named_scope("gather_weights"):
         weights, teacher = gather_weights(weights), gather_weights(teacher)
-    over_groups = jax.vmap(part_gradients, (0, 0, 0, None, None))
-    gradients, sums = over_groups(weights, teacher, parts, step, count)
+    over_groups = jax.vmap(part_gradients, (0, 0, 0, 0, None, None))
+    gradients, sums = over_groups(weights, _zero_gradients(weights), teacher, parts, step, count)
     with jax.named_scope("reduce"):
         return add_groups(gradients, params), jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
@@ -229,7 +232,7 @@ def _gather_once(part_gradients, params, weights, teacher, parts, step, count):
 def _gather_at_each_use(part_gradients, params, weights, teacher, parts, step, count):
     """(gradients, sums): all groups of devices compute on one model, whose weights are gathered when they are read."""
     weights, teacher = gather_at_use(weights), gather_at_use(teacher)
-    gradients, sums = part_gradients(weights, teacher, ungroup_batch(parts), step, count)
+    gradients, sums = part_gradients(weights, _zero_gradients(weights), teacher, ungroup_batch(parts), step, count)
     # The gathering hooks are part of the structure of `weights`; the gradients need that of `params`.
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients)), sums
 

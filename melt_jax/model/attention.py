@@ -92,8 +92,8 @@ def blockwise_attention(
 
     Args:
       query: the chunk's queries.
-      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, blended by α; in inference
-        each may be an `EntryView`.
+      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, blended by α. Each may be an
+        `EntryView`, whose gradient goes to its sums.
       near: the entries that `mask.near` covers, [B, N, K, E].
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
@@ -146,14 +146,12 @@ def _blockwise_attention_backward(block, residuals, out_bar):
     def add_block(state, kv, visible, begin):
         query_bar, earlier_bar = state
         more, kv_bar = pull_back(kv, visible)
-        # Adds to the slots, never overwrites: the last block may overlap the one before it.
-        add = lambda total, x: jax.lax.dynamic_update_slice_in_dim(
-            total, jax.lax.dynamic_slice_in_dim(total, begin, x.shape[1], 1) + x.astype(total.dtype), begin, 1
-        )
-        return query_bar + more, jax.tree.map(add, earlier_bar, _unblend(kv_bar, earlier, alpha))
+        parts = zip(earlier[:2], earlier_bar[:2], _unblend(kv_bar, earlier, alpha)[:2])
+        return query_bar + more, ChunkKV(*(_add_gradient(*part, begin) for part in parts))
 
-    state = query_bar, jax.tree.map(jnp.zeros_like, earlier)
-    query_bar, earlier_bar = _fold_blocks(add_block, state, earlier, alpha, mask, block)
+    is_view = lambda x: isinstance(x, EntryView)
+    zeros = jax.tree.map(lambda x: None if is_view(x) else jnp.zeros_like(x), earlier, is_leaf=is_view)
+    query_bar, earlier_bar = _fold_blocks(add_block, (query_bar, zeros), earlier, alpha, mask, block)
     return query_bar.astype(query.dtype), earlier_bar, near_bar, jax.tree.map(jnp.zeros_like, alpha), None
 
 
@@ -177,6 +175,18 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
         return body(0, state)
     with jax.named_scope("cached_blocks"):
         return jax.lax.fori_loop(0, (jnp.max(mask.start) + size - 1) // size, body, state)
+
+
+def _add_gradient(entries, total, kv_bar, begin):
+    """The total gradient of one set of entries, with that of the slots from `begin` on; None where a view adds it."""
+    if isinstance(entries, EntryView):
+        entries.add_gradient(begin, kv_bar)
+        return None
+    # Adds to the slots, never overwrites: the last block may overlap the one before it.
+    add = lambda total, x: jax.lax.dynamic_update_slice_in_dim(
+        total, jax.lax.dynamic_slice_in_dim(total, begin, x.shape[1], 1) + x.astype(total.dtype), begin, 1
+    )
+    return jax.tree.map(add, total, kv_bar)
 
 
 def _unblend(kv_bar, earlier, alpha):

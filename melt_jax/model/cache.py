@@ -116,13 +116,16 @@ class EntryStack:
     """Stacked entries of which attention reads one block of one layer at a time, where they are.
 
     A scan over the entries themselves makes a TPU copy each layer's, live or not, before attention reads its blocks.
-    Scanning over `indices` and taking a `view` does not. For inference: views are not differentiable.
+    Scanning over `indices` and taking a `view` does not.
 
     Attributes:
       entries: `KV` of [L, B, S, K, E] or [T, L, B, S, K, E].
+      sums: refs of these shapes, to which the backward pass of attention adds the gradients of the entries; the entries
+        themselves get none.
     """
 
     entries: KV
+    sums: Any = None
 
     def indices(self) -> Int[Array, "*lead n"]:
         """The index of each layer, or of each loop and layer, for a scan in place of the entries."""
@@ -131,16 +134,26 @@ class EntryStack:
 
     def view(self, index: Int[Array, " n"]) -> "EntryView":
         """The entries of one index, unread."""
-        return EntryView(self.entries, index)
+        return EntryView(self.entries, index, self.sums)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EntryView:
+class EntryView(NamedTuple):
     """The entries [B, S, K, E] of one layer of an `EntryStack`."""
 
     entries: KV
     index: Int[Array, " n"]
+    sums: Any = None
+
+    def add_gradient(self, begin: Int[Array, ""] | int, kv_bar: KV) -> None:
+        """Adds the gradient of slots from `begin` on, [B, size, K, E], to the sums, if there are any."""
+
+        def add(ref, bar):
+            lead = tuple(jax.ds(self.index[i], 1) for i in range(len(self.index)))
+            bar = jnp.expand_dims(bar.astype(ref.dtype), tuple(range(len(lead))))
+            jax.ref.addupdate(ref, (*lead, slice(None), jax.ds(begin, bar.shape[len(lead) + 1]), ...), bar)
+
+        if self.sums is not None:
+            jax.tree.map(add, self.sums, kv_bar)
 
     def read(self, begin: Int[Array, ""] | int, size: int) -> KV:
         """The entries of slots begin … begin + size − 1, [B, size, K, E]."""
@@ -188,10 +201,19 @@ class Cache(NamedTuple):
             shared=self.shared and EntryList.of(self.shared), per_loop=self.per_loop and EntryList.of(self.per_loop)
         )
 
-    def in_place(self) -> "Cache":
-        """The cache for `run_chunk` in inference: stacked entries are read in blocks, not copied layer by layer."""
-        stack = lambda entries: EntryStack(entries) if isinstance(entries, KV) else entries
-        return self._replace(shared=stack(self.shared), per_loop=stack(self.per_loop))
+    def in_place(self, sums: ChunkKV | None = None) -> "Cache":
+        """The cache for `run_chunk`, which then reads stacked entries in blocks and does not copy them layer by layer.
+
+        Their gradients are added to the refs `sums`; without them, they get none.
+        """
+        sums = sums or ChunkKV(None, None)
+        stack = lambda entries, sums: EntryStack(entries, sums) if isinstance(entries, KV) else entries
+        return self._replace(shared=stack(self.shared, sums.shared), per_loop=stack(self.per_loop, sums.per_loop))
+
+    def stop_gradient(self) -> "Cache":
+        """The cache whose entries get no gradient."""
+        drop = lambda x: EntryStack(x.entries) if isinstance(x, EntryStack) else x
+        return jax.lax.stop_gradient(jax.tree.map(drop, self, is_leaf=lambda x: isinstance(x, EntryStack)))
 
     @property
     def keys(self) -> Float[Array | np.ndarray, "*lead B S K E"]:

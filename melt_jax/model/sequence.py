@@ -159,16 +159,16 @@ def chunk_sums(
     pulls back the cotangents of the chunk's sums, of the entries it wrote and of the window it left, and accumulates
     the cotangents of earlier entries.
     """
-    return _forward(step, weights, cache, data, chunks)[0]
+    return _forward(step, weights, cache, data, chunks, in_place=True)[0]
 
 
-def _forward(step, weights, cache, data, chunks):
+def _forward(step, weights, cache, data, chunks, in_place=False):
     """(sums over the chunks, the final cache, the windows that the chunks read)."""
     chunk_size, count = _chunk_shape(cache, chunks)
 
     def body(cache, xs):
         start, chunk = xs
-        sums, entries, segments = step(weights, cache, start, data, chunk)
+        sums, entries, segments = step(weights, cache.in_place() if in_place else cache, start, data, chunk)
         return cache.write(entries, segments, start), (sums, cache.window)
 
     cache, (sums, windows) = jax.lax.scan(body, cache, (_chunk_starts(count, chunk_size), chunks))
@@ -176,46 +176,43 @@ def _forward(step, weights, cache, data, chunks):
 
 
 def _chunk_sums_forward(step, weights, perturbation, cache, data, chunks):
-    sums, cache, windows = _forward(step, weights, cache, data, chunks)
+    sums, cache, windows = _forward(step, weights, cache, data, chunks, in_place=True)
     return sums, (weights, perturbation, cache, windows, data, chunks)
 
 
 def _chunk_sums_backward(step, residuals, sums_bar):
     weights, perturbation, cache, windows, data, chunks = residuals
     chunk_size, count = _chunk_shape(cache, chunks)
-    entries = ChunkKV(cache.shared, cache.per_loop)
     layers, others = split_layers(weights)
 
     def body(carry, xs):
         entries_bar, window_bar, layers_bar, others_bar = carry
         start, window, chunk = xs
-        layer_sums = GradientSums(layers_bar)
+        own_bar = Cache(entries_bar.shared, entries_bar.per_loop, cache.segments).read(start, chunk_size)
+        entry_sums, layer_sums = jax.tree.map(jax.new_ref, entries_bar), GradientSums(layers_bar)
 
-        def chunk_step(layers, others, entries, window_kv):
-            model = join_layers(others, layers, layer_sums)
+        def chunk_step(layers, others, window_kv):
             read = None if window is None else window._replace(kv=window_kv)
-            earlier = Cache(entries.shared, entries.per_loop, cache.segments, read)
-            sums, new, segments = step(model, earlier, start, data, chunk)
+            earlier = cache._replace(window=read).in_place(entry_sums)
+            sums, new, segments = step(join_layers(others, layers, layer_sums), earlier, start, data, chunk)
             written = None if read is None else read.advance(new.recent, segments, start).kv
             return sums, new._replace(recent=None), written
 
-        differentiated = layers, others, entries, window and window.kv
+        differentiated = layers, others, window and window.kv
         (_, new_entries, _), pull_back = jax.vjp(chunk_step, *differentiated)
-        own_bar = Cache(entries_bar.shared, entries_bar.per_loop, cache.segments).read(start, chunk_size)
         own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
         values = jax.tree.map(lambda _: jax.ad.GradValue(), differentiated)
         unwanted = jax.tree.map(lambda _: jax.ad.DontWant(), layers)
         pull_back = pull_back.with_refs(unwanted, *values[1:])
-        _, chunk_others_bar, earlier_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
-        add = lambda total, x: total + x.astype(total.dtype)
+        _, chunk_others_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         with jax.named_scope("gradient_sums"):
-            totals = jax.tree.map(add, (entries_bar, others_bar), (earlier_bar, chunk_others_bar))
-        return (totals[0], window_bar, layer_sums.take(), totals[1]), None
+            others_bar = jax.tree.map(lambda total, x: total + x.astype(total.dtype), others_bar, chunk_others_bar)
+        return (jax.tree.map(jax.freeze, entry_sums), window_bar, layer_sums.take(), others_bar), None
 
     zeros = lambda x: jnp.zeros_like(x, accumulation_dtype(x.dtype))
     weights_zeros = jax.tree.map(zeros, weights) if perturbation is None else perturbation
     window_zeros = None if cache.window is None else jax.tree.map(jnp.zeros_like, cache.window.kv)
-    totals = jax.tree.map(zeros, entries), window_zeros, *split_layers(weights_zeros)
+    totals = jax.tree.map(zeros, ChunkKV(cache.shared, cache.per_loop)), window_zeros, *split_layers(weights_zeros)
     starts = _chunk_starts(count, chunk_size)
     (_, _, layers_bar, others_bar), _ = jax.lax.scan(body, totals, (starts, windows, chunks), reverse=True)
     weights_bar = join_layers(others_bar, layers_bar)

@@ -294,7 +294,7 @@ def _distillation_step(
 ) -> tuple[Sums, ChunkKV, Int[Array, "B C"]]:
     (teacher, alpha, power), (batch, positions, targets) = data, chunk
     if settings.gradient == "chunk":
-        cache = jax.lax.stop_gradient(cache)
+        cache = cache.stop_gradient()
     out = run_chunk(student, batch.tokens, cache, start, positions=positions, segments=batch.segments, alpha=alpha)
     mask = batch.loss_mask.astype(jnp.float32)
     pairs = (teacher, targets.hidden), (student, out.hidden)

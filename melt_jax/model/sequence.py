@@ -70,7 +70,11 @@ def run_sequence(
 
 
 def run_chunks(
-    model: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...], alpha: Alpha = None
+    model: LoopedTransformer,
+    chunks: tuple[Int[Array | np.ndarray, "N B C"], ...],
+    alpha: Alpha = None,
+    *,
+    differentiable: bool = True,
 ) -> tuple[tuple[Array, ...], Cache]:
     """Runs a model over the N chunks of sequences, one after the other.
 
@@ -78,6 +82,7 @@ def run_chunks(
       model: a LoopLM or a MELT.
       chunks: (tokens, positions, segments) from `split_chunks`.
       alpha: see `run_sequence`.
+      differentiable: without it, the entries of earlier chunks get no gradient, and fewer bytes move.
 
     Returns:
       ((hidden [N, T, B, C, D], layer_input and attention_output [N, T, L, B, C, D], gate_openness [N, T, L, B, C]) as
@@ -87,7 +92,8 @@ def run_chunks(
 
     def step(cache, xs):
         start, (tokens, positions, segments) = xs
-        out = run_chunk(model, tokens, cache, start, positions=positions, segments=segments, alpha=alpha)
+        read = cache if differentiable else cache.in_place()
+        out = run_chunk(model, tokens, read, start, positions=positions, segments=segments, alpha=alpha)
         return cache.write(out.kv, out.segments, start), out[:4]
 
     split = batch_axes(chunks[0][0])

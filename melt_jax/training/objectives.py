@@ -247,7 +247,7 @@ def whole_documents(tokens: Tokens, loss_mask: Mask) -> Batch:
 def teacher_targets(teacher: LoopedTransformer, chunks: tuple[Int[Array | np.ndarray, "N B C"], ...]) -> Targets:
     """Runs the frozen teacher over (tokens, positions, segments) chunks; its cache is freed after the last one."""
     with jax.named_scope("teacher"):
-        (hidden, layer_input, attention_output, _), _ = run_chunks(teacher, chunks)
+        (hidden, layer_input, attention_output, _), _ = run_chunks(teacher, chunks, differentiable=False)
     return jax.lax.stop_gradient(Targets(hidden, attention_output, layer_input))
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ref import addupdate
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -148,9 +149,10 @@ class EntryView(NamedTuple):
         """Adds the gradient of slots from `begin` on, [B, size, K, E], to the sums, if there are any."""
 
         def add(ref, bar):
-            lead = tuple(jax.ds(self.index[i], 1) for i in range(len(self.index)))
+            lead = [jax.ds(self.index[i], 1) for i in range(len(self.index))]
             bar = jnp.expand_dims(bar.astype(ref.dtype), tuple(range(len(lead))))
-            jax.ref.addupdate(ref, (*lead, slice(None), jax.ds(begin, bar.shape[len(lead) + 1]), ...), bar)
+            place: Any = (*lead, slice(None), jax.ds(begin, bar.shape[-3]), ...)
+            addupdate(ref, place, bar)
 
         if self.sums is not None:
             jax.tree.map(add, self.sums, kv_bar)

@@ -3,27 +3,27 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.ref import addupdate
 from jaxtyping import Array, Int
-
-from melt_jax.model.layers import DecoderLayer
 
 
 class GradientSums:
-    """Refs [L, …] for the weights of all layers. A pytree without leaves, so that a model can hold it.
+    """A ref [L, …] for each weight of all layers. To JAX it is no pytree but a constant, so that a model can hold it.
 
     Without it, the backward pass over the loops writes the gradients of all layers to memory in every loop and adds
     them to those of the later loops. With it, each layer reads and writes its own sum once per loop.
     """
 
-    def __init__(self, layers_bar: DecoderLayer):
-        """`layers_bar` [L, …]: the sums so far, in the dtype in which gradients are summed."""
-        self._refs = jax.tree.map(jax.new_ref, layers_bar)
+    def __init__(self, sums: Any):
+        """`sums`: a pytree like the stacked weights, [L, …], in the dtype in which gradients are summed."""
+        self._refs = jax.tree.map(jax.new_ref, sums)
 
-    def send(self, layer: DecoderLayer, index: Int[Array, ""]) -> DecoderLayer:
+    def send(self, layer: Any, index: Int[Array, ""]) -> Any:
         """The weights of layer `index`. The backward pass adds their gradients to the sums."""
         return jax.tree.map(lambda weight, ref: _send(weight, ref, index), layer, self._refs)
 
-    def take(self) -> DecoderLayer:
+    def take(self) -> Any:
         """The sums. Nothing can be added afterwards."""
         return jax.tree.map(jax.freeze, self._refs)
 
@@ -40,8 +40,9 @@ def _send_forward(weight, ref, index):
 def _send_backward(residuals, weight_bar):
     ref, index = residuals
     with jax.named_scope("gradient_sums"):
-        jax.ref.addupdate(ref, (jax.ds(index, 1), ...), weight_bar.astype(ref.dtype)[None])
-    return jax.numpy.zeros_like(weight_bar), None, None
+        place: Any = (jax.ds(index, 1), ...)
+        addupdate(ref, place, weight_bar.astype(ref.dtype)[None])
+    return jnp.zeros_like(weight_bar), None, None
 
 
 _send.defvjp(_send_forward, _send_backward)

@@ -204,12 +204,9 @@ def _chunk_sums_backward(step, residuals, sums_bar):
             written = None if read is None else read.advance(new.recent, segments, start).kv
             return sums, new._replace(recent=None), written
 
-        differentiated = layers, others, window and window.kv
-        (_, new_entries, _), pull_back = jax.vjp(chunk_step, *differentiated)
+        (_, new_entries, _), pull_back = jax.vjp(chunk_step, layers, others, window and window.kv)
         own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
-        values = jax.tree.map(lambda _: jax.ad.GradValue(), differentiated)
-        unwanted = jax.tree.map(lambda _: jax.ad.DontWant(), layers)
-        pull_back = pull_back.with_refs(unwanted, *values[1:])
+        # The layers' own gradient is zero: `layer_sums` has it.
         _, chunk_others_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         with jax.named_scope("gradient_sums"):
             others_bar = jax.tree.map(lambda total, x: total + x.astype(total.dtype), others_bar, chunk_others_bar)

@@ -72,7 +72,7 @@ RECIPE_BATCH = 32  # sequences per step of the recipe; chip-hours are scaled to 
 WHERE = ("model", "topology", "phase", "sequences", "tensor", "micro-batches")
 SHAPE = ("window", "chunk", *WHERE[1:])
 SERVED = ("topology", "phase", "sequences", "slots")
-TOTAL, RATIO, SECONDS = "GB a device", "FLOPs / necessary", "seconds at peak: products + collectives"
+TOTAL, RATIO, SECONDS = "GB a device", "FLOPs / necessary", "seconds at peak: products + memory + links"
 MEMORY = (TOTAL, "temporaries, GB")
 WORK = (RATIO, "weights gathered, copies", "collectives, GB", SECONDS)
 HOURS, COMPILED = "chip-hours", "compiled in, s"
@@ -146,18 +146,19 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
     giga = lambda key: f"{record[key] / 1e9:.1f}"
     total = f"{giga('total')} of {giga('memory')}"
     moved = sum(size for _, size in record["collectives"].values()) / 1e9
-    products, collectives = record["compute_seconds"], record["collective_seconds"]
+    bounds, per_step = record["roofline"], record["steps"] * record["chips"] / 3600 * RECIPE_BATCH / record["batch"]
+    seconds = (bounds[f"{name}_seconds"] for name in ("product", "memory", "collective"))
     groups = record["devices"] // record["tensor"]
     return {
         "at once": f"{record['batch'] // record['micro_batches'] // groups}",
         TOTAL: total if record["fits"] else f"**{total}**",
         "temporaries, GB": giga("temporaries"),
-        HOURS: f"{record['chip_hours'] * RECIPE_BATCH / record['batch']:.0f}",
+        HOURS: f"{per_step * bounds['bound_seconds']:.0f} to {per_step * bounds['sum_seconds']:.0f}",
         COMPILED: f"{record['compile_seconds']:.0f}",
         RATIO: f"{record['flops_ratio']:.2f}",
         "weights gathered, copies": _gathered(record),
         "collectives, GB": f"{moved:.0f}",
-        SECONDS: f"{products:.2f} + {collectives:.2f}",
+        SECONDS: " + ".join(f"{time:.2f}" for time in seconds),
         "reading weights, s": f"{record['read_seconds']:.2f}",
     } | (_decoding_cells(record) if record.get("token_bytes") else {})
 

@@ -9,12 +9,13 @@ import pytest
 from launch import compile_table
 
 RECORD = {
-    "total": 12e9, "memory": 17e9, "fits": True, "temporaries": 1e9, "chip_hours": 2.0, "batch": 4, "flops_ratio": 1.1,
-    "devices": 4, "tensor": 2, "micro_batches": 1, "read_seconds": 0.5,
+    "total": 12e9, "memory": 17e9, "fits": True, "temporaries": 1e9, "chips": 4, "steps": 900, "batch": 4,
+    "devices": 4, "tensor": 2, "micro_batches": 1, "read_seconds": 0.5, "flops_ratio": 1.1,
     "gather_group": 1, "gathered_ratio": None, "unknown_gathers": 0, "copy_bytes": 1e9,
-    "collectives": {"all-gather": [3, 5e9]}, "compute_seconds": 1, "collective_seconds": 2,
+    "collectives": {"all-gather": [3, 5e9]},
     "compile_seconds": 60, "token_bytes": 2e9, "moved_token_bytes": 3e9,
-    "roofline": {"memory_seconds": 1.0, "memory_bytes": 30e9},
+    "roofline": {"product_seconds": 1.0, "memory_seconds": 1.0, "collective_seconds": 0.5, "memory_bytes": 30e9,
+                 "bound_seconds": 1.0, "sum_seconds": 2.5},
 }  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def test_rows_have_a_cell_for_each_column():
     title, rule = compile_table.head(("choice",), columns).splitlines()
     assert cells(title) == ["choice", *columns] and len(cells(rule)) == 1 + len(columns)
     found = dict(zip(cells(title), cells(compile_table.row(("a",), columns, RECORD)), strict=True))
-    assert found["GB a device"] == "12.0 of 17.0" and found["chip-hours"] == "16"
+    assert found["GB a device"] == "12.0 of 17.0" and found["chip-hours"] == "8 to 20"
     assert found["moved / must move"] == "1.500" and found["ms at peak"] == "100.0" and found["tokens / s"] == "40"
     assert found["at once"] == "2" and found["reading weights, s"] == "0.50"
     assert found["weights gathered, copies"] == "none" and found["collectives, GB"] == "5"
@@ -100,6 +101,6 @@ def test_topologies_make_two_tables(monkeypatch, capsys):
         compile_table.main()
     first, second = (table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n"))
     assert [len(lines) for lines in (first, second)] == [4, 4]
-    assert first[2] == "| 1.4B | v5p:2x2x2 | alignment | 8 | 1 | 1 | 12.0 of 17.0 | 1.0 | 16 | 60 |"
-    assert second[2] == "| 1.4B | v5p:2x2x2 | alignment | 1.10 | none | 5 | 1.00 + 2.00 |"
+    assert first[2] == "| 1.4B | v5p:2x2x2 | alignment | 8 | 1 | 1 | 12.0 of 17.0 | 1.0 | 8 to 20 | 60 |"
+    assert second[2] == "| 1.4B | v5p:2x2x2 | alignment | 1.10 | none | 5 | 1.00 + 1.00 + 0.50 |"
     assert "transition" in first[3] and "does not fit" in first[3] and "transition" in second[3]

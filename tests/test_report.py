@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from melt_jax.analysis.chips import find_chip
-from melt_jax.analysis.hlo import Collective, Program, analyse, innermost
+from melt_jax.analysis.hlo import Collective, Product, Program, Transfer, analyse, innermost
 from melt_jax.analysis.report import SCOPES, Memory, Report, StoredWeights
 
 FSDP, TENSOR = (frozenset(map(frozenset, groups)) for groups in ([{0, 2}, {1, 3}], [{0, 1}, {2, 3}]))
@@ -31,20 +31,28 @@ def test_exceeding_the_chip_does_not_fit():
 def test_unknown_chip_has_no_figures():
     known, unknown = (small_report(kind) for kind in ("TPU v5 lite", "TPU v3"))
     assert "peak rates" in known.text() and "peak rates" not in unknown.text()
-    missing = {"chip", "chips", "memory", "compute_seconds", "collective_seconds", "read_seconds", "chip_hours",
-               "roofline"}  # fmt: skip
+    missing = {"chip", "chips", "memory", "read_seconds", "roofline"}
     assert known.record().keys() - unknown.record().keys() == missing and unknown.record()["total"] == 18
 
 
-def test_reading_weights_bounds_the_time_from_below():
-    """The chip-hours contain the longer of products and reads; two devices of a chip share its memory's bandwidth."""
+def test_two_devices_share_the_bandwidth_of_a_chip():
     report, chip = small_report(), find_chip("TPU v5 lite")
-    assert report.chip_hours(chip) == 0 and "weights read" not in report.text()
+    assert "weights read" not in report.text()
     reading = dataclasses.replace(report, weight_reads=2 * chip.memory_bandwidth)
     assert reading.read_seconds(chip) == reading.record()["read_seconds"] == 2
-    assert reading.chip_hours(chip) == 300 * 2 * 4 / 3600 and "2.000 s at v5e's peak" in reading.text()
+    assert "2.000 s at v5e's peak" in reading.text()
     half = dataclasses.replace(chip, devices=2)
     assert reading.read_seconds(half) == 4
+
+
+def test_chip_hours_are_those_of_the_slowest_bound_and_of_the_sum():
+    chip = find_chip("TPU v5 lite")
+    product = Product("", "bf16", 1, 2 * chip.device_flops, (1024, 1024))
+    transfer = Transfer("", "", "copy", 1, 3 * chip.device_bandwidth, 0)
+    program = Program((product,), (), {}, (), (transfer,))
+    report = dataclasses.replace(small_report(), program=program)
+    assert report.chip_hours(chip) == (300 * 3 * 4 / 3600, 300 * 5 * 4 / 3600)
+    assert "1.0 chip-hours at the slowest of these rates, 1.7 if nothing overlaps" in report.text()
 
 
 def test_scopes_are_not_primitives_of_similar_names():

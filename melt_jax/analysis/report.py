@@ -129,14 +129,6 @@ class Report:
         ratio = self.weights.gathered_bytes(self.program.collectives)[0] / self.weights.copy_bytes
         return ratio if ratio >= WHOLE_COPY else None
 
-    def seconds(self, chip: Chip) -> tuple[float, float]:
-        """Seconds of (products, collectives) at a chip's peak, collectives along one ring of its links.
-
-        HBM traffic is not counted.
-        """
-        sent = sum(collective.sent_bytes for collective in self.program.collectives)
-        return self.program.bf16_flops / chip.device_flops, sent / chip.ring_bandwidth
-
     def roofline(self, chip: Chip) -> Roofline:
         """The bounds of the program's time by a chip's peaks, for each named scope."""
         return roofline(self.program, chip, SCOPES, OWNERS)
@@ -150,11 +142,11 @@ class Report:
         """Bytes of memory that a device moves to decode one token of each sequence; 0 if the program does not."""
         return self.program.memory_bytes / self.tokens if self.tokens else 0
 
-    def chip_hours(self, chip: Chip) -> float:
-        """The chip-hours of the whole phase, if reading weights overlaps with products and collectives do not."""
-        products, collectives = self.seconds(chip)
-        seconds = max(products, self.read_seconds(chip)) + collectives
-        return self.steps * seconds * self.devices / chip.devices / 3600
+    def chip_hours(self, chip: Chip) -> tuple[float, float]:
+        """The chip-hours of the whole phase at the largest of the roofline's three bounds, and at their sum."""
+        whole, chips = self.roofline(chip).whole, self.devices / chip.devices
+        least, most = (self.steps * seconds * chips / 3600 for seconds in (whole.bound_seconds, whole.sum_seconds))
+        return least, most
 
     def text(self) -> str:
         """The report as lines to print."""
@@ -195,11 +187,9 @@ class Report:
         }  # fmt: skip
         if self.chip is None:
             return record
-        compute, links = self.seconds(self.chip)
         return record | {
             "chip": self.chip.name, "chips": self.devices // self.chip.devices, "memory": self.chip.device_memory,
-            "compute_seconds": compute, "collective_seconds": links, "read_seconds": self.read_seconds(self.chip),
-            "chip_hours": self.chip_hours(self.chip), "roofline": self.roofline(self.chip).record(),
+            "read_seconds": self.read_seconds(self.chip), "roofline": self.roofline(self.chip).record(),
         }  # fmt: skip
 
     def _gather_lines(self):
@@ -223,16 +213,16 @@ class Report:
     def _peak_lines(self):
         if self.chip is None:
             return []
-        compute, links = self.seconds(self.chip)
-        lines = [f"at {self.chip.name}'s peak rates: products {compute:.3f} s, collectives {links:.3f} s,"
-                 f" together {compute + links:.3f} s"]  # fmt: skip
+        whole = self.roofline(self.chip).whole
+        lines = [f"at {self.chip.name}'s peak rates: products {whole.product_seconds:.3f} s, memory"
+                 f" {whole.memory_seconds:.3f} s, collectives {whole.collective_seconds:.3f} s"]  # fmt: skip
         if self.weight_reads:
             lines.append(f"weights read from memory: {_giga(self.weight_reads)} GB,"
                          f" {self.read_seconds(self.chip):.3f} s at {self.chip.name}'s peak")  # fmt: skip
         if self.steps:
-            lines.append(
-                f"{self.steps} steps of the phase: {self.chip_hours(self.chip):,.1f} chip-hours at those rates"
-            )
+            least, most = self.chip_hours(self.chip)
+            lines.append(f"{self.steps} steps of the phase: {least:,.1f} chip-hours at the slowest of these rates,"
+                         f" {most:,.1f} if nothing overlaps")  # fmt: skip
         return [*lines, *self.roofline(self.chip).lines()]
 
 

@@ -178,7 +178,7 @@ def test_test_tools_are_added_once(repository):
 def on_two_processes(logs, *command):
     """Runs a command on two processes; returns their statuses and outputs."""
     environment = os.environ | {"PYTHON_RUN": sys.executable, "LOGS": str(logs)}
-    environment.pop("XLA_FLAGS", None)
+    environment["XLA_FLAGS"] = re.sub(r"--xla_force_host\S+", "", environment["XLA_FLAGS"])  # a device for each process
     command = ["launch/local_processes.sh", "2", *map(str, command)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     statuses = [int(status) for status in re.findall(r"^process \d: status (\d+)$", done.stdout, re.MULTILINE)]

@@ -9,13 +9,11 @@ import os
 import shutil
 import tempfile
 
+from tests.helpers.xla_flags import QUICK
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs of tests are small and run once or twice, so that they compile fast matters more than that they run fast. A
-# flag that the caller sets comes later and wins.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
-)
+# A flag that the caller sets comes later and wins.
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub start their own server
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # inherited by processes that tests start
 if count := os.environ.get("MELT_TEST_DEVICES"):

@@ -21,14 +21,11 @@ from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.training.checkpoints import flatten
 from tests.helpers.run_commands import Fork, in_fork, start_command
 from tests.helpers.tiny import TINY, make_model
+from tests.helpers.xla_flags import QUICK
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PHASES = {"transition": 7, "alignment": 8}  # steps
 TIMES = re.compile("seconds|tokens_per_second|goodput|mfu|memory")  # numbers of a log that depend on the machine
-# Programs are tiny, so that they compile fast matters more than that they run fast.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 OVERRIDES = {
     "data.length": 32,
     "data.batch": 4,

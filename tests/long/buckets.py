@@ -34,6 +34,7 @@ from tests.helpers import buckets
 from tests.helpers.runs import differing, leaves
 from tests.helpers.start_processes import start_processes
 from tests.helpers.tiny import TINY, make_model
+from tests.helpers.xla_flags import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TOKENIZER = ROOT / "melt_jax/assets/ouro_nano"
@@ -48,9 +49,6 @@ TRAIN_KILLS = [
     r"POST .*alignment/checkpoints/.*commit_success",
     r"POST .*alignment/model/\.incomplete",
 ]
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 TIMES = re.compile("seconds|tokens_per_second|goodput|mfu|memory")
 OVERRIDES = {
     "chunk_size": 8,

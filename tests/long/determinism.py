@@ -27,8 +27,9 @@ from melt_jax.sharding import make_mesh
 from tests.helpers.mesh_steps import MESHES, gap, one_step
 from tests.helpers.mesh_steps import PHASES as STEP_PHASES
 from tests.helpers.run_commands import in_fork
-from tests.helpers.runs import PHASES, QUICK, contents, differing, prepare
+from tests.helpers.runs import PHASES, contents, differing, prepare
 from tests.helpers.trial import Trial, print_trials
+from tests.helpers.xla_flags import QUICK
 from tests.long.kill_and_resume import run_to_end
 
 MARGIN = 16

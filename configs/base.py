@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.chunk_size = 500  # C, tokens that run in parallel
     config.dtype = "bfloat16"  # of computation and teacher; optimizer state is float32; one of float32, bfloat16
     config.remat = "products"  # backward recomputes scores only, all but products, or all; one of none, products, layer
+    config.attention = "blocks"  # cached entries are read in XLA or by a kernel for TPUs; one of blocks, pallas
     config.attention_block = 512  # cached slots whose attention scores are in memory at a time
     config.micro_batches = 1  # sequential parts of a batch, whose gradients are summed; divides data.batch
     config.compiler_options = "default"  # TPU compiler options of a step; one of default, overlap, vmem, overlap_vmem

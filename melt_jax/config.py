@@ -24,6 +24,7 @@ CHOICES = {
     "gate": GATES,
     "first_loop": ("copy", "gated"),
     "remat": ("none", "products", "layer"),
+    "attention": ("blocks", "pallas"),
     "dtype": ("float32", "bfloat16"),
     "gather": ("step", "layer"),
     "compiler_options": ("default", "overlap", "vmem", "overlap_vmem"),
@@ -83,6 +84,9 @@ class ModelConfig:
     eos: Annotated[int | None, Range(0), "token id that ends a sequence, for config.json"] = None
     pad: Annotated[int | None, Range(0), "token id of padding, for config.json"] = None
     remat: Annotated[str, OneOf(CHOICES["remat"]), "what the backward pass recomputes, as in the run's remat"] = "none"
+    attention: Annotated[str, OneOf(CHOICES["attention"]), "how cached entries are read, as in the run's attention"] = (
+        "blocks"
+    )
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"] = 512
 
     @property
@@ -243,6 +247,7 @@ class TrainConfig:
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]
     dtype: Annotated[str, OneOf(CHOICES["dtype"]), "of computation and teacher; optimizer state is float32"]
     remat: Annotated[str, OneOf(CHOICES["remat"]), "backward recomputes scores only, all but products, or all"]
+    attention: Annotated[str, OneOf(CHOICES["attention"]), "cached entries are read in XLA or by a kernel for TPUs"]
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"]
     micro_batches: Annotated[Count, "sequential parts of a batch, whose gradients are summed; divides data.batch"]
     gather: Annotated[str, OneOf(CHOICES["gather"]), "when weights are gathered over fsdp: once a step or at each use"]
@@ -260,6 +265,11 @@ class TrainConfig:
     checkpoints_kept: Annotated[Count, "newest checkpoints of a phase to keep"]
     run: RunConfig
     evaluation: EvaluationConfig
+
+    @property
+    def attention_changes(self) -> dict[str, Any]:
+        """The fields of a `ModelConfig` that select how attention runs."""
+        return {name: getattr(self, name) for name in ("attention", "attention_block")}
 
     def phase(self, name: str) -> Any:
         """The `PhaseConfig` of a phase."""
@@ -289,11 +299,25 @@ def _pretraining_makes_a_looplm(values):
         yield f"model.gate: expected 'none', because pretraining trains a LoopLM, found {values['model.gate']!r}"
 
 
-def _run_sets_remat_and_block(values):
-    for name in ("remat", "attention_block"):
+def _run_sets_how_attention_runs(values):
+    for name in ("remat", "attention", "attention_block"):
         default = KEYS[f"model.{name}"].default
         if name in values and (value := values[f"model.{name}"]) != default:
             yield f"model.{name}: expected {default!r}, because the key {name} sets it, found {value!r}"
+
+
+def _kernel_fits_in_vmem(values):
+    if values["attention"] != "pallas":
+        return
+    group = max(1, values["model.heads"] // values["model.kv_heads"])
+    rows, block = values["chunk_size"] * group, values["attention_block"]
+    if rows > 4096:
+        found = values["chunk_size"]
+        yield f"chunk_size: expected at most {4096 // group}, 4096 queries of a KV head, with 'pallas', found {found}"
+        return
+    most = min(512, 2**19 // (-(-rows // 128) * 128) // 128 * 128)
+    if block % 128 or block > most:
+        yield f"attention_block: expected a multiple of 128 up to {most} with attention 'pallas', found {block}"
 
 
 def _first_loop_fits_the_gate(values):
@@ -357,7 +381,8 @@ CHECKS = (
     _phases_are_in_order,
     _teacher_is_given,
     _pretraining_makes_a_looplm,
-    _run_sets_remat_and_block,
+    _run_sets_how_attention_runs,
+    _kernel_fits_in_vmem,
     _first_loop_fits_the_gate,
     _gathered_weights_are_recomputed,
     _micro_batches_divide_the_batch,

@@ -155,6 +155,15 @@ def check_batch(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, batch: int,
         raise ShardingError(f"data.batch: expected a multiple of {groups * micro_batches} ({found}), found {batch}")
 
 
+def check_attention(mesh: jax.sharding.Mesh, attention: str) -> None:
+    """Raises ShardingError if the devices cannot run the attention of a config; a CPU interprets the kernel."""
+    platform = mesh.devices.flat[0].platform
+    if attention == "pallas" and platform not in ("tpu", "cpu"):
+        raise ShardingError(
+            f"attention: expected 'blocks' on {platform}, because the kernel is for TPUs, found 'pallas'"
+        )
+
+
 def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
     """Every mismatch between the devices and a run's mesh, batch and weights."""
     try:
@@ -164,6 +173,7 @@ def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
     checks = (
         functools.partial(check_batch, mesh, config.data.batch, config.micro_batches),
         functools.partial(weight_shardings, abstract_model(model), mesh),
+        functools.partial(check_attention, mesh, config.attention),
     )
     errors = []
     for check in checks:

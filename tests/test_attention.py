@@ -48,8 +48,10 @@ CASES = {
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kernel", ["blocks", "pallas"])
 @pytest.mark.parametrize("name", CASES)
-def test_blockwise_attention_equals_plain_attention(name):
+def test_blockwise_attention_equals_plain_attention(name, kernel):
+    """The kernel is interpreted here."""
     slots, start, which, block = CASES[name]
     query, earlier, own, alpha, mask = inputs(slots, start, which, jnp.float64)
     weight = np.random.default_rng(1).standard_normal((B, C, K, G, E))
@@ -59,15 +61,16 @@ def test_blockwise_attention_equals_plain_attention(name):
         loss = lambda *args: jnp.sum(run(*args) * weight)
         return jax.jit(lambda *args: (run(*args), jax.grad(loss, (0, 1, 2))(*args)))(query, earlier, own)
 
-    got, want = outcome(blockwise_attention, block), outcome(plain_attention)
+    got, want = outcome(blockwise_attention, block, kernel), outcome(plain_attention)
     assert max(np.abs(x).max() for x in jax.tree.leaves(want) if x.size) > 0.1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, want)
 
 
-def test_bfloat16_attention_differs_by_rounding():
+@pytest.mark.parametrize("kernel", ["blocks", "pallas"])
+def test_bfloat16_attention_differs_by_rounding(kernel):
     """Scores and sums are float32; the weights and the result are rounded to bfloat16, with relative errors of 2⁻⁹."""
     arguments = inputs(13, 11, dtype=jnp.bfloat16)
-    got = blockwise_attention(*arguments, 4)
+    got = blockwise_attention(*arguments, 4, kernel)
     want = plain_attention(
         *jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.result_type(x) == jnp.bfloat16 else x, arguments)
     )
@@ -75,11 +78,12 @@ def test_bfloat16_attention_differs_by_rounding():
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-7 * np.abs(want).max())
 
 
-def test_empty_blocks_are_not_visited():
+@pytest.mark.parametrize("kernel", ["blocks", "pallas"])
+def test_empty_blocks_are_not_visited(kernel):
     """A nan in an empty block changes nothing; if the block were only masked, the nan would spread."""
     query, earlier, own, alpha, mask = inputs(16, 4)
     with_nan = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
-    outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, mask, 4)
+    outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, mask, 4, kernel)
     np.testing.assert_array_equal(outcome(with_nan), outcome(earlier))
 
 

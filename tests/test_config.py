@@ -20,6 +20,7 @@ NOT_IN_BASE = (
     "exit_threshold",
     "guidance",
     "remat",
+    "attention",
     "attention_block",
 )  # of `model`, set from other keys
 
@@ -186,7 +187,15 @@ CONTRADICTIONS = {
     "teacher: expected the folder of a LoopLM": [{"teacher": ""}],
     "model.gate: expected 'none'": [{"phases": ("pretraining",), "model__gate": "elementwise"}],
     "model.remat: expected 'none'": [{"model__remat": "layer"}],
+    "model.attention: expected 'blocks'": [{"model__attention": "pallas"}],
     "model.attention_block: expected 512": [{"model__attention_block": 64}],
+    "attention_block: expected a multiple of 128 up to 512": [
+        {"attention": "pallas", "attention_block": block} for block in (500, 1024)
+    ],
+    "attention_block: expected a multiple of 128 up to 256": [{"attention": "pallas", "model__kv_heads": 4}],
+    "chunk_size: expected at most 1024, 4096 queries of a KV head": [
+        {"attention": "pallas", "chunk_size": 1025, "model__kv_heads": 4}
+    ],
     "student.first_loop: expected 'copy'": [
         {"student__gate": gate, "student__first_loop": "gated"} for gate in GATES[2:]
     ],

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from melt_jax.sharding import (
     AXES,
     ShardingError,
     batch_sharding,
+    check_attention,
     check_batch,
     device_slice,
     local_batch_indices,
@@ -48,6 +50,18 @@ def test_colliding_and_unknown_rules_are_refused():
         partition(("heads", "mlp"))
     with pytest.raises(ShardingError, match=r"found.*'head'"):
         partition(("head", "embed"))
+
+
+def test_kernel_is_refused_on_gpus():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    check_attention(mesh, "pallas")
+    with pytest.raises(ShardingError, match=r"^attention: expected 'blocks' on gpu, .* found 'pallas'$"):
+        check_attention(_on("gpu"), "pallas")
+    check_attention(_on("gpu"), "blocks")
+
+
+def _on(platform):
+    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
 
 
 def abstract_mesh(replica=1, fsdp=1, tensor=1):

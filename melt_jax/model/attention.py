@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from melt_jax.model.attention_kernel import cached_cotangents, fold_cached
 from melt_jax.model.cache import KV, ChunkKV, EntryView, blend, read_slots
 from melt_jax.model.layout import einsum, upcast
 
+BLOCKS = "cached_blocks"  # the scope of the work on cached entries
 SAVED = "attention"  # the `jax.checkpoint` name of the values that the backward pass needs from the forward pass
 
 
@@ -65,12 +67,24 @@ class AttentionMask(NamedTuple):
     ) -> Bool[Array, "B C {size}"]:
         """The mask over the slots begin … begin + size − 1; slots before `first` belong to another block."""
         slots = begin + jnp.arange(size, dtype=jnp.int32)[None, None]
-        end = jnp.reshape(self.start, (-1, 1, 1))
-        if self.recent is not None:
-            beyond_window = end + (self._queries() - self.width)[None, :, None]
-            end = jnp.where(self.last_loop, end, jnp.minimum(end, beyond_window))
-        live = (slots >= first) & (slots < end)
+        live = (slots >= first) & (slots < self._ends()[..., None])
         return self._same_segment(jax.lax.dynamic_slice_in_dim(self.cached, begin, size, 1)) & live
+
+    def reach(self) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B S"], Int[Array, ""]]:
+        """What decides over the cache, for a kernel: a query reads the slots of its segment before its end.
+
+        Returns:
+          (segments of the queries, their ends, segments of the slots, the first slot that no sequence reads).
+        """
+        ends = jnp.where(self.segments == 0, 0, self._ends())
+        return self.segments, ends, self.cached, jnp.max(self.start)
+
+    def _ends(self):
+        """[1 or B, 1 or C]: the slot from which on a query reads nothing of the cache."""
+        end = jnp.reshape(self.start, (-1, 1))
+        if self.recent is None:
+            return end
+        return jnp.where(self.last_loop, end, jnp.minimum(end, end + (self._queries() - self.width)[None]))
 
     def _queries(self):
         return jnp.arange(self.segments.shape[1], dtype=jnp.int32)
@@ -79,7 +93,7 @@ class AttentionMask(NamedTuple):
         return (self.segments[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def blockwise_attention(
     query: Float[Array, "B C K G E"],
     earlier: ChunkKV,
@@ -87,6 +101,7 @@ def blockwise_attention(
     alpha: Float[Array, ""] | None,
     mask: AttentionMask,
     block: int,
+    kernel: str = "blocks",
 ) -> Float[Array, "B C K G E"]:
     """Softmax attention over the cached entries of earlier tokens and the entries near the chunk.
 
@@ -98,14 +113,15 @@ def blockwise_attention(
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
       block: slots whose scores are in memory at a time; a shorter cache is one block.
+      kernel: how cached entries are read, "blocks" or "pallas" (`attention_kernel`); views are always read in blocks.
 
     Returns:
       The heads' results in the query's dtype; scores, softmax and sums are at least float32.
     """
-    return _blockwise_attention_forward(query, earlier, near, alpha, mask, block)[0]
+    return _blockwise_attention_forward(query, earlier, near, alpha, mask, block, kernel)[0]
 
 
-def _blockwise_attention_forward(query, earlier, near, alpha, mask, block):
+def _blockwise_attention_forward(query, earlier, near, alpha, mask, block, kernel):
     with jax.named_scope("near_entries"):
         scores = _scores(query, near.keys, mask.near())
         peak = jnp.max(scores, axis=-1, keepdims=True)
@@ -120,13 +136,17 @@ def _blockwise_attention_forward(query, earlier, near, alpha, mask, block):
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         return new_peak, total, mixed * _token_first(shrink) + _mix(weights, kv.values)
 
-    peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
-    out = checkpoint_name((mixed / _token_first(total)).astype(query.dtype), SAVED)
-    log_total = checkpoint_name(peak + jnp.log(total), SAVED)
+    if _uses_kernel(kernel, query, mask):
+        with jax.named_scope(BLOCKS):
+            out, log_total = fold_cached(query, _whole(earlier, mask), alpha, mask.reach(), block, state)
+    else:
+        peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
+        out, log_total = (mixed / _token_first(total)).astype(query.dtype), peak + jnp.log(total)
+    out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
     return out, (query, earlier, near, alpha, mask, out, log_total)
 
 
-def _blockwise_attention_backward(block, residuals, out_bar):
+def _blockwise_attention_backward(block, kernel, residuals, out_bar):
     query, earlier, near, alpha, mask, out, log_total = residuals
     scale = 1 / math.sqrt(query.shape[-1])
     product = jnp.sum(upcast(out_bar) * upcast(out), axis=-1)
@@ -149,13 +169,54 @@ def _blockwise_attention_backward(block, residuals, out_bar):
         parts = zip(earlier[:2], earlier_bar[:2], _unblend(kv_bar, earlier, alpha)[:2])
         return query_bar + more, ChunkKV(*(_add_gradient(*part, begin) for part in parts))
 
-    is_view = lambda x: isinstance(x, EntryView)
-    zeros = jax.tree.map(lambda x: None if is_view(x) else jnp.zeros_like(x), earlier, is_leaf=is_view)
-    query_bar, earlier_bar = _fold_blocks(add_block, (query_bar, zeros), earlier, alpha, mask, block)
+    if _uses_kernel(kernel, query, mask):
+        with jax.named_scope(BLOCKS):
+            more, earlier_bar = cached_cotangents(
+                query, _whole(earlier, mask), alpha, mask.reach(), block, out_bar, log_total, product
+            )
+            earlier_bar = _send_gradient(earlier, earlier_bar, mask, block)
+        query_bar += more
+    else:
+        is_view = lambda x: isinstance(x, EntryView)
+        zeros = jax.tree.map(lambda x: None if is_view(x) else jnp.zeros_like(x), earlier, is_leaf=is_view)
+        query_bar, earlier_bar = _fold_blocks(add_block, (query_bar, zeros), earlier, alpha, mask, block)
     return query_bar.astype(query.dtype), earlier_bar, near_bar, jax.tree.map(jnp.zeros_like, alpha), None
 
 
 blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_backward)
+
+
+def _uses_kernel(kernel, query, mask):
+    """A single token has few scores, and would be read with a copy of all entries."""
+    return kernel == "pallas" and query.shape[1] > 1 and mask.cached.shape[1] > 0
+
+
+def _whole(earlier, mask):
+    """The entries as arrays."""
+    read = lambda x: read_slots(x, 0, mask.cached.shape[1]) if isinstance(x, EntryView) else x
+    return ChunkKV(*map(read, earlier[:2]))
+
+
+def _send_gradient(earlier, earlier_bar, mask, block):
+    """The gradient of the entries; that of views is added to their sums, for slots before the chunk's first slot."""
+    slots = mask.cached.shape[1]
+    size = min(block, slots)
+
+    def send(entries, kv_bar):
+        if not isinstance(entries, EntryView):
+            return kv_bar
+
+        def add_block(index, _):
+            begin = jnp.minimum(index * size, slots - size)  # the last block may overlap the one before it
+            new = (begin + jnp.arange(size, dtype=jnp.int32) >= index * size)[None, :, None, None]
+            bar = jax.tree.map(lambda x: jnp.where(new, x, 0), read_slots(kv_bar, begin, size))
+            entries.add_gradient(begin, bar)
+
+        if entries.sums is not None:
+            jax.lax.fori_loop(0, (jnp.max(mask.start) + size - 1) // size, add_block, None)
+        return None
+
+    return ChunkKV(*map(send, earlier[:2], earlier_bar[:2]))
 
 
 def _fold_blocks(add_block, state, earlier, alpha, mask, block):
@@ -173,7 +234,7 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
 
     if size == slots:
         return body(0, state)
-    with jax.named_scope("cached_blocks"):
+    with jax.named_scope(BLOCKS):
         return jax.lax.fori_loop(0, (jnp.max(mask.start) + size - 1) // size, body, state)
 
 

@@ -245,7 +245,9 @@ def _run_layer(config: ModelConfig, context: _Context, stored: ChunkKV, y: Float
         near = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *near)
         mask = context.mask._replace(last_loop=loop == config.loops)
         query = layer.project_query(u, context.rope)
-        heads = blockwise_attention(query, earlier.cached, near, context.alpha, mask, config.attention_block)
+        heads = blockwise_attention(
+            query, earlier.cached, near, context.alpha, mask, config.attention_block, config.attention
+        )
         y, attention_output = layer.add_attention(y, heads)
     with jax.named_scope("mlp"):
         y = layer.add_mlp(y)

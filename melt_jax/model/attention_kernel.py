@@ -1,0 +1,321 @@
+"""Attention to the cached entries as Pallas kernels for TPUs: scores and partial sums stay in VMEM.
+
+`blockwise_attention` calls them if its kernel is "pallas"; the entries near the chunk stay in XLA. One kernel folds the
+cached entries into the softmax that the near entries began; the other computes the gradients from the log of the
+normalizer over all entries. JAX's splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`) does not serve:
+its public functions differentiate only with the normalizer of the entries that they read; a mask that is known at run
+time goes through HBM; and the cache would have to be copied to a multiple of its blocks.
+
+The kernels are written for one key/value head of one sequence. `jax.vmap` adds a dimension to their grid for heads and
+sequences, and if a mesh splits these, each device runs its own. Scores are transposed, [slots, rows], so that the
+numbers that belong to a row are a row of lanes. On other platforms than TPUs the kernels are interpreted, which is
+slow: for tests. Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G query heads per
+key/value head, E head width, R = G·C rows of queries.
+"""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from melt_jax.model.cache import KV, ChunkKV, blend
+from melt_jax.model.layout import accumulation_dtype
+
+LANES = 128  # of a TPU's vector registers
+
+
+def fold_cached(
+    query: Float[Array, "B C K G E"],
+    earlier: ChunkKV,
+    alpha: Float[Array, ""] | None,
+    reach: tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B S"], Int[Array, ""]],
+    block: int,
+    state: tuple[Float[Array, "B K G C 1"], Float[Array, "B K G C 1"], Float[Array, "B C K G E"]],
+) -> tuple[Float[Array, "B C K G E"], Float[Array, "B K G C 1"]]:
+    """Folds the cached entries into a softmax, and ends it.
+
+    Args:
+      query: see `blockwise_attention`, as for the next two.
+      earlier: arrays, no views.
+      alpha: the transition's α, or None.
+      reach: from `AttentionMask.reach`.
+      block: slots whose scores are in VMEM at a time; on a TPU a multiple of 128, or at least S.
+      state: of the near entries: the largest score and, relative to it, the sums of weights and of weighted values.
+
+    Returns:
+      (the heads' results, the log of the normalizer).
+    """
+    peak, total, mixed = state
+    inputs = _rows(_head_first(query)), _rows(peak[..., 0]), _rows(total[..., 0]), _rows(_head_first(mixed))
+    shape = query.shape
+    out, log_total = _over_heads(_fold, shape[3], inputs, earlier, alpha, reach, block)
+    return _token_first(_unrows(out, shape)), _unrows(log_total, shape)[..., None]
+
+
+def cached_cotangents(
+    query: Float[Array, "B C K G E"],
+    earlier: ChunkKV,
+    alpha: Float[Array, ""] | None,
+    reach: tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B S"], Int[Array, ""]],
+    block: int,
+    out_bar: Float[Array, "B C K G E"],
+    log_total: Float[Array, "B K G C 1"],
+    product: Float[Array, "B K G C 1"],
+) -> tuple[Float[Array, "B C K G E"], ChunkKV]:
+    """The cotangents that attention to the cached entries gives to the queries and to the entries.
+
+    Args:
+      query: see `fold_cached`, as for the next four.
+      out_bar: the cotangent of the heads' results.
+      log_total: from `fold_cached`.
+      product: the sums of results · out_bar over E.
+
+    Returns:
+      (the query's part, at least float32, the entries').
+    """
+    inputs = _rows(_head_first(query)), _rows(_head_first(out_bar)), _rows(log_total[..., 0]), _rows(product[..., 0])
+    query_bar, *entries_bar = _over_heads(_pull_back, query.shape[3], inputs, earlier, alpha, reach, block)
+    parts = iter(jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), entries_bar))
+    return _token_first(_unrows(query_bar, query.shape)), ChunkKV(*(entries and next(parts) for entries in earlier[:2]))
+
+
+def _head_first(x):
+    """[B, C, K, G, E] → [B, K, G, C, E]."""
+    return jnp.moveaxis(x, 1, 3)
+
+
+def _token_first(x):
+    """[B, K, G, C, E] → [B, C, K, G, E]."""
+    return jnp.moveaxis(x, 3, 1)
+
+
+def _rows(x):
+    """[B, K, G, C, …] → [B, K, R, …]; zeros fill R up to a multiple of the lanes."""
+    batch, heads, group, chunk, *rest = x.shape
+    x = jnp.reshape(x, (batch, heads, group * chunk, *rest))
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -(group * chunk) % LANES), *[(0, 0)] * len(rest)])
+
+
+def _unrows(x, shape):
+    """[B, K, R, …] → [B, K, G, C, …], for queries of a shape."""
+    _, chunk, heads, group, _ = shape
+    return jnp.reshape(x[:, :, : group * chunk], (x.shape[0], heads, group, chunk, *x.shape[3:]))
+
+
+def _over_heads(function, group, inputs, earlier, alpha, reach, block):
+    """Runs a function of one head of one sequence for all; `inputs` are [B, K, R, …], as are the results."""
+    segments, ends, cached, start = reach
+    of_rows = lambda x: _rows(jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, group, x.shape[1])))[:, 0]
+    sets = tuple(jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), entries) for entries in earlier[:2] if entries)
+    size = min(block, cached.shape[1])
+    count = jnp.reshape((start + size - 1) // size, (1,))
+    alpha = jnp.zeros((1,), jnp.float32) if alpha is None else jnp.reshape(alpha, (1,))
+
+    def run(*arguments, interpret):
+        of_head = functools.partial(function, size, interpret)
+        of_sequence = jax.vmap(of_head, (None, None, None, None, None, 0, 0))
+        return jax.vmap(of_sequence, (None, None, 0, 0, 0, 0, 0))(*arguments)
+
+    return jax.lax.platform_dependent(
+        count, alpha, of_rows(segments), of_rows(ends), cached, sets, inputs,
+        tpu=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True),
+    )  # fmt: skip
+
+
+def _fold(size, interpret, count, alpha, segments, ends, cached, sets, inputs):
+    """(results [R, E], log of the normalizer [R]) of one head."""
+    query, peak, total, mixed = inputs
+    (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
+    arrays = jax.tree.leaves(sets)
+
+    def kernel(count, alpha, segments, ends, query, peak, total, mixed, cached, *refs):
+        entries, (out, log_total, peaks, totals, sums) = refs[:-5], refs[-5:]
+        index = pl.program_id(0)
+
+        @pl.when(index == 0)
+        def _():
+            peaks[...], totals[...], sums[...] = peak[...], total[...], mixed[...].T
+
+        @pl.when(index < count[0])
+        def _():
+            keys, values = _read(entries, alpha, index, size, slots)
+            scores = _scores(keys, query[...], index, cached, segments, ends)
+            new_peak = jnp.maximum(peaks[...], jnp.max(scores, axis=0, keepdims=True))
+            weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peaks[...] - new_peak)
+            totals[...] = totals[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
+            sums[...] = sums[...] * shrink + _dot(values, weights.astype(values.dtype), (0, 0))
+            peaks[...] = new_peak
+
+        @pl.when(index == pl.num_programs(0) - 1)
+        def _():
+            out[...] = (sums[...] / totals[...]).T.astype(out.dtype)
+            log_total[...] = peaks[...] + jnp.log(totals[...])
+
+    out, log_total = _call(
+        kernel,
+        (count, alpha),
+        (_row(segments), _row(ends), query, _row(peak), _row(total), mixed),
+        (_row(cached), *arrays),
+        size,
+        outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype), jax.ShapeDtypeStruct((1, rows), wide)),
+        scratch=[pltpu.VMEM((1, rows), wide), pltpu.VMEM((1, rows), wide), pltpu.VMEM((width, rows), wide)],
+        name="fold_cached",
+        interpret=interpret,
+    )
+    return out, log_total[0]
+
+
+def _pull_back(size, interpret, count, alpha, segments, ends, cached, sets, inputs):
+    """(cotangents of the queries [R, E], of each set of entries) of one head."""
+    query, out_bar, log_total, product = inputs
+    (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
+    arrays = jax.tree.leaves(sets)
+
+    def kernel(count, alpha, segments, ends, query, out_bar, log_total, product, cached, *refs):
+        entries, (query_bar, *entries_bar, sums) = refs[: len(arrays)], refs[len(arrays) :]
+        index = pl.program_id(0)
+
+        @pl.when(index == 0)
+        def _():
+            sums[...] = jnp.zeros_like(sums)
+
+        @pl.when(index < count[0])
+        def _():
+            keys, values = _read(entries, alpha, index, size, slots)
+            weights = jnp.exp(_scores(keys, query[...], index, cached, segments, ends) - log_total[...])
+            weights_bar = _dot(values, out_bar[...], (1, 1))
+            scores_bar = weights * (weights_bar - product[...]) * (1 / math.sqrt(width))
+            scores_bar = scores_bar.astype(query.dtype)
+            sums[...] += _dot(keys, scores_bar, (0, 0))
+            kv_bar = _dot(scores_bar, query[...], (1, 0)), _dot(weights.astype(query.dtype), out_bar[...], (1, 0))
+            factors = (1,) if len(arrays) == 2 else (alpha[0], 1 - alpha[0])
+            for ref, (factor, x) in zip(entries_bar, itertools.product(factors, kv_bar)):
+                ref[...] = (factor * x).astype(ref.dtype)
+
+        @pl.when(index >= count[0])
+        def _():
+            for ref in entries_bar:
+                ref[...] = jnp.zeros_like(ref)
+
+        @pl.when(index == pl.num_programs(0) - 1)
+        def _():
+            query_bar[...] = sums[...].T
+
+    query_bar, *entries_bar = _call(
+        kernel,
+        (count, alpha),
+        (_row(segments), _row(ends), query, out_bar, _row(log_total), _row(product)),
+        (_row(cached), *arrays),
+        size,
+        outputs=(jax.ShapeDtypeStruct((rows, width), wide),),
+        scratch=[pltpu.VMEM((width, rows), wide)],
+        name="cached_cotangents",
+        interpret=interpret,
+        gradient=True,
+    )
+    return query_bar, *(KV(*entries_bar[i : i + 2]) for i in range(0, len(arrays), 2))
+
+
+def _call(kernel, scalars, whole, by_slot, size, *, outputs, scratch, name, interpret, gradient=False):
+    """Runs a kernel over the blocks of slots.
+
+    Args:
+      kernel: a function of references to scalars, whole, by_slot, outputs and scratch.
+      scalars: (the number of live blocks [1], α [1]).
+      whole: arrays that are in VMEM all the time.
+      by_slot: the segments of the slots [1, S] and the entries [S, E]; a block of them is in VMEM at a time, and no
+        block is fetched after the last live one.
+      size: slots of a block.
+      outputs: shapes of results that are in VMEM all the time.
+      scratch: further arrays in VMEM.
+      name: of the kernel.
+      interpret: on other platforms than TPUs.
+      gradient: the results include cotangents of the entries.
+    """
+    cached, *entries = by_slot
+    (rows, width), slots = whole[2].shape, cached.shape[1]
+    blocks, products = -(-slots // size), 5 if gradient else 2
+    live = lambda index, count: jnp.minimum(index, jnp.maximum(count[0] - 1, 0))
+    block = lambda shape, index: pl.BlockSpec(shape, _outside_mesh(index))
+    at_rest = lambda x: block(x.shape, lambda index, count, alpha: (0, 0))
+    of_slots = block((1, size), lambda index, count, alpha: (0, live(index, count)))
+    of_entries = block((size, width), lambda index, count, alpha: (live(index, count), 0))
+    of_cotangents = block((size, width), lambda index, count, alpha: (index, 0))
+    cotangents = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in entries] if gradient else []
+    first = len(scalars) + len(whole)
+    return pl.pallas_call(
+        _outside_mesh(kernel),
+        out_shape=(*outputs, *cotangents),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(blocks,),
+            in_specs=[*map(at_rest, whole), of_slots, *[of_entries] * len(entries)],
+            out_specs=(*map(at_rest, outputs), *[of_cotangents] * len(cotangents)),
+            scratch_shapes=scratch,
+        ),
+        interpret=interpret,
+        name=name,
+        # If all blocks are live. `melt_jax.analysis` counts fewer: it knows how many are, on average.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * rows * slots * width,
+            transcendentals=rows * slots,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*whole, *by_slot, *outputs, *cotangents)),
+        ),
+        metadata={
+            "blocks": str(blocks),
+            "operands_by_block": " ".join(str(first + i) for i in range(len(by_slot))),
+            "sides": f"{min(width, size)} {min(width, rows)}",
+        },
+    )(*scalars, *whole, *by_slot)
+
+
+def _row(x):
+    """[n] → [1, n]."""
+    return x[None]
+
+
+def _outside_mesh(function):
+    """Traces a function without a mesh, as code of one device; else the interpreter finds two meshes in a program."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return function(*args)
+
+    return run
+
+
+def _read(entries, alpha, index, size, slots):
+    """The keys and values [size, E] of a block, blended; zeros past the last slot, where a block holds anything."""
+    read = [ref[...] for ref in entries]
+    keys, values = blend(ChunkKV(KV(*read[:2]), KV(*read[2:]) if read[2:] else None), alpha[0])
+    if slots % size:
+        inside = index * size + jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0) < slots
+        keys, values = (jnp.where(inside, x, 0) for x in (keys, values))
+    return keys, values
+
+
+def _scores(keys, query, index, cached, segments, ends):
+    """Scores [slots, rows] of a block; −∞ for slots that a row does not attend to."""
+    scores = _dot(keys, query, (1, 1)) * (1 / math.sqrt(query.shape[-1]))
+    slots = index * keys.shape[0] + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    visible = (slots < ends[...]) & (_column(cached[...]) == segments[...])
+    return jnp.where(visible, scores, -jnp.inf)
+
+
+def _column(x):
+    """[1, n] → [n, 1]."""
+    return jnp.broadcast_to(x, (8, x.shape[1])).T[:, :1]
+
+
+def _dot(x, y, contracted):
+    """The product of two matrices over one dimension of each, in the accumulation dtype; float32 is exact."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    wide = accumulation_dtype(x.dtype)
+    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=wide)

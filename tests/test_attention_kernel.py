@@ -1,0 +1,82 @@
+"""The attention kernel, interpreted on a CPU, equals attention in XLA; `tests/test_attention.py` has further cases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from melt_jax import run_sequence
+from melt_jax.model.attention import AttentionMask, blockwise_attention
+from melt_jax.model.cache import KV, ChunkKV
+from tests.helpers.tiny import TINY, make_model
+
+# Two KV heads of three query heads; 140 rows of a KV head are padded to 256.
+B, C, K, G, E, S, W = 2, 70, 2, 2, 8, 300, 9
+
+
+def numbers(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def arguments(start, last_loop, transition):
+    """Float32 arguments of `blockwise_attention` with documents, padding, a window and the entries of a sweep."""
+    random = np.random.default_rng(7)
+    segments = lambda length: jnp.asarray(np.sort(random.integers(0, 4, (B, length)), axis=1)[:, ::-1], jnp.int32)
+    entries = lambda seed, length: KV(numbers(seed, B, length, K, E), numbers(seed + 1, B, length, K, E))
+    mask = AttentionMask(
+        segments(C), segments(S), jnp.int32(start), W, segments(W), jnp.asarray(last_loop), jnp.int32(1)
+    )
+    earlier = ChunkKV(entries(10, S), entries(20, S) if transition else None)
+    alpha = jnp.float32(0.3) if transition else None
+    return numbers(1, B, C, K, G, E), earlier, entries(30, W + 2 * C), alpha, mask
+
+
+@pytest.mark.parametrize(
+    ("start", "last_loop", "transition"), [(299, False, False), (131, False, True), (131, True, False)]
+)
+def test_kernel_equals_blocks(start, last_loop, transition):
+    """Values and gradients, in float32: sums of at most n = S + W + 2C products, with relative errors of n · 2⁻²⁴."""
+    query, earlier, near, alpha, mask = arguments(start, last_loop, transition)
+    weight = numbers(2, B, C, K, G, E)
+
+    def outcome(kernel):
+        run = lambda *inputs: blockwise_attention(*inputs, alpha, mask, 128, kernel)
+        loss = lambda *inputs: jnp.sum(run(*inputs) * weight)
+        return jax.jit(lambda *inputs: (run(*inputs), jax.grad(loss, (0, 1, 2))(*inputs)))(query, earlier, near)
+
+    def compare(got, want):
+        np.testing.assert_allclose(got, want, rtol=0, atol=(S + W + 2 * C) * 2**-24 * np.abs(want).max())
+
+    jax.tree.map(compare, outcome("pallas"), outcome("blocks"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_models_have_the_same_gradient():
+    """With a window and two sweeps; chunks start at odd places."""
+    config = dataclasses.replace(TINY, loops=2, layers=1, window=1, sweeps=2, remat="products")
+    model, tokens = make_model(config), np.random.default_rng(0).integers(0, config.vocab, (2, 13))
+
+    def gradient(attention):
+        def loss(model):
+            out = run_sequence(model, tokens, 5)
+            return jnp.sum(jnp.sin(out.hidden)) + jnp.sum(jnp.cos(out.attention_output))
+
+        changed = jax.tree.unflatten(
+            jax.tree.structure(make_model(dataclasses.replace(config, attention=attention))), jax.tree.leaves(model)
+        )
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(changed))
+
+    for got, want in zip(gradient("pallas"), gradient("blocks"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11 * np.abs(want).max())
+
+
+def test_forward_kernel_does_not_run_again():
+    """Its results are saved for the backward pass, with remat too."""
+    model = make_model(dataclasses.replace(TINY, loops=1, layers=1, attention="pallas", remat="layer"))
+    loss = lambda model: jnp.sum(run_sequence(model, np.ones((1, 4), np.int32), 2).hidden)
+    text = str(jax.make_jaxpr(jax.grad(loss))(model))
+    branches = text.count("name=fold_cached"), text.count("name=cached_cotangents")
+    assert branches == (2, 2)  # for a TPU and for other platforms

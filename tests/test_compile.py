@@ -46,6 +46,17 @@ def test_weights_are_gathered_once_per_step(phase, chunk):
 
 
 @pytest.mark.slow
+def test_attention_kernel_moves_less():
+    """The kernel compiles under a mesh that splits sequences and heads; it computes what XLA's loop does."""
+    model = dataclasses.replace(MODEL, head_width=128)
+    kernel, blocks = (compile_small(model=model, attention=attention) for attention in ("pallas", "blocks"))
+    assert kernel.program.custom_calls == {} and kernel.gathered_ratio == pytest.approx(1, abs=0.05)
+    assert sum(product.op_name.endswith("pallas_call") for product in kernel.program.products) >= 3
+    assert kernel.program.flops == pytest.approx(blocks.program.flops, rel=0.1)
+    assert kernel.program.memory_bytes < blocks.program.memory_bytes
+
+
+@pytest.mark.slow
 def test_gathering_at_each_use_moves_more():
     report = compile_small(gather="layer")
     assert report.gathered_ratio > 10 and report.record()["unknown_gathers"] == 0

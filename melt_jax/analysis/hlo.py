@@ -9,9 +9,9 @@ of the TPU and CPU compilers.
     print(program.summary(scopes=("gate", "attention", "mlp")))
 
 A multiply-add is 2 FLOPs. Only `dot` and `convolution` count (the TPU's compiler writes matrix products as
-convolutions): not products that the compiler rewrote as multiply and reduce, and not custom calls, which are listed by
-name. `hlo_memory` defines the bytes of memory. The CPU's compiler computes bfloat16 in float32, so its collectives move
-twice the bytes.
+convolutions), and Pallas kernels by their own estimate (`hlo_kernels`): not products that the compiler rewrote as
+multiply and reduce, and not other custom calls, which are listed by name. `hlo_memory` defines the bytes of memory. The
+CPU's compiler computes bfloat16 in float32, so its collectives move twice the bytes.
 """
 
 import collections
@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from melt_jax.analysis.hlo_kernels import read_kernel
 from melt_jax.analysis.hlo_loops import read_loop
 from melt_jax.analysis.hlo_memory import traffic
 from melt_jax.analysis.hlo_text import (
@@ -55,7 +56,7 @@ Trips = Callable[[str], float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A `dot` or `convolution`.
+    """A `dot` or `convolution`, or the products of a Pallas kernel.
 
     Attributes:
       op_name: JAX's name of the operation, with its named scopes; "" if the compiler dropped it.
@@ -160,7 +161,7 @@ class Program:
     Attributes:
       products: matrix products, in the order of the text.
       collectives: in the same order.
-      custom_calls: {target, followed by a Pallas kernel's name: executions}; their FLOPs are unknown.
+      custom_calls: {target, followed by a Pallas kernel's name: executions} of those whose FLOPs are unknown.
       loops: of all branches, outer loops first.
       transfers: in the order of the text.
     """
@@ -236,7 +237,8 @@ def analyse(text: str, trips: Trips | Mapping[str, float] | None = None) -> Prog
       text: `compiled.as_text()`, optimized HLO.
       trips: trip counts of loops that have none in the text, such as a `fori_loop` over a traced bound: a function from
         the loop's op_name to a number or None, or a mapping from named scopes, of which the innermost around the loop
-        applies. A mean may be fractional.
+        applies. A mean may be fractional. For a Pallas kernel in blocks, the number of blocks that it visits; all if
+        there is none.
 
     Returns:
       `Program`. A loop without a trip count is counted once and is listed in `unknown_loops`.
@@ -304,8 +306,10 @@ class _Walk:
         for instruction in computation.values():
             opcode = instruction.opcode.removesuffix("-start")
             own_name = attribute(instruction, "op_name") or op_name
+            kernel = read_kernel(instruction)
+            live = self._live_share(kernel, own_name)
             if fusion is None:
-                self._transfer(computation, instruction, times, own_name)
+                self._transfer(computation, instruction, times, own_name, live)
             if opcode in ("dot", "convolution"):
                 self._product(computation, instruction, times, own_name)
             elif opcode in COLLECTIVES and not under_way:
@@ -319,6 +323,8 @@ class _Walk:
             elif opcode in ("call", "async"):
                 callee = plain_attribute(instruction, "to_apply" if opcode == "call" else "calls")
                 self.visit(callee, times, {}, own_name, fusion, under_way)
+            elif kernel:
+                self._kernel(computation, instruction, times, own_name, kernel, live)
             elif opcode == "custom-call" and (target := attribute(instruction, "custom_call_target")) not in MARKERS:
                 *_, kernel, operation = ("", "", *own_name.split("/"))
                 self.custom_calls[f"{target} {kernel}" if operation == "pallas_call" else target] += times
@@ -334,10 +340,20 @@ class _Walk:
         sides = (summed, min(result_sides(instruction, lhs, rhs)))
         self.products.append(Product(op_name, precision, times, times * flops, sides))
 
-    def _transfer(self, computation, instruction, times, op_name):
+    def _live_share(self, kernel, op_name):
+        """The share of its blocks that a kernel visits."""
+        trips = self.trips(op_name) if kernel and kernel.blocks > 1 else None
+        return 1 if trips is None else min(1, trips / kernel.blocks)
+
+    def _kernel(self, computation, instruction, times, op_name, kernel, live):
+        dtypes = {arrays(computation[name].shape)[0][0] for name in operand_names(instruction)}
+        precision = "bf16" if "bf16" in dtypes else "f32 highest"
+        self.products.append(Product(op_name, precision, times, times * live * kernel.flops, kernel.sides))
+
+    def _transfer(self, computation, instruction, times, op_name, live):
         if attribute(instruction, "custom_call_target") in MARKERS:
             return
-        moved = traffic(self.computations, computation, instruction)
+        moved = traffic(self.computations, computation, instruction, live)
         if moved.total:
             read, written = (times * size for size in moved)
             used_by = _name_of_use(computation, instruction)

@@ -9,6 +9,7 @@ is moved too. Every instruction reads each operand and writes each result once, 
     fusion                               the same, if slices and updates are its only uses of an operand
     bitcast, tuple, while, …             nothing moves
     copy-start, slice-start, …           counted at the start, not at the end
+    Pallas kernel                        of operands that it fetches block by block, the given share is read
 
 A product whose tiles are read several times moves more than this count, which is a lower bound.
 """
@@ -17,6 +18,7 @@ import math
 import re
 from typing import NamedTuple
 
+from melt_jax.analysis.hlo_kernels import read_kernel
 from melt_jax.analysis.hlo_text import (
     Computation,
     Instruction,
@@ -47,7 +49,9 @@ class Traffic(NamedTuple):
         return self.read + self.written
 
 
-def traffic(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> Traffic:
+def traffic(
+    computations: dict[str, Computation], computation: Computation, instruction: Instruction, live: float = 1
+) -> Traffic:
     """The bytes that one execution of an instruction moves.
 
     Args:
@@ -55,6 +59,7 @@ def traffic(computations: dict[str, Computation], computation: Computation, inst
       computation: the one that contains the instruction.
       instruction: any instruction but one inside a fusion. Custom calls that only mark something are the caller's to
         leave out.
+      live: the share of its blocks that a Pallas kernel visits.
     """
     opcode, is_start = instruction.opcode.removesuffix("-start"), instruction.opcode.endswith("-start")
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
@@ -72,7 +77,9 @@ def traffic(computations: dict[str, Computation], computation: Computation, inst
     if opcode in _IN_PLACE:
         update = operands[1 if opcode == "dynamic-update-slice" else -1]
         return Traffic(sum(map(hbm_bytes, operands[1:])), _hbm_share(result, buffer_bytes(update)))
-    return Traffic(sum(map(hbm_bytes, operands)), hbm_bytes(result))
+    kernel = read_kernel(instruction)
+    share = lambda index: live if kernel and index in kernel.by_block else 1
+    return Traffic(sum(share(i) * hbm_bytes(shape) for i, shape in enumerate(operands)), hbm_bytes(result))
 
 
 def buffer_bytes(shape: str) -> float:

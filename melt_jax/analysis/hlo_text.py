@@ -11,7 +11,10 @@ Groups = frozenset[frozenset[int]]  # devices that communicate with each other, 
 
 
 class Instruction(NamedTuple):
-    """A line `%name = shape opcode(operands), attributes`, without comments and most of its backend_config."""
+    """A line `%name = shape opcode(operands), attributes`, without comments and most of its backend_config.
+
+    Of the backend_config of a Pallas kernel, its attributes have the FLOPs: `kernel_flops=123`.
+    """
 
     name: str
     shape: str
@@ -28,6 +31,8 @@ class Computation(dict):
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n(.*?)\n\}", re.DOTALL)  # the only text that has line breaks
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _PARENTHESIS = re.compile(r"[()]")
 
 
@@ -39,6 +44,7 @@ def parse_program(text: str) -> tuple[dict[str, Computation], str, int]:
     """
     computations: dict[str, Computation] = {}
     entry = current = None
+    text = _KERNEL_METADATA.sub(lambda found: f"kernel_metadata={{{found[1].replace(chr(10), ' ')}}}", text)
     for line in text.splitlines():
         if current is not None and line.startswith("  "):
             _add_instruction(current, line.strip())
@@ -67,7 +73,9 @@ def _add_instruction(computation, line):
     opcode = rest[end:opening].strip()
     attributes = rest[closing:]
     if opcode != "while":  # backend_config is long on TPUs, and only a while's is read
-        attributes = attributes.partition(", backend_config=")[0]
+        attributes, _, settings = attributes.partition(", backend_config=")
+        if opcode == "custom-call" and (flops := _KERNEL_FLOPS.search(settings)):
+            attributes += f", kernel_flops={flops[1]}"
     name = name.removeprefix("%")
     computation[name] = Instruction(name, rest[:end], opcode, rest[opening + 1 : closing - 1], attributes)
     if is_root:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from melt_jax.model.attention_kernel import cached_cotangents, fold_cached
+from melt_jax.model.attention_kernel import Reach, cached_cotangents, fold_cached
 from melt_jax.model.cache import KV, ChunkKV, EntryView, blend, read_slots
 from melt_jax.model.layout import einsum, upcast
 
@@ -70,14 +70,10 @@ class AttentionMask(NamedTuple):
         live = (slots >= first) & (slots < self._ends()[..., None])
         return self._same_segment(jax.lax.dynamic_slice_in_dim(self.cached, begin, size, 1)) & live
 
-    def reach(self) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B S"], Int[Array, ""]]:
-        """What decides over the cache, for a kernel: a query reads the slots of its segment before its end.
-
-        Returns:
-          (segments of the queries, their ends, segments of the slots, the first slot that no sequence reads).
-        """
+    def reach(self) -> Reach:
+        """The mask over the whole cache, as the kernel takes it."""
         ends = jnp.where(self.segments == 0, 0, self._ends())
-        return self.segments, ends, self.cached, jnp.max(self.start)
+        return Reach(self.segments, ends, self.cached, jnp.max(self.start))
 
     def _ends(self):
         """[1 or B, 1 or C]: the slot from which on a query reads nothing of the cache."""

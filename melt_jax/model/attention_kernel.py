@@ -16,6 +16,7 @@ key/value head, E head width, R = G·C rows of queries.
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,27 @@ from melt_jax.model.layout import accumulation_dtype
 LANES = 128  # of a TPU's vector registers
 
 
+class Reach(NamedTuple):
+    """The cached entries that each query of a chunk reads: those of its segment, up to its end.
+
+    Attributes:
+      segments: of the queries.
+      ends: for each query, the slot from which on it reads nothing.
+      cached: the segments of the slots.
+      start: the slot from which on no query of the batch reads anything.
+    """
+
+    segments: Int[Array, "B C"]
+    ends: Int[Array, "B C"]
+    cached: Int[Array, "B S"]
+    start: Int[Array, ""]
+
+
 def fold_cached(
     query: Float[Array, "B C K G E"],
     earlier: ChunkKV,
     alpha: Float[Array, ""] | None,
-    reach: tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B S"], Int[Array, ""]],
+    reach: Reach,
     block: int,
     state: tuple[Float[Array, "B K G C 1"], Float[Array, "B K G C 1"], Float[Array, "B C K G E"]],
 ) -> tuple[Float[Array, "B C K G E"], Float[Array, "B K G C 1"]]:
@@ -43,7 +60,7 @@ def fold_cached(
       query: see `blockwise_attention`, as for the next two.
       earlier: arrays, no views.
       alpha: the transition's α, or None.
-      reach: from `AttentionMask.reach`.
+      reach: the entries that are read.
       block: slots whose scores are in VMEM at a time; on a TPU a multiple of 128, or at least S.
       state: of the near entries: the largest score and, relative to it, the sums of weights and of weighted values.
 
@@ -61,7 +78,7 @@ def cached_cotangents(
     query: Float[Array, "B C K G E"],
     earlier: ChunkKV,
     alpha: Float[Array, ""] | None,
-    reach: tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B S"], Int[Array, ""]],
+    reach: Reach,
     block: int,
     out_bar: Float[Array, "B C K G E"],
     log_total: Float[Array, "B K G C 1"],
@@ -109,11 +126,11 @@ def _unrows(x, shape):
 
 def _over_heads(function, group, inputs, earlier, alpha, reach, block):
     """Runs a function of one head of one sequence for all; `inputs` are [B, K, R, …], as are the results."""
-    segments, ends, cached, start = reach
     of_rows = lambda x: _rows(jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, group, x.shape[1])))[:, 0]
+    segments, ends, cached = of_rows(reach.segments), of_rows(reach.ends), reach.cached
     sets = tuple(jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), entries) for entries in earlier[:2] if entries)
     size = min(block, cached.shape[1])
-    count = jnp.reshape((start + size - 1) // size, (1,))
+    count = jnp.reshape((reach.start + size - 1) // size, (1,))
     alpha = jnp.zeros((1,), jnp.float32) if alpha is None else jnp.reshape(alpha, (1,))
 
     def run(*arguments, interpret):
@@ -122,7 +139,7 @@ def _over_heads(function, group, inputs, earlier, alpha, reach, block):
         return jax.vmap(of_sequence, (None, None, 0, 0, 0, 0, 0))(*arguments)
 
     return jax.lax.platform_dependent(
-        count, alpha, of_rows(segments), of_rows(ends), cached, sets, inputs,
+        count, alpha, segments, ends, cached, sets, inputs,
         tpu=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True),
     )  # fmt: skip
 

@@ -158,7 +158,7 @@ ENTRY %main (count: s32[1], query: bf16[512,128], keys: bf16[2048,128]) -> bf16[
   %keys = bf16[2048,128]{1,0} parameter(2)
   ROOT %out = bf16[512,128]{1,0} custom-call(%count, %query, %keys), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "blocks":"4",
-"operands_by_block":"2",
+"operands_by_block":"2:8",
 "sides":"128 512"
 }}, metadata={op_name="jit(f)/cached_blocks/fold/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzvUg==","cost_estimate":{"flops":"8000","transcendentals":"10","bytes_accessed":"10"}}}
 }
@@ -171,7 +171,7 @@ def test_kernel_counts_the_blocks_that_it_visits(trips, live):
     program = analyse(KERNEL, trips)
     (product,), (transfer,) = program.products, program.transfers
     assert product.flops == 8000 * live and product.sides == (128, 512) and product.precision == "bf16"
-    assert transfer.read == 4 + 2 * 512 * 128 + 2 * 2048 * 128 * live and transfer.written == 2 * 512 * 128
+    assert transfer.read == 4 + 2 * 512 * 128 + 2 * 2048 * 128 * live / 2 and transfer.written == 2 * 512 * 128
     assert program.custom_calls == {}
 
 

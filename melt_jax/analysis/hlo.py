@@ -307,9 +307,9 @@ class _Walk:
             opcode = instruction.opcode.removesuffix("-start")
             own_name = attribute(instruction, "op_name") or op_name
             kernel = read_kernel(instruction)
-            live = self._live_share(kernel, own_name)
+            visited = self._visited_blocks(kernel, own_name)
             if fusion is None:
-                self._transfer(computation, instruction, times, own_name, live)
+                self._transfer(computation, instruction, times, own_name, visited)
             if opcode in ("dot", "convolution"):
                 self._product(computation, instruction, times, own_name)
             elif opcode in COLLECTIVES and not under_way:
@@ -324,7 +324,7 @@ class _Walk:
                 callee = plain_attribute(instruction, "to_apply" if opcode == "call" else "calls")
                 self.visit(callee, times, {}, own_name, fusion, under_way)
             elif kernel:
-                self._kernel(computation, instruction, times, own_name, kernel, live)
+                self._kernel(computation, instruction, times, own_name, kernel, visited)
             elif opcode == "custom-call" and (target := attribute(instruction, "custom_call_target")) not in MARKERS:
                 *_, kernel, operation = ("", "", *own_name.split("/"))
                 self.custom_calls[f"{target} {kernel}" if operation == "pallas_call" else target] += times
@@ -340,20 +340,21 @@ class _Walk:
         sides = (summed, min(result_sides(instruction, lhs, rhs)))
         self.products.append(Product(op_name, precision, times, times * flops, sides))
 
-    def _live_share(self, kernel, op_name):
-        """The share of its blocks that a kernel visits."""
+    def _visited_blocks(self, kernel, op_name):
+        """The number of blocks that a kernel visits."""
         trips = self.trips(op_name) if kernel and kernel.blocks > 1 else None
-        return 1 if trips is None else min(1, trips / kernel.blocks)
+        return math.inf if trips is None else trips
 
-    def _kernel(self, computation, instruction, times, op_name, kernel, live):
+    def _kernel(self, computation, instruction, times, op_name, kernel, visited):
         dtypes = {arrays(computation[name].shape)[0][0] for name in operand_names(instruction)}
         precision = "bf16" if "bf16" in dtypes else "f32 highest"
-        self.products.append(Product(op_name, precision, times, times * live * kernel.flops, kernel.sides))
+        flops = times * kernel.flops * min(visited / kernel.blocks, 1)
+        self.products.append(Product(op_name, precision, times, flops, kernel.sides))
 
-    def _transfer(self, computation, instruction, times, op_name, live):
+    def _transfer(self, computation, instruction, times, op_name, visited):
         if attribute(instruction, "custom_call_target") in MARKERS:
             return
-        moved = traffic(self.computations, computation, instruction, live)
+        moved = traffic(self.computations, computation, instruction, visited)
         if moved.total:
             read, written = (times * size for size in moved)
             used_by = _name_of_use(computation, instruction)

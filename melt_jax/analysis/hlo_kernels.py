@@ -2,7 +2,7 @@
 
 FLOPs are those of the kernel's `pl.CostEstimate`. A kernel that visits only some of its blocks, such as
 `melt_jax.model.attention_kernel`, also has metadata: for how many blocks the estimate holds, the operands of which a
-block is fetched at a time, and the smaller sides of its products.
+block is fetched at a time, with the number of their blocks, and the smaller sides of its products.
 """
 
 import re
@@ -19,13 +19,13 @@ class Kernel(NamedTuple):
     Attributes:
       flops: of all its blocks.
       blocks: their number.
-      by_block: the indices of the operands that are fetched block by block.
+      by_block: {index of an operand that is fetched block by block: the number of its blocks}.
       sides: of its products; see `hlo.Product`.
     """
 
     flops: float
     blocks: int
-    by_block: frozenset[int]
+    by_block: dict[int, int]
     sides: tuple[int, int]
 
 
@@ -36,9 +36,9 @@ def read_kernel(instruction: Instruction) -> Kernel | None:
         return None
 
     def numbers(key, default):
-        found = re.search(rf'"{key}":"([\d ]*)"', instruction.attributes)
-        return tuple(map(int, found[1].split())) if found else default
+        found = re.search(rf'"{key}":"([\d: ]*)"', instruction.attributes)
+        return [int(number) for number in re.findall(r"\d+", found[1])] if found else default
 
-    (blocks,) = numbers("blocks", (1,))
-    sides = numbers("sides", ANY_SIDES)
-    return Kernel(float(flops[1]), blocks, frozenset(numbers("operands_by_block", ())), (sides[0], sides[1]))
+    (blocks,) = numbers("blocks", [1])
+    sides, pairs = numbers("sides", ANY_SIDES), numbers("operands_by_block", [])
+    return Kernel(float(flops[1]), blocks, dict(zip(pairs[::2], pairs[1::2])), (sides[0], sides[1]))

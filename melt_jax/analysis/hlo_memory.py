@@ -9,7 +9,7 @@ is moved too. Every instruction reads each operand and writes each result once, 
     fusion                               the same, if slices and updates are its only uses of an operand
     bitcast, tuple, while, …             nothing moves
     copy-start, slice-start, …           counted at the start, not at the end
-    Pallas kernel                        of operands that it fetches block by block, the given share is read
+    Pallas kernel                        of operands that it fetches block by block, only these blocks are read
 
 A product whose tiles are read several times moves more than this count, which is a lower bound.
 """
@@ -50,7 +50,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    computations: dict[str, Computation], computation: Computation, instruction: Instruction, live: float = 1
+    computations: dict[str, Computation], computation: Computation, instruction: Instruction, visited: float = math.inf
 ) -> Traffic:
     """The bytes that one execution of an instruction moves.
 
@@ -59,7 +59,7 @@ def traffic(
       computation: the one that contains the instruction.
       instruction: any instruction but one inside a fusion. Custom calls that only mark something are the caller's to
         leave out.
-      live: the share of its blocks that a Pallas kernel visits.
+      visited: the number of blocks that a Pallas kernel visits; all by default.
     """
     opcode, is_start = instruction.opcode.removesuffix("-start"), instruction.opcode.endswith("-start")
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
@@ -78,7 +78,8 @@ def traffic(
         update = operands[1 if opcode == "dynamic-update-slice" else -1]
         return Traffic(sum(map(hbm_bytes, operands[1:])), _hbm_share(result, buffer_bytes(update)))
     kernel = read_kernel(instruction)
-    share = lambda index: live if kernel and index in kernel.by_block else 1
+    blocks = kernel.by_block if kernel else {}
+    share = lambda i: min(kernel.blocks, visited) / blocks[i] if kernel and i in blocks else 1
     return Traffic(sum(share(i) * hbm_bytes(shape) for i, shape in enumerate(operands)), hbm_bytes(result))
 
 

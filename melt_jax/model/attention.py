@@ -134,7 +134,7 @@ def _blockwise_attention_forward(query, earlier, near, alpha, mask, block, kerne
 
     if _uses_kernel(kernel, query, mask):
         with jax.named_scope(BLOCKS):
-            out, log_total = fold_cached(query, _whole(earlier, mask), alpha, mask.reach(), block, state)
+            out, log_total = fold_cached(query, earlier, alpha, mask.reach(), block, state)
     else:
         peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
         out, log_total = (mixed / _token_first(total)).astype(query.dtype), peak + jnp.log(total)
@@ -168,7 +168,7 @@ def _blockwise_attention_backward(block, kernel, residuals, out_bar):
     if _uses_kernel(kernel, query, mask):
         with jax.named_scope(BLOCKS):
             more, earlier_bar = cached_cotangents(
-                query, _whole(earlier, mask), alpha, mask.reach(), block, out_bar, log_total, product
+                query, earlier, alpha, mask.reach(), block, out_bar, log_total, product
             )
             earlier_bar = _send_gradient(earlier, earlier_bar, mask, block)
         query_bar += more
@@ -183,14 +183,8 @@ blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_ba
 
 
 def _uses_kernel(kernel, query, mask):
-    """A single token has few scores, and would be read with a copy of all entries."""
+    """Without entries or with the few scores of a single token there is nothing to gain."""
     return kernel == "pallas" and query.shape[1] > 1 and mask.cached.shape[1] > 0
-
-
-def _whole(earlier, mask):
-    """The entries as arrays."""
-    read = lambda x: read_slots(x, 0, mask.cached.shape[1]) if isinstance(x, EntryView) else x
-    return ChunkKV(*map(read, earlier[:2]))
 
 
 def _send_gradient(earlier, earlier_bar, mask, block):

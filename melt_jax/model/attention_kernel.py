@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from melt_jax.model.cache import KV, ChunkKV, blend
+from melt_jax.model.cache import KV, ChunkKV, EntryView, blend
 from melt_jax.model.layout import accumulation_dtype
 
 LANES = 128  # of a TPU's vector registers
@@ -58,7 +58,7 @@ def fold_cached(
 
     Args:
       query: see `blockwise_attention`, as for the next two.
-      earlier: arrays, no views.
+      earlier: arrays, or views, whose entries are read where they are.
       alpha: the transition's α, or None.
       reach: the entries that are read.
       block: slots whose scores are in VMEM at a time; on a TPU a multiple of 128, or at least S.
@@ -93,7 +93,7 @@ def cached_cotangents(
       product: the sums of results · out_bar over E.
 
     Returns:
-      (the query's part, at least float32, the entries').
+      (the query's part, at least float32, the entries' as [B, S, K, E]).
     """
     inputs = _rows(_head_first(query)), _rows(_head_first(out_bar)), _rows(log_total[..., 0]), _rows(product[..., 0])
     query_bar, *entries_bar = _over_heads(_pull_back, query.shape[3], inputs, earlier, alpha, reach, block)
@@ -128,29 +128,32 @@ def _over_heads(function, group, inputs, earlier, alpha, reach, block):
     """Runs a function of one head of one sequence for all; `inputs` are [B, K, R, …], as are the results."""
     of_rows = lambda x: _rows(jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, group, x.shape[1])))[:, 0]
     segments, ends, cached = of_rows(reach.segments), of_rows(reach.ends), reach.cached
-    sets = tuple(jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), entries) for entries in earlier[:2] if entries)
+    views = [x if isinstance(x, EntryView) else EntryView(x, jnp.zeros((0,), jnp.int32)) for x in earlier[:2] if x]
+    sets = tuple(jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), view.entries) for view in views)
+    lead = tuple(len(view.index) for view in views)
+    places = jnp.concatenate([*(view.index for view in views), jnp.zeros((1,), jnp.int32)])
     size = min(block, cached.shape[1])
     count = jnp.reshape((reach.start + size - 1) // size, (1,))
     alpha = jnp.zeros((1,), jnp.float32) if alpha is None else jnp.reshape(alpha, (1,))
 
     def run(*arguments, interpret):
         of_head = functools.partial(function, size, interpret)
-        of_sequence = jax.vmap(of_head, (None, None, None, None, None, 0, 0))
-        return jax.vmap(of_sequence, (None, None, 0, 0, 0, 0, 0))(*arguments)
+        of_sequence = jax.vmap(of_head, (None, None, None, None, lead, 0))
+        return jax.vmap(of_sequence, (None, 0, 0, 0, lead, 0))(*arguments)
 
     return jax.lax.platform_dependent(
-        count, alpha, segments, ends, cached, sets, inputs,
+        (count, alpha, places), segments, ends, cached, sets, inputs,
         tpu=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True),
     )  # fmt: skip
 
 
-def _fold(size, interpret, count, alpha, segments, ends, cached, sets, inputs):
+def _fold(size, interpret, scalars, segments, ends, cached, sets, inputs):
     """(results [R, E], log of the normalizer [R]) of one head."""
     query, peak, total, mixed = inputs
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
     arrays = jax.tree.leaves(sets)
 
-    def kernel(count, alpha, segments, ends, query, peak, total, mixed, cached, *refs):
+    def kernel(count, alpha, places, segments, ends, query, peak, total, mixed, cached, *refs):
         entries, (out, log_total, peaks, totals, sums) = refs[:-5], refs[-5:]
         index = pl.program_id(0)
 
@@ -175,7 +178,7 @@ def _fold(size, interpret, count, alpha, segments, ends, cached, sets, inputs):
 
     out, log_total = _call(
         kernel,
-        (count, alpha),
+        scalars,
         (_row(segments), _row(ends), query, _row(peak), _row(total), mixed),
         (_row(cached), *arrays),
         size,
@@ -187,13 +190,13 @@ def _fold(size, interpret, count, alpha, segments, ends, cached, sets, inputs):
     return out, log_total[0]
 
 
-def _pull_back(size, interpret, count, alpha, segments, ends, cached, sets, inputs):
+def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
     """(cotangents of the queries [R, E], of each set of entries) of one head."""
     query, out_bar, log_total, product = inputs
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
     arrays = jax.tree.leaves(sets)
 
-    def kernel(count, alpha, segments, ends, query, out_bar, log_total, product, cached, *refs):
+    def kernel(count, alpha, places, segments, ends, query, out_bar, log_total, product, cached, *refs):
         entries, (query_bar, *entries_bar, sums) = refs[: len(arrays)], refs[len(arrays) :]
         index = pl.program_id(0)
 
@@ -225,7 +228,7 @@ def _pull_back(size, interpret, count, alpha, segments, ends, cached, sets, inpu
 
     query_bar, *entries_bar = _call(
         kernel,
-        (count, alpha),
+        scalars,
         (_row(segments), _row(ends), query, out_bar, _row(log_total), _row(product)),
         (_row(cached), *arrays),
         size,
@@ -243,10 +246,10 @@ def _call(kernel, scalars, whole, by_slot, size, *, outputs, scratch, name, inte
 
     Args:
       kernel: a function of references to scalars, whole, by_slot, outputs and scratch.
-      scalars: (the number of live blocks [1], α [1]).
+      scalars: (the number of live blocks [1], α [1], the indices of the sets' leading dimensions, one after the other).
       whole: arrays that are in VMEM all the time.
-      by_slot: the segments of the slots [1, S] and the entries [S, E]; a block of them is in VMEM at a time, and no
-        block is fetched after the last live one.
+      by_slot: the segments of the slots [1, S] and the entries [..., S, E]; a block of them is in VMEM at a time, and
+        no block is fetched after the last live one.
       size: slots of a block.
       outputs: shapes of results that are in VMEM all the time.
       scratch: further arrays in VMEM.
@@ -259,19 +262,26 @@ def _call(kernel, scalars, whole, by_slot, size, *, outputs, scratch, name, inte
     blocks, products = -(-slots // size), 5 if gradient else 2
     live = lambda index, count: jnp.minimum(index, jnp.maximum(count[0] - 1, 0))
     block = lambda shape, index: pl.BlockSpec(shape, _outside_mesh(index))
-    at_rest = lambda x: block(x.shape, lambda index, count, alpha: (0, 0))
-    of_slots = block((1, size), lambda index, count, alpha: (0, live(index, count)))
-    of_entries = block((size, width), lambda index, count, alpha: (live(index, count), 0))
-    of_cotangents = block((size, width), lambda index, count, alpha: (index, 0))
-    cotangents = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in entries] if gradient else []
-    first = len(scalars) + len(whole)
+    at_rest = lambda x: block(x.shape, lambda index, *scalars: (0, 0))
+    of_slots = block((1, size), lambda index, count, *others: (0, live(index, count)))
+    of_cotangents = block((size, width), lambda index, *scalars: (index, 0))
+
+    def of_entries(x, first):
+        lead = range(first, first + x.ndim - 2)
+        place = lambda index, count, alpha, places: (*(places[i] for i in lead), live(index, count), 0)
+        return block((*[None] * len(lead), size, width), place)
+
+    firsts = (0, 0, entries[0].ndim - 2, entries[0].ndim - 2)
+    cotangents = [jax.ShapeDtypeStruct((slots, width), x.dtype) for x in entries] if gradient else []
+    parts = (blocks, *(blocks * math.prod(x.shape[:-2]) for x in entries))
+    operands = (f"{len(scalars) + len(whole) + i}:{count}" for i, count in enumerate(parts))
     return pl.pallas_call(
         _outside_mesh(kernel),
         out_shape=(*outputs, *cotangents),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(blocks,),
-            in_specs=[*map(at_rest, whole), of_slots, *[of_entries] * len(entries)],
+            in_specs=[*map(at_rest, whole), of_slots, *map(of_entries, entries, firsts)],
             out_specs=(*map(at_rest, outputs), *[of_cotangents] * len(cotangents)),
             scratch_shapes=scratch,
         ),
@@ -281,11 +291,11 @@ def _call(kernel, scalars, whole, by_slot, size, *, outputs, scratch, name, inte
         cost_estimate=pl.CostEstimate(
             flops=2 * products * rows * slots * width,
             transcendentals=rows * slots,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*whole, *by_slot, *outputs, *cotangents)),
+            bytes_accessed=len(entries) * slots * width * entries[0].dtype.itemsize,
         ),
         metadata={
             "blocks": str(blocks),
-            "operands_by_block": " ".join(str(first + i) for i in range(len(by_slot))),
+            "operands_by_block": " ".join(operands),
             "sides": f"{min(width, size)} {min(width, rows)}",
         },
     )(*scalars, *whole, *by_slot)

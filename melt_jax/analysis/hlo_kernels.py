@@ -1,8 +1,8 @@
 """Reads what a Pallas kernel states about its work, from its custom call in the text of a compiled program.
 
 FLOPs are those of the kernel's `pl.CostEstimate`. A kernel that visits only some of its blocks, such as
-`melt_jax.model.attention_kernel`, also has metadata: for how many blocks the estimate holds, the operands of which a
-block is fetched at a time, with the number of their blocks, and the smaller sides of its products.
+`melt_jax.model.attention_kernel`, also has metadata: for how many blocks the estimate holds, the operands and results
+of which a block is moved at a time, with the number of their blocks, and the smaller sides of its products.
 """
 
 import re
@@ -19,13 +19,15 @@ class Kernel(NamedTuple):
     Attributes:
       flops: of all its blocks.
       blocks: their number.
-      by_block: {index of an operand that is fetched block by block: the number of its blocks}.
+      operands: {index of an operand that is fetched block by block: the number of its blocks}.
+      results: the same of results, of which only the visited blocks are written.
       sides: of its products; see `hlo.Product`.
     """
 
     flops: float
     blocks: int
-    by_block: dict[int, int]
+    operands: dict[int, int]
+    results: dict[int, int]
     sides: tuple[int, int]
 
 
@@ -40,5 +42,7 @@ def read_kernel(instruction: Instruction) -> Kernel | None:
         return [int(number) for number in re.findall(r"\d+", found[1])] if found else default
 
     (blocks,) = numbers("blocks", [1])
-    sides, pairs = numbers("sides", ANY_SIDES), numbers("operands_by_block", [])
-    return Kernel(float(flops[1]), blocks, dict(zip(pairs[::2], pairs[1::2])), (sides[0], sides[1]))
+    sides = numbers("sides", ANY_SIDES)
+    operands, results = numbers("operands_by_block", []), numbers("results_by_block", [])
+    pairs = lambda flat: dict(zip(flat[::2], flat[1::2]))
+    return Kernel(float(flops[1]), blocks, pairs(operands), pairs(results), (sides[0], sides[1]))

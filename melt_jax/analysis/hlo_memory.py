@@ -9,7 +9,7 @@ is moved too. Every instruction reads each operand and writes each result once, 
     fusion                               the same, if slices and updates are its only uses of an operand
     bitcast, tuple, while, …             nothing moves
     copy-start, slice-start, …           counted at the start, not at the end
-    Pallas kernel                        of operands that it fetches block by block, only these blocks are read
+    Pallas kernel                        of what it moves block by block, only the visited blocks count
 
 A product whose tiles are read several times moves more than this count, which is a lower bound.
 """
@@ -77,10 +77,12 @@ def traffic(
     if opcode in _IN_PLACE:
         update = operands[1 if opcode == "dynamic-update-slice" else -1]
         return Traffic(sum(map(hbm_bytes, operands[1:])), _hbm_share(result, buffer_bytes(update)))
-    kernel = read_kernel(instruction)
-    blocks = kernel.by_block if kernel else {}
-    share = lambda i: min(kernel.blocks, visited) / blocks[i] if kernel and i in blocks else 1
-    return Traffic(sum(share(i) * hbm_bytes(shape) for i, shape in enumerate(operands)), hbm_bytes(result))
+    if kernel := read_kernel(instruction):
+        moved = min(kernel.blocks, visited)
+        share = lambda i, shape, blocks: hbm_bytes(shape) * (moved / blocks[i] if i in blocks else 1)
+        read = sum(share(i, shape, kernel.operands) for i, shape in enumerate(operands))
+        return Traffic(read, sum(share(i, x, kernel.results) for i, x in enumerate(tuple_elements(result))))
+    return Traffic(sum(map(hbm_bytes, operands)), hbm_bytes(result))
 
 
 def buffer_bytes(shape: str) -> float:

@@ -167,10 +167,11 @@ def _blockwise_attention_backward(block, kernel, residuals, out_bar):
 
     if _uses_kernel(kernel, query, mask):
         with jax.named_scope(BLOCKS):
-            more, earlier_bar = cached_cotangents(
-                query, earlier, alpha, mask.reach(), block, out_bar, log_total, product
+            sums = ChunkKV(*map(_read_sums, earlier[:2]))
+            more, sums = cached_cotangents(
+                query, earlier, alpha, mask.reach(), block, out_bar, log_total, product, sums
             )
-            earlier_bar = _send_gradient(earlier, earlier_bar, mask, block)
+            earlier_bar = ChunkKV(*map(_write_sums, earlier[:2], sums[:2]))
         query_bar += more
     else:
         is_view = lambda x: isinstance(x, EntryView)
@@ -187,26 +188,22 @@ def _uses_kernel(kernel, query, mask):
     return kernel == "pallas" and query.shape[1] > 1 and mask.cached.shape[1] > 0
 
 
-def _send_gradient(earlier, earlier_bar, mask, block):
-    """The gradient of the entries; that of views is added to their sums, for slots before the chunk's first slot."""
-    slots = mask.cached.shape[1]
-    size = min(block, slots)
+def _read_sums(entries):
+    """The sums to which the gradient of one set of entries is added, or None."""
+    sums = entries.sums if isinstance(entries, EntryView) else jax.tree.map(jnp.zeros_like, entries)
+    return jax.tree.map(lambda ref: ref[...], sums)
 
-    def send(entries, kv_bar):
-        if not isinstance(entries, EntryView):
-            return kv_bar
 
-        def add_block(index, _):
-            begin = jnp.minimum(index * size, slots - size)  # the last block may overlap the one before it
-            new = (begin + jnp.arange(size, dtype=jnp.int32) >= index * size)[None, :, None, None]
-            bar = jax.tree.map(lambda x: jnp.where(new, x, 0), read_slots(kv_bar, begin, size))
-            entries.add_gradient(begin, bar)
+def _write_sums(entries, sums):
+    """Returns the gradient of one set of entries; None if it is a view, whose sums are set."""
+    if not isinstance(entries, EntryView):
+        return sums
 
-        if entries.sums is not None:
-            jax.lax.fori_loop(0, (jnp.max(mask.start) + size - 1) // size, add_block, None)
-        return None
+    def write(ref, total):
+        ref[...] = total
 
-    return ChunkKV(*map(send, earlier[:2], earlier_bar[:2]))
+    jax.tree.map(write, entries.sums, sums)
+    return None
 
 
 def _fold_blocks(add_block, state, earlier, alpha, mask, block):

@@ -83,6 +83,7 @@ def cached_cotangents(
     out_bar: Float[Array, "B C K G E"],
     log_total: Float[Array, "B K G C 1"],
     product: Float[Array, "B K G C 1"],
+    sums: ChunkKV,
 ) -> tuple[Float[Array, "B C K G E"], ChunkKV]:
     """The cotangents that attention to the cached entries gives to the queries and to the entries.
 
@@ -91,14 +92,19 @@ def cached_cotangents(
       out_bar: the cotangent of the heads' results.
       log_total: from `fold_cached`.
       product: the sums of results · out_bar over E.
+      sums: of the shapes of the entries, of whole stacks for views, to which the cotangents of the entries are added in
+        place; None for a set that needs none.
 
     Returns:
-      (the query's part, at least float32, the entries' as [B, S, K, E]).
+      (the query's part, at least float32, the sums).
     """
     inputs = _rows(_head_first(query)), _rows(_head_first(out_bar)), _rows(log_total[..., 0]), _rows(product[..., 0])
-    query_bar, *entries_bar = _over_heads(_pull_back, query.shape[3], inputs, earlier, alpha, reach, block)
-    parts = iter(jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), entries_bar))
-    return _token_first(_unrows(query_bar, query.shape)), ChunkKV(*(entries and next(parts) for entries in earlier[:2]))
+    query_bar, *totals = _over_heads(_pull_back, query.shape[3], inputs, earlier, alpha, reach, block, sums)
+    leads = (part.keys.ndim - 4 for part in sums[:2] if part)
+    # The kernel's results have sequences and heads first.
+    restore = lambda x, lead: jnp.swapaxes(jnp.moveaxis(x, (0, 1), (lead, lead + 1)), -3, -2)
+    parts = iter([jax.tree.map(lambda x, lead=lead: restore(x, lead), part) for part, lead in zip(totals, leads)])
+    return _token_first(_unrows(query_bar, query.shape)), ChunkKV(*(part and next(parts) for part in sums[:2]))
 
 
 def _head_first(x):
@@ -124,13 +130,18 @@ def _unrows(x, shape):
     return jnp.reshape(x[:, :, : group * chunk], (x.shape[0], heads, group, chunk, *x.shape[3:]))
 
 
-def _over_heads(function, group, inputs, earlier, alpha, reach, block):
+def _over_heads(function, group, inputs, earlier, alpha, reach, block, sums=(None, None)):
     """Runs a function of one head of one sequence for all; `inputs` are [B, K, R, …], as are the results."""
     of_rows = lambda x: _rows(jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, group, x.shape[1])))[:, 0]
     segments, ends, cached = of_rows(reach.segments), of_rows(reach.ends), reach.cached
-    views = [x if isinstance(x, EntryView) else EntryView(x, jnp.zeros((0,), jnp.int32)) for x in earlier[:2] if x]
-    sets = tuple(jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), view.entries) for view in views)
-    lead = tuple(len(view.index) for view in views)
+    first = jnp.zeros((0,), jnp.int32)
+    views = [
+        EntryView(*x[:2], total) if isinstance(x, EntryView) else EntryView(x, first, total)
+        for x, total in zip(earlier, sums)
+        if x
+    ]
+    sets = jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), [(view.entries, view.sums) for view in views])
+    lead = [len(view.index) for view in views]
     places = jnp.concatenate([*(view.index for view in views), jnp.zeros((1,), jnp.int32)])
     size = min(block, cached.shape[1])
     count = jnp.reshape((reach.start + size - 1) // size, (1,))
@@ -151,7 +162,7 @@ def _fold(size, interpret, scalars, segments, ends, cached, sets, inputs):
     """(results [R, E], log of the normalizer [R]) of one head."""
     query, peak, total, mixed = inputs
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
-    arrays = jax.tree.leaves(sets)
+    arrays = jax.tree.leaves([entries for entries, _ in sets])
 
     def kernel(count, alpha, places, segments, ends, query, peak, total, mixed, cached, *refs):
         entries, (out, log_total, peaks, totals, sums) = refs[:-5], refs[-5:]
@@ -185,6 +196,7 @@ def _fold(size, interpret, scalars, segments, ends, cached, sets, inputs):
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype), jax.ShapeDtypeStruct((1, rows), wide)),
         scratch=[pltpu.VMEM((1, rows), wide), pltpu.VMEM((1, rows), wide), pltpu.VMEM((width, rows), wide)],
         name="fold_cached",
+        products=2,
         interpret=interpret,
     )
     return out, log_total[0]
@@ -194,10 +206,11 @@ def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
     """(cotangents of the queries [R, E], of each set of entries) of one head."""
     query, out_bar, log_total, product = inputs
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
-    arrays = jax.tree.leaves(sets)
+    arrays = jax.tree.leaves([entries for entries, _ in sets])
+    totals = jax.tree.leaves([sums for _, sums in sets])
 
     def kernel(count, alpha, places, segments, ends, query, out_bar, log_total, product, cached, *refs):
-        entries, (query_bar, *entries_bar, sums) = refs[: len(arrays)], refs[len(arrays) :]
+        entries, old, (query_bar, *new, sums) = _split(refs, len(arrays), len(totals))
         index = pl.program_id(0)
 
         @pl.when(index == 0)
@@ -213,78 +226,90 @@ def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
             scores_bar = scores_bar.astype(query.dtype)
             sums[...] += _dot(keys, scores_bar, (0, 0))
             kv_bar = _dot(scores_bar, query[...], (1, 0)), _dot(weights.astype(query.dtype), out_bar[...], (1, 0))
-            factors = (1,) if len(arrays) == 2 else (alpha[0], 1 - alpha[0])
-            for ref, (factor, x) in zip(entries_bar, itertools.product(factors, kv_bar)):
-                ref[...] = (factor * x).astype(ref.dtype)
+            factors = (1,) if len(sets) == 1 else (alpha[0], 1 - alpha[0])
+            factors = [factor for factor, (_, sums) in zip(factors, sets) if sums]
+            for before, after, (factor, x) in zip(old, new, itertools.product(factors, kv_bar)):
+                after[...] = before[...] + (factor * x).astype(after.dtype)
 
-        @pl.when(index >= count[0])
+        @pl.when((index == 0) & (count[0] == 0))
         def _():
-            for ref in entries_bar:
-                ref[...] = jnp.zeros_like(ref)
+            for before, after in zip(old, new):
+                after[...] = before[...]
 
         @pl.when(index == pl.num_programs(0) - 1)
         def _():
             query_bar[...] = sums[...].T
 
-    query_bar, *entries_bar = _call(
+    query_bar, *totals = _call(
         kernel,
         scalars,
         (_row(segments), _row(ends), query, out_bar, _row(log_total), _row(product)),
         (_row(cached), *arrays),
         size,
+        totals=totals,
         outputs=(jax.ShapeDtypeStruct((rows, width), wide),),
         scratch=[pltpu.VMEM((width, rows), wide)],
         name="cached_cotangents",
+        products=5,
         interpret=interpret,
-        gradient=True,
     )
-    return query_bar, *(KV(*entries_bar[i : i + 2]) for i in range(0, len(arrays), 2))
+    return query_bar, *(KV(*totals[i : i + 2]) for i in range(0, len(totals), 2))
 
 
-def _call(kernel, scalars, whole, by_slot, size, *, outputs, scratch, name, interpret, gradient=False):
+def _split(items, first, second):
+    """(the first items, as many as told, the next, the rest)."""
+    return items[:first], items[first : first + second], items[first + second :]
+
+
+def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch, name, products, interpret):
     """Runs a kernel over the blocks of slots.
 
     Args:
-      kernel: a function of references to scalars, whole, by_slot, outputs and scratch.
+      kernel: a function of references to scalars, whole, by_slot, totals, outputs, changed totals and scratch.
       scalars: (the number of live blocks [1], α [1], the indices of the sets' leading dimensions, one after the other).
       whole: arrays that are in VMEM all the time.
       by_slot: the segments of the slots [1, S] and the entries [..., S, E]; a block of them is in VMEM at a time, and
         no block is fetched after the last live one.
       size: slots of a block.
+      totals: arrays like the entries of which the live blocks are changed in place.
       outputs: shapes of results that are in VMEM all the time.
       scratch: further arrays in VMEM.
       name: of the kernel.
+      products: matrix products of a block, of 2 · rows · slots · width FLOPs each.
       interpret: on other platforms than TPUs.
-      gradient: the results include cotangents of the entries.
+
+    Returns:
+      (*outputs, *totals).
     """
     cached, *entries = by_slot
     (rows, width), slots = whole[2].shape, cached.shape[1]
-    blocks, products = -(-slots // size), 5 if gradient else 2
+    blocks = -(-slots // size)
     live = lambda index, count: jnp.minimum(index, jnp.maximum(count[0] - 1, 0))
     block = lambda shape, index: pl.BlockSpec(shape, _outside_mesh(index))
     at_rest = lambda x: block(x.shape, lambda index, *scalars: (0, 0))
     of_slots = block((1, size), lambda index, count, *others: (0, live(index, count)))
-    of_cotangents = block((size, width), lambda index, *scalars: (index, 0))
 
-    def of_entries(x, first):
-        lead = range(first, first + x.ndim - 2)
+    def of_entries(x):
+        n = entries[0].ndim - 2
+        lead = range(n) if x.ndim - 2 == n else range(n, n + x.ndim - 2)  # the sets differ in their dimensions
         place = lambda index, count, alpha, places: (*(places[i] for i in lead), live(index, count), 0)
         return block((*[None] * len(lead), size, width), place)
 
-    firsts = (0, 0, entries[0].ndim - 2, entries[0].ndim - 2)
-    cotangents = [jax.ShapeDtypeStruct((slots, width), x.dtype) for x in entries] if gradient else []
-    parts = (blocks, *(blocks * math.prod(x.shape[:-2]) for x in entries))
-    operands = (f"{len(scalars) + len(whole) + i}:{count}" for i, count in enumerate(parts))
+    first = len(scalars) + len(whole)  # of the operands that are read by block
+    parts = (blocks, *(blocks * math.prod(x.shape[:-2]) for x in (*entries, *totals)))
+    operands = (f"{first + i}:{count}" for i, count in enumerate(parts))
+    results = (f"{len(outputs) + i}:{count}" for i, count in enumerate(parts[len(by_slot) :]))
     return pl.pallas_call(
         _outside_mesh(kernel),
-        out_shape=(*outputs, *cotangents),
+        out_shape=(*outputs, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in totals)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(blocks,),
-            in_specs=[*map(at_rest, whole), of_slots, *map(of_entries, entries, firsts)],
-            out_specs=(*map(at_rest, outputs), *[of_cotangents] * len(cotangents)),
+            in_specs=[*map(at_rest, whole), of_slots, *map(of_entries, (*entries, *totals))],
+            out_specs=(*map(at_rest, outputs), *map(of_entries, totals)),
             scratch_shapes=scratch,
         ),
+        input_output_aliases={first + len(by_slot) + i: len(outputs) + i for i in range(len(totals))},
         interpret=interpret,
         name=name,
         # If all blocks are live. `melt_jax.analysis` counts fewer: it knows how many are, on average.
@@ -296,9 +321,10 @@ def _call(kernel, scalars, whole, by_slot, size, *, outputs, scratch, name, inte
         metadata={
             "blocks": str(blocks),
             "operands_by_block": " ".join(operands),
+            "results_by_block": " ".join(results),
             "sides": f"{min(width, size)} {min(width, rows)}",
         },
-    )(*scalars, *whole, *by_slot)
+    )(*scalars, *whole, *by_slot, *totals)
 
 
 def _row(x):

@@ -9,7 +9,7 @@ import pytest
 
 from melt_jax import run_sequence
 from melt_jax.model.attention import AttentionMask, blockwise_attention
-from melt_jax.model.cache import KV, ChunkKV
+from melt_jax.model.cache import KV, ChunkKV, EntryView
 from tests.helpers.tiny import TINY, make_model
 
 # Two KV heads of three query heads; 140 rows of a KV head are padded to 256.
@@ -50,6 +50,46 @@ def test_kernel_equals_blocks(start, last_loop, transition):
         np.testing.assert_allclose(got, want, rtol=0, atol=(S + W + 2 * C) * 2**-24 * np.abs(want).max())
 
     jax.tree.map(compare, outcome("pallas"), outcome("blocks"))
+
+
+@pytest.mark.parametrize("start", [0, 131])
+def test_gradients_of_views_are_added_to_their_sums(start):
+    """Of one layer of a stack; the sums of other layers and of slots that are not read stay as they are."""
+    query, earlier, near, alpha, mask = arguments(start, False, transition=True)
+    stacks = [jax.tree.map(lambda x: jnp.stack([jnp.full_like(x, jnp.nan), x]), kv) for kv in earlier[:2]]
+    stacks[1] = jax.tree.map(lambda x: x[None], stacks[1])
+    before = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) % 7, stacks)
+    weight = numbers(2, B, C, K, G, E)
+
+    def attend(query, earlier):
+        return blockwise_attention(query, earlier, near, alpha, mask, 128, "pallas")
+
+    @jax.jit
+    def with_views(query):
+        refs = jax.tree.map(jax.new_ref, before)
+        places = jnp.int32([1]), jnp.int32([0, 1])
+        views = ChunkKV(*(EntryView(*parts) for parts in zip(stacks, places, refs)))
+        out, pull_back = jax.vjp(lambda query: attend(query, views), query)
+        return out, *pull_back(weight), jax.tree.map(jax.freeze, refs)
+
+    @jax.jit
+    def with_arrays(query, earlier):
+        out, pull_back = jax.vjp(attend, query, earlier)
+        return out, *pull_back(weight)
+
+    out, query_bar, (shared, per_loop) = with_views(query)
+    want_out, want_query_bar, earlier_bar = with_arrays(query, earlier)
+    np.testing.assert_array_equal(out, want_out)
+    np.testing.assert_array_equal(query_bar, want_query_bar)
+
+    def compare(got, old, bar):
+        np.testing.assert_array_equal(got[0], old[0])
+        np.testing.assert_array_equal(got[1, :, -(-start // 128) * 128 :], old[1, :, -(-start // 128) * 128 :])
+        np.testing.assert_allclose(got[1] - old[1], bar, rtol=0, atol=2**-20)  # sums are below 8
+
+    jax.tree.map(compare, shared, before[0], earlier_bar.shared)
+    jax.tree.map(compare, jax.tree.map(lambda x: x[0], per_loop), jax.tree.map(lambda x: x[0], before[1]),
+                 earlier_bar.per_loop)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The attention kernel, interpreted on a CPU, equals attention in XLA; `tests/test_attention.py` has further cases."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,9 @@ def test_kernel_equals_blocks(start, last_loop, transition):
     weight = numbers(2, B, C, K, G, E)
 
     def outcome(kernel):
-        run = lambda *inputs: blockwise_attention(*inputs, alpha, mask, 128, kernel)
+        def run(*inputs) -> jax.Array:
+            return blockwise_attention(*inputs, alpha, mask, 128, kernel)
+
         loss = lambda *inputs: jnp.sum(run(*inputs) * weight)
         return jax.jit(lambda *inputs: (run(*inputs), jax.grad(loss, (0, 1, 2))(*inputs)))(query, earlier, near)
 
@@ -68,8 +71,8 @@ def test_gradients_of_views_are_added_to_their_sums(start):
     def with_views(query):
         refs = jax.tree.map(jax.new_ref, before)
         places = jnp.int32([1]), jnp.int32([0, 1])
-        views = ChunkKV(*(EntryView(*parts) for parts in zip(stacks, places, refs)))
-        out, pull_back = jax.vjp(lambda query: attend(query, views), query)
+        views: Any = [EntryView(*parts) for parts in zip(stacks, places, refs)]
+        out, pull_back = jax.vjp(lambda query: attend(query, ChunkKV(*views)), query)
         return out, *pull_back(weight), jax.tree.map(jax.freeze, refs)
 
     @jax.jit

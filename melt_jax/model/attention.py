@@ -109,7 +109,7 @@ def blockwise_attention(
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
       block: slots whose scores are in memory at a time; a shorter cache is one block.
-      kernel: how cached entries are read, "blocks" or "pallas" (`attention_kernel`); views are always read in blocks.
+      kernel: what reads cached entries: "blocks", XLA, or "pallas", `attention_kernel`, unless the chunk is one token.
 
     Returns:
       The heads' results in the query's dtype; scores, softmax and sums are at least float32.

@@ -6,6 +6,10 @@ normalizer over all entries. JAX's splash attention (`jax.experimental.pallas.op
 its public functions differentiate only with the normalizer of the entries that they read; a mask that is known at run
 time goes through HBM; and the cache would have to be copied to a multiple of its blocks.
 
+The entries of one layer are read where they are in the stack of all layers, and their gradients are added to sums of
+all layers in place, so that only live blocks move. XLA then stores both with heads before slots, as the kernels read
+them, and copies nothing.
+
 The kernels are written for one key/value head of one sequence. `jax.vmap` adds a dimension to their grid for heads and
 sequences, and if a mesh splits these, each device runs its own. Scores are transposed, [slots, rows], so that the
 numbers that belong to a row are a row of lanes. On other platforms than TPUs the kernels are interpreted, which is

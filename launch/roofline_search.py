@@ -1,4 +1,4 @@
-"""Searches mesh, sequences, chunks, blocks, remat, gather and compiler options for the least bound of a training step.
+"""Searches mesh, sequences, chunks, attention, remat, gather and compiler options for the least bound of a step.
 
     python launch/roofline_search.py --chip=v5p --records=FILE                    a table of all candidates of a chip
     python launch/roofline_search.py --chip=v5e --records=FILE --only='chunk 500' only candidates that match
@@ -24,7 +24,8 @@ from launch.compile_table import SMALL, Records, StepFailedError, line
 TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4", "tpu7x": "tpu7x:2x2x1"}
 DEVICES = {"v5e": 16, "v5p": 8, "v6e": 16, "tpu7x": 8}
 GOALS = {"v5e": 1.5, "v5p": 1.5, "v6e": 1.8, "tpu7x": None}
-TENSOR, AT_ONCE, CHUNKS, BLOCKS = (1, 2, 4, 8), (1, 2, 4), (500, 1000, 2000), (512, 128)
+TENSOR, AT_ONCE, CHUNKS = (1, 2, 4, 8), (1, 2, 4), (500, 1000, 2000)
+ATTENTION = (("pallas", 512), ("blocks", 512), ("blocks", 128))  # with the slots of a block
 REMAT, GATHER, OPTIONS = ("products", "layer"), ("step", "layer"), ("default", "overlap_vmem")
 COLUMNS = ("GB a device", "products, s", "memory, s", "links, s", "bound", "sum, s", "sum / products at peak")
 
@@ -32,16 +33,16 @@ COLUMNS = ("GB a device", "products, s", "memory, s", "links, s", "bound", "sum,
 def candidates(chip: str, phase: str) -> list[tuple[str, dict[str, Any]]]:
     """[(name, arguments of `compile_step`)]: every combination, those most likely to fit and to be fast first."""
     found = []
-    for options, gather, remat, chunk, block, at_once, tensor in itertools.product(
-        OPTIONS, GATHER, REMAT, CHUNKS, BLOCKS, AT_ONCE, TENSOR
+    for options, gather, remat, chunk, (attention, block), at_once, tensor in itertools.product(
+        OPTIONS, GATHER, REMAT, CHUNKS, ATTENTION, AT_ONCE, TENSOR
     ):
         groups = DEVICES[chip] // tensor
-        name = f"tensor {tensor}, {at_once} at once, chunk {chunk}, block {block}, remat {remat}, gather {gather}"
-        name += f", {options}"
+        name = f"tensor {tensor}, {at_once} at once, chunk {chunk}, {attention} of {block}, remat {remat}"
+        name += f", gather {gather}, {options}"
         step = {
             "config": SMALL, "topology": TOPOLOGIES[chip], "phase": phase, "data.batch": groups * at_once,
             "mesh.tensor": tensor, "micro_batches": 1, "chunk_size": chunk,
-            "attention_block": block, "remat": remat, "gather": gather,
+            "attention": attention, "attention_block": block, "remat": remat, "gather": gather,
             "compiler_options": options,
         }  # fmt: skip
         found.append((name, step))

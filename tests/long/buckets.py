@@ -41,7 +41,7 @@ TOKENIZER = ROOT / "melt_jax/assets/ouro_nano"
 PHASES = {"transition": 6, "alignment": 5}  # steps
 FAIL_EVERY = 10
 # The commands are killed at the first request whose path and query match.
-PREPARE_KILLS = [r"name=data/traces/00001"]
+PREPARE_KILLS = [r"name=data/traces/0000|uploadType=multipart", r"name=data/traces/manifest"]  # a shard; the end
 TRAIN_KILLS = [
     r"POST .*transition/checkpoints/4",
     r"POST .*alignment/metrics\.jsonl",

@@ -326,7 +326,7 @@ def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch,
             "blocks": str(blocks),
             "operands_by_block": " ".join(operands),
             "results_by_block": " ".join(results),
-            "sides": f"{min(width, size)} {min(width, rows)}",
+            "sides": f"{width} {min(size, rows)}",  # one product sums over the width, the other's result has it
         },
     )(*scalars, *whole, *by_slot, *totals)
 

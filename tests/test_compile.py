@@ -57,6 +57,16 @@ def test_attention_kernel_moves_less():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("phase", ["prefill", "evaluate"])
+def test_inference_compiles_with_the_kernel(phase):
+    """A run that trains with the kernel also generates, without it."""
+    model = dataclasses.replace(MODEL, head_width=128)
+    report = compile_small(phase, model=model, attention="pallas")
+    kernels = [product for product in report.program.products if product.op_name.endswith("pallas_call")]
+    assert report.fits and bool(kernels) == (phase == "evaluate")
+
+
+@pytest.mark.slow
 def test_gathering_at_each_use_moves_more():
     report = compile_small(gather="layer")
     assert report.gathered_ratio > 10 and report.record()["unknown_gathers"] == 0

@@ -22,7 +22,7 @@ from melt_jax.inference.sampling import GREEDY, Sampling, SamplingRequest, sampl
 from melt_jax.model.cache import Cache, create_cache
 from melt_jax.model.layout import replicated, whole_features
 from melt_jax.model.loops import run_chunk
-from melt_jax.model.model import LoopedTransformer, is_unstacked, unstack
+from melt_jax.model.model import LoopedTransformer, is_unstacked, unstack, without_kernel
 from melt_jax.model.sequence import split_chunks
 
 STOP_SLOTS = 8  # stop tokens are padded to this number, so that their number does not affect compilation
@@ -148,7 +148,7 @@ def prefill_chunk(
     """
     slots = start + jnp.arange(tokens.shape[1])
     segments = (slots[None] < lengths[:, None]).astype(jnp.int32)
-    out = run_chunk(model, tokens, cache.in_place(), start, segments=segments)
+    out = run_chunk(without_kernel(model), tokens, cache.in_place(), start, segments=segments)
     last = lengths - 1 - start
     inside = (last >= 0) & (last < tokens.shape[1])
     index = jnp.clip(last, 0, tokens.shape[1] - 1)[None, :, None, None]

@@ -218,6 +218,13 @@ def reconfigure(
     return jax.tree.unflatten(jax.tree.structure(abstract), [weights[path] for path in wanted])
 
 
+def without_kernel(model: LoopedTransformer) -> LoopedTransformer:
+    """The model with attention in XLA. The kernel needs sequences that are split over all devices; prompts are not."""
+    model = jax.tree.map(lambda x: x, model)  # a copy that shares all weights
+    model.config = dataclasses.replace(model.config, attention="blocks")
+    return model
+
+
 def split_layers(model: LoopedTransformer) -> tuple[DecoderLayer, LoopedTransformer]:
     """(the layers, the model without them)."""
     others = jax.tree.map(lambda x: x, model)

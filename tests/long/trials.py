@@ -56,7 +56,7 @@ TRIALS: dict[str, Function] = {
     "damaged_2": _damage(2, 4, 100),
     "load_prompts": lambda folder, short: load.many_prompts(4 if short else 64),
     "load_tokens": lambda folder, short: load.long_generations(300 if short else 10_000),
-    "load_steps": lambda folder, short: load.many_steps(folder, 200 if short else 2000),
+    "load_steps": lambda folder, short: load.many_steps(folder, 500 if short else 2000),
     "equal_bits": lambda folder, short: determinism.equal_runs(folder),
     "rounded_steps": lambda folder, short: determinism.rounded_steps(short),
     "rounded_runs": lambda folder, short: determinism.rounded_runs(folder),

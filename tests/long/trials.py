@@ -52,8 +52,8 @@ TRIALS: dict[str, Function] = {
     "killed_2": _kill(2, signal.SIGKILL, 25, 1),
     "stopped_1": _kill(1, signal.SIGTERM, 10, 1),
     "lost_process": lambda folder, short: lost_process.lose_processes(folder),
-    "damaged_1": _damage(1, 1, 20),
-    "damaged_2": _damage(2, 1, 99),
+    "damaged_1": _damage(1, 1, 19),
+    "damaged_2": _damage(2, 3, 99),  # each file, and each damage as often
     "load_prompts": lambda folder, short: load.many_prompts(4 if short else 64),
     "load_tokens": lambda folder, short: load.long_generations(300 if short else 10_000),
     "load_steps": lambda folder, short: load.many_steps(folder, 500 if short else 2000),

@@ -15,7 +15,7 @@ from tests.long import trials
 
 @pytest.mark.slow
 def test_short_trials_survive(tmp_path):
-    """Two kills, one case in twenty of damage."""
+    """Two kills, and one case of each kind of damage."""
     command = [sys.executable, "-m", "tests.long.trials", "--short", f"--folder={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=several_devices(1), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -64,18 +64,18 @@ class Fork:
     def poll(self) -> int | None:
         """The exit status, or None while the fork runs."""
         if self.status is None:
-            pid, status, used = os.wait4(self.pid, os.WNOHANG)
+            if (stat := pathlib.Path(f"/proc/{self.pid}/stat")).exists():  # Linux only
+                words = stat.read_text().rpartition(")")[2].split()
+                self._processor_seconds = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
-                self._processor_seconds = used.ru_utime + used.ru_stime
         return self.status
 
     def processor_seconds(self) -> float:
-        """The time that processors have worked for the fork, which does not depend on other load of the machine."""
-        if self.poll() is not None:
-            return self._processor_seconds
-        words = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        """The time that processors have worked for the fork, not for its children, whatever else the machine does."""
+        self.poll()
+        return self._processor_seconds
 
     def wait(self, seconds: float = float("inf")) -> int | None:
         """Waits for the end, at most that many seconds; returns the exit status, or None if the fork still runs."""

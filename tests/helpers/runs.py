@@ -76,10 +76,7 @@ def start(
       joined: a single process uses `jax.distributed` too, so that it adds numbers in the same order as several.
       changes: config keys, with __ for each dot.
     """
-    overrides = OVERRIDES | {"teacher": workdir.parent / "teacher", "mesh.fsdp": processes * devices}
-    overrides |= {key.replace("__", "."): value for key, value in changes.items()}
-    arguments = [f"--config={ROOT}/configs/nano.py", f"--workdir={workdir}"]
-    arguments += [f"--config.{key}={value}" for key, value in overrides.items()]
+    arguments = arguments_of(workdir, **{"mesh__fsdp": processes * devices} | changes)
     variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}"}
     joined |= processes > 1
     variables |= {"MELT_COORDINATOR": f"127.0.0.1:{_free_port()}" if joined else ""}
@@ -93,6 +90,19 @@ def start(
         )
         for i in range(processes)
     ]
+
+
+def arguments_of(workdir: pathlib.Path, **changes: Any) -> list[str]:
+    """The arguments of `melt_jax.train` for a small run, whose teacher is beside its workdir.
+
+    Args:
+      workdir: its folder.
+      changes: config keys, with __ for each dot.
+    """
+    overrides = OVERRIDES | {"teacher": workdir.parent / "teacher"}
+    overrides |= {key.replace("__", "."): value for key, value in changes.items()}
+    arguments = [f"--config={ROOT}/configs/nano.py", f"--workdir={workdir}"]
+    return arguments + [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
 def log_of(workdir: pathlib.Path, process: int = 0) -> pathlib.Path:

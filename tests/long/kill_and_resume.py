@@ -2,11 +2,11 @@
 
     python -m tests.long.kill_and_resume [--processes=2] [--signal=SIGTERM] [--kills=25] [--seed=0]
 
-Takes the time of an undisturbed run (two phases, saves, evaluations, models). Then starts a run and sends SIGKILL to
-its processes at a moment drawn uniformly from that time; starts it again, draws another moment, and so on, until it
-ends before its moment. The ended run must equal the undisturbed one: every leaf of every phase's model and of the last
-checkpoint, every number of every line of the logs but times, and the scores, all bitwise. Then the next run starts,
-until there were enough kills. With SIGTERM a run must also exit with status 75, or 0 if it has ended.
+Takes the shortest time of an undisturbed run (two phases, saves, evaluations, models). Then starts a run and sends
+SIGKILL to its processes at a moment drawn uniformly from that time; starts it again, draws another moment, and so on,
+until it ends before its moment. The ended run must equal the undisturbed one: every leaf of every phase's model and of
+the last checkpoint, every number of every line of the logs but times, and the scores, all bitwise. Then the next run
+starts, until there were enough kills. With SIGTERM a run must also exit with status 75, or 0 if it has ended.
 
 Times are those that a processor works for the first process, so that other load of the machine shifts no moment.
 The interpreters' imports, during which a run touches nothing, are not part of the time: commands are forks of this one.
@@ -63,23 +63,23 @@ def place(workdir: pathlib.Path, started: float) -> str:
     return (f"after {last[:-6]}" if last.endswith("/model") else last) + (", saving" if now else "")
 
 
-def interrupt(workdir: pathlib.Path, processes: int, moment: float, number: int) -> tuple[str, list[int | None]]:
+def interrupt(workdir: pathlib.Path, processes: int, moment: float, number: int) -> tuple[str, list[int | None], float]:
     """Starts a run and sends all its processes a signal at that many processor seconds.
 
     Returns:
-      (where it was, empty if it had ended before; exit statuses).
+      (where it was, empty if it had ended before; exit statuses; processor seconds of its first process).
     """
     begin, started = time.time(), start(workdir, processes)
     while started[0].processor_seconds() < moment and started[0].poll() is None:
         time.sleep(0.01)
     if started[0].poll() is not None:
-        return "", wait_for(started, PATIENCE)
+        return "", wait_for(started, PATIENCE), started[0].processor_seconds()
     where = place(workdir, begin)
     kill(started, number)
     statuses = wait_for(started, PATIENCE)
     kill(started)
     ended = statuses == [0] * processes  # before the signal reached it
-    return "" if ended else where, statuses
+    return "" if ended else where, statuses, started[0].processor_seconds()
 
 
 def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int, seed: int) -> Trial:
@@ -93,12 +93,12 @@ def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int
       seed: of the moments.
     """
     trial = Trial(f"{signal.Signals(number).name} anywhere, {processes} process{'es' * (processes > 1)}")
-    reference = folder / f"undisturbed{processes}"
+    reference, seconds = folder / f"undisturbed{processes}", float("inf")
     if not reference.exists():
-        run_to_end(reference, processes)  # compiles
+        seconds = run_to_end(reference, processes)  # compiles
     timed = folder / f"{number}.{processes}.timed"
     shutil.rmtree(timed, ignore_errors=True)
-    seconds, wanted = run_to_end(timed, processes), contents(reference)
+    seconds, wanted = min(seconds, run_to_end(timed, processes)), contents(reference)
     if different := differing(contents(timed), wanted):
         raise RuntimeError(f"two undisturbed runs differ in {len(different)} values: {different[:5]}")
     rng, places, runs, most = np.random.default_rng((seed, processes, number)), collections.Counter(), 0, 0
@@ -108,8 +108,9 @@ def kill_at_random(folder: pathlib.Path, processes: int, number: int, kills: int
         shutil.rmtree(workdir, ignore_errors=True)
         while not error:
             moment = rng.uniform(0, seconds) if trial.cases + len(moments) < kills else PATIENCE
-            where, statuses = interrupt(workdir, processes, moment, number)
+            where, statuses, used = interrupt(workdir, processes, moment, number)
             if not where:
+                seconds = seconds if moments else min(seconds, used)  # waiting for another process takes time, too
                 error = "" if statuses == [0] * processes else f"resumed run: statuses {statuses}"
                 break
             allowed = {0, -number} if number == signal.SIGKILL else {0, PREEMPTED}

@@ -35,9 +35,10 @@ from melt_jax.inference.generation import GenerationOptions, for_decoding, gener
 from melt_jax.inference.sampling import Sampling, sample_tokens
 from tests.helpers.live_memory import resident_bytes
 from tests.helpers.run_commands import in_fork
-from tests.helpers.runs import QUICK, ROOT, arguments_of, last_step, prepare
+from tests.helpers.runs import ROOT, arguments_of, last_step, prepare
 from tests.helpers.tiny import TINY, make_model, random_tokens, run
 from tests.helpers.trial import Trial, print_trials
+from tests.helpers.xla_flags import QUICK
 
 CONFIGS = {
     "LoopLM": dataclasses.replace(TINY, gate="none", attention_block=512),

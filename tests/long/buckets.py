@@ -44,8 +44,8 @@ FAIL_EVERY = 10
 PREPARE_KILLS = [r"name=data/traces/0000|uploadType=multipart", r"name=data/traces/manifest"]  # a shard; the end
 TRAIN_KILLS = [
     r"POST .*transition/checkpoints/4",
-    r"POST .*alignment/metrics\.jsonl",
     r"POST .*transition/model/params/.*d/",
+    r"POST .*alignment/metrics\.jsonl",
     r"POST .*alignment/checkpoints/.*commit_success",
     r"POST .*alignment/model/\.incomplete",
 ]

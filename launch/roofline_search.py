@@ -25,7 +25,7 @@ TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4", "tpu7x": "
 DEVICES = {"v5e": 16, "v5p": 8, "v6e": 16, "tpu7x": 8}
 GOALS = {"v5e": 1.5, "v5p": 1.5, "v6e": 1.8, "tpu7x": None}
 TENSOR, AT_ONCE, CHUNKS = (1, 2, 4, 8), (1, 2, 4), (500, 1000, 2000)
-ATTENTION = (("pallas", 512), ("blocks", 512), ("blocks", 128))  # with the slots of a block
+ATTENTION = (("pallas", 512), ("blocks", 512), ("blocks", 128))  # (`attention`, `attention_block`)
 REMAT, GATHER, OPTIONS = ("products", "layer"), ("step", "layer"), ("default", "overlap_vmem")
 COLUMNS = ("GB a device", "products, s", "memory, s", "links, s", "bound", "sum, s", "sum / products at peak")
 

@@ -310,10 +310,11 @@ def _kernel_fits_in_vmem(values):
     if values["attention"] != "pallas":
         return
     group = max(1, values["model.heads"] // values["model.kv_heads"])
-    rows, block = values["chunk_size"] * group, values["attention_block"]
+    chunk, block = values["chunk_size"], values["attention_block"]
+    rows = chunk * group  # queries per KV head
     if rows > 4096:
-        found = values["chunk_size"]
-        yield f"chunk_size: expected at most {4096 // group}, 4096 queries of a KV head, with 'pallas', found {found}"
+        most = f"{4096 // group} (4096 queries per KV head)"
+        yield f"chunk_size: expected at most {most} with attention 'pallas', found {chunk}"
         return
     most = min(512, 2**19 // (-(-rows // 128) * 128) // 128 * 128)
     if block % 128 or block > most:

@@ -156,7 +156,7 @@ def check_batch(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, batch: int,
 
 
 def check_attention(mesh: jax.sharding.Mesh, attention: str) -> None:
-    """Raises ShardingError if the devices cannot run the attention of a config; a CPU interprets the kernel."""
+    """Raises ShardingError if the devices cannot run `attention`, the config key. A CPU interprets the kernels."""
     platform = mesh.devices.flat[0].platform
     if attention == "pallas" and platform not in ("tpu", "cpu"):
         raise ShardingError(

@@ -13,7 +13,7 @@ from melt_jax.model.attention import AttentionMask, blockwise_attention
 from melt_jax.model.cache import KV, ChunkKV, EntryView
 from tests.helpers.tiny import TINY, make_model
 
-# Two KV heads of three query heads; 140 rows of a KV head are padded to 256.
+# Two KV heads with two query heads each; the 140 rows of a KV head are padded to 256.
 B, C, K, G, E, S, W = 2, 70, 2, 2, 8, 300, 9
 
 
@@ -57,7 +57,7 @@ def test_kernel_equals_blocks(start, last_loop, transition):
 
 @pytest.mark.parametrize("start", [0, 131])
 def test_gradients_of_views_are_added_to_their_sums(start):
-    """Of one layer of a stack; the sums of other layers and of slots that are not read stay as they are."""
+    """The view is one layer of a stack; the sums of other layers and of blocks that are not read do not change."""
     query, earlier, near, alpha, mask = arguments(start, False, transition=True)
     stacks = [jax.tree.map(lambda x: jnp.stack([jnp.full_like(x, jnp.nan), x]), kv) for kv in earlier[:2]]
     stacks[1] = jax.tree.map(lambda x: x[None], stacks[1])
@@ -98,7 +98,7 @@ def test_gradients_of_views_are_added_to_their_sums(start):
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_models_have_the_same_gradient():
-    """With a window and two sweeps; chunks start at odd places."""
+    """With a window and two sweeps; 13 tokens in chunks of 5."""
     config = dataclasses.replace(TINY, loops=2, layers=1, window=1, sweeps=2, remat="products")
     model, tokens = make_model(config), np.random.default_rng(0).integers(0, config.vocab, (2, 13))
 
@@ -117,7 +117,7 @@ def test_models_have_the_same_gradient():
 
 
 def test_forward_kernel_does_not_run_again():
-    """Its results are saved for the backward pass, with remat too."""
+    """Its results are saved for the backward pass, also with remat."""
     model = make_model(dataclasses.replace(TINY, loops=1, layers=1, attention="pallas", remat="layer"))
     loss = lambda model: jnp.sum(run_sequence(model, np.ones((1, 4), np.int32), 2).hidden)
     text = str(jax.make_jaxpr(jax.grad(loss))(model))

@@ -47,7 +47,7 @@ def test_weights_are_gathered_once_per_step(phase, chunk):
 
 @pytest.mark.slow
 def test_attention_kernel_moves_less():
-    """The kernel compiles under a mesh that splits sequences and heads; it computes what XLA's loop does."""
+    """The kernel compiles under a mesh that splits sequences and heads, and has about the FLOPs of XLA's loop."""
     model = dataclasses.replace(MODEL, head_width=128)
     kernel, blocks = (compile_small(model=model, attention=attention) for attention in ("pallas", "blocks"))
     assert kernel.program.custom_calls == {} and kernel.gathered_ratio == pytest.approx(1, abs=0.05)

@@ -193,7 +193,7 @@ CONTRADICTIONS = {
         {"attention": "pallas", "attention_block": block} for block in (500, 1024)
     ],
     "attention_block: expected a multiple of 128 up to 256": [{"attention": "pallas", "model__kv_heads": 4}],
-    "chunk_size: expected at most 1024, 4096 queries of a KV head": [
+    "chunk_size: expected at most 1024 (4096 queries per KV head)": [
         {"attention": "pallas", "chunk_size": 1025, "model__kv_heads": 4}
     ],
     "student.first_loop: expected 'copy'": [

@@ -1,4 +1,4 @@
-"""Sums of the layers' weight gradients: as plain differentiation gives them, and in their own dtype."""
+"""Sums of the layers' weight gradients equal those of plain differentiation, but in the dtype of the sums."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 from melt_jax.model.gradient_sums import GradientSums
 
-FACTORS = jnp.asarray([1.0, 1.0, 1.0, 256.0])  # backward, from the last on; in bfloat16, 256 + 1 is 256
+FACTORS = jnp.asarray([1.0, 1.0, 1.0, 256.0])  # the backward pass starts at the last; in bfloat16, 256 + 1 is 256
 
 
 def looped(weights, send):
@@ -40,7 +40,7 @@ def test_gradients_are_added_in_the_dtype_of_the_sums():
 
 
 def test_groups_have_sums_of_their_own():
-    """As under the `jax.vmap` over groups of devices."""
+    """Under `jax.vmap`, as over groups of devices."""
     weights, sums = jnp.ones((2, 3)) * jnp.asarray([[1.0], [2.0]]), jnp.zeros((2, 3))
 
     def gradient(weights, sums):

@@ -8,10 +8,10 @@ of the TPU and CPU compilers.
     program = analyse(jax.jit(f).lower(*arguments).compile().as_text())
     print(program.summary(scopes=("gate", "attention", "mlp")))
 
-A multiply-add is 2 FLOPs. Only `dot` and `convolution` count (the TPU's compiler writes matrix products as
-convolutions), and Pallas kernels by their own estimate (`hlo_kernels`): not products that the compiler rewrote as
-multiply and reduce, and not other custom calls, which are listed by name. `hlo_memory` defines the bytes of memory. The
-CPU's compiler computes bfloat16 in float32, so its collectives move twice the bytes.
+A multiply-add is 2 FLOPs. `dot` and `convolution` count (the TPU's compiler writes matrix products as convolutions),
+and so do Pallas kernels, by their own cost estimates (`hlo_kernels`). Products that the compiler rewrote as multiply
+and reduce do not count, nor do other custom calls, which are listed by name. `hlo_memory` defines the bytes of memory.
+The CPU's compiler computes bfloat16 in float32, so its collectives move twice the bytes.
 """
 
 import collections
@@ -161,7 +161,7 @@ class Program:
     Attributes:
       products: matrix products, in the order of the text.
       collectives: in the same order.
-      custom_calls: {target, followed by a Pallas kernel's name: executions} of those whose FLOPs are unknown.
+      custom_calls: those of unknown FLOPs, {target, followed by a Pallas kernel's name: executions}.
       loops: of all branches, outer loops first.
       transfers: in the order of the text.
     """
@@ -237,8 +237,8 @@ def analyse(text: str, trips: Trips | Mapping[str, float] | None = None) -> Prog
       text: `compiled.as_text()`, optimized HLO.
       trips: trip counts of loops that have none in the text, such as a `fori_loop` over a traced bound: a function from
         the loop's op_name to a number or None, or a mapping from named scopes, of which the innermost around the loop
-        applies. A mean may be fractional. For a Pallas kernel in blocks, the number of blocks that it visits; all if
-        there is none.
+        applies. A mean may be fractional. For a Pallas kernel that runs in blocks, the number of blocks that it
+        visits; without one, all count.
 
     Returns:
       `Program`. A loop without a trip count is counted once and is listed in `unknown_loops`.
@@ -341,7 +341,7 @@ class _Walk:
         self.products.append(Product(op_name, precision, times, times * flops, sides))
 
     def _visited_blocks(self, kernel, op_name):
-        """The number of blocks that a kernel visits."""
+        """The number of blocks that a kernel visits; infinity, which stands for all, if `trips` has none."""
         trips = self.trips(op_name) if kernel and kernel.blocks > 1 else None
         return math.inf if trips is None else trips
 

@@ -1,8 +1,8 @@
 """Reads what a Pallas kernel states about its work, from its custom call in the text of a compiled program.
 
-FLOPs are those of the kernel's `pl.CostEstimate`. A kernel that visits only some of its blocks, such as
-`melt_jax.model.attention_kernel`, also has metadata: for how many blocks the estimate holds, the operands and results
-of which a block is moved at a time, with the number of their blocks, and the smaller sides of its products.
+The FLOPs are those of the kernel's `pl.CostEstimate`. A kernel that visits only some of its blocks, such as those of
+`melt_jax.model.attention_kernel`, also has metadata: the number of blocks that the estimate covers, the operands and
+results that it moves block by block, each with its number of blocks, and the smaller sides of its products.
 """
 
 import re
@@ -20,7 +20,7 @@ class Kernel(NamedTuple):
       flops: of all its blocks.
       blocks: their number.
       operands: {index of an operand that is fetched block by block: the number of its blocks}.
-      results: the same of results, of which only the visited blocks are written.
+      results: the same for results; only the visited blocks are written.
       sides: of its products; see `hlo.Product`.
     """
 

@@ -9,7 +9,7 @@ is moved too. Every instruction reads each operand and writes each result once, 
     fusion                               the same, if slices and updates are its only uses of an operand
     bitcast, tuple, while, …             nothing moves
     copy-start, slice-start, …           counted at the start, not at the end
-    Pallas kernel                        of what it moves block by block, only the visited blocks count
+    Pallas kernel                        only visited blocks count, if it moves an operand or result block by block
 
 A product whose tiles are read several times moves more than this count, which is a lower bound.
 """
@@ -59,7 +59,7 @@ def traffic(
       computation: the one that contains the instruction.
       instruction: any instruction but one inside a fusion. Custom calls that only mark something are the caller's to
         leave out.
-      visited: the number of blocks that a Pallas kernel visits; all by default.
+      visited: the number of blocks that a Pallas kernel visits; by default all.
     """
     opcode, is_start = instruction.opcode.removesuffix("-start"), instruction.opcode.endswith("-start")
     if opcode in _FREE or opcode.endswith(("-done", "-update")):

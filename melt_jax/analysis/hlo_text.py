@@ -13,7 +13,7 @@ Groups = frozenset[frozenset[int]]  # devices that communicate with each other, 
 class Instruction(NamedTuple):
     """A line `%name = shape opcode(operands), attributes`, without comments and most of its backend_config.
 
-    Of the backend_config of a Pallas kernel, its attributes have the FLOPs: `kernel_flops=123`.
+    The attributes of a Pallas kernel include the FLOPs of its backend_config, as `kernel_flops=123`.
     """
 
     name: str

@@ -109,7 +109,8 @@ def blockwise_attention(
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
       block: slots whose scores are in memory at a time; a shorter cache is one block.
-      kernel: what reads cached entries: "blocks", XLA, or "pallas", `attention_kernel`, unless the chunk is one token.
+      kernel: `ModelConfig.attention`: "blocks" reads cached entries in XLA, "pallas" in `attention_kernel`. A chunk of
+        one token always takes "blocks".
 
     Returns:
       The heads' results in the query's dtype; scores, softmax and sums are at least float32.
@@ -184,18 +185,18 @@ blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_ba
 
 
 def _uses_kernel(kernel, query, mask):
-    """Without entries or with the few scores of a single token there is nothing to gain."""
+    """Whether the kernel runs. It gains nothing with an empty cache or with the few scores of a single token."""
     return kernel == "pallas" and query.shape[1] > 1 and mask.cached.shape[1] > 0
 
 
 def _read_sums(entries):
-    """The sums to which the gradient of one set of entries is added, or None."""
+    """The sums to which the gradient of one set of entries is added: those of a view, if any; zeros for arrays."""
     sums = entries.sums if isinstance(entries, EntryView) else jax.tree.map(jnp.zeros_like, entries)
     return jax.tree.map(lambda ref: ref[...], sums)
 
 
 def _write_sums(entries, sums):
-    """Returns the gradient of one set of entries; None if it is a view, whose sums are set."""
+    """Returns the gradient of one set of entries; None for a view, whose sums are set instead."""
     if not isinstance(entries, EntryView):
         return sums
 
@@ -226,7 +227,7 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
 
 
 def _add_gradient(entries, total, kv_bar, begin):
-    """The total gradient of one set of entries, with that of the slots from `begin` on; None where a view adds it."""
+    """The gradient of one set of entries, plus that of the slots from `begin` on; None for a view, which adds it."""
     if isinstance(entries, EntryView):
         entries.add_gradient(begin, kv_bar)
         return None

@@ -1,20 +1,21 @@
 """Attention to the cached entries as Pallas kernels for TPUs: scores and partial sums stay in VMEM.
 
-`blockwise_attention` calls them if its kernel is "pallas"; the entries near the chunk stay in XLA. One kernel folds the
-cached entries into the softmax that the near entries began; the other computes the gradients from the log of the
-normalizer over all entries. JAX's splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`) does not serve:
-its public functions differentiate only with the normalizer of the entries that they read; a mask that is known at run
-time goes through HBM; and the cache would have to be copied to a multiple of its blocks.
+`blockwise_attention` calls them if its kernel is "pallas"; attention to the entries near the chunk stays in XLA. One
+kernel folds the cached entries into the softmax that the near entries began; the other computes the gradients from the
+log of the normalizer over all entries. JAX's splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`) does
+not fit: its public functions differentiate only with the normalizer of the entries that they read, here a part of all
+entries; they read a mask that is known only at run time from HBM; and they would need a copy of the cache, padded to a
+multiple of their blocks.
 
-The entries of one layer are read where they are in the stack of all layers, and their gradients are added to sums of
-all layers in place, so that only live blocks move. XLA then stores both with heads before slots, as the kernels read
-them, and copies nothing.
+The kernels read the entries of one layer in place, from the stack of all layers, and add their gradients in place to
+the sums of all layers. Only live blocks move: those that begin before `Reach.start`. XLA stores entries and sums with
+heads before slots, as the kernels read them, and copies nothing.
 
-The kernels are written for one key/value head of one sequence. `jax.vmap` adds a dimension to their grid for heads and
-sequences, and if a mesh splits these, each device runs its own. Scores are transposed, [slots, rows], so that the
-numbers that belong to a row are a row of lanes. On other platforms than TPUs the kernels are interpreted, which is
-slow: for tests. Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G query heads per
-key/value head, E head width, R = G·C rows of queries.
+The kernels are written for one key/value head of one sequence. `jax.vmap` adds heads and sequences to their grid, and
+if a mesh splits these, each device runs its own. Scores are transposed, [slots, rows], so that values with one number
+per row, such as the largest score, run along the lanes. On platforms other than TPUs the kernels are interpreted, which
+is slow and meant for tests. Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G query
+heads per key/value head, E head width, R = G·C rows of queries.
 """
 
 import functools
@@ -58,11 +59,11 @@ def fold_cached(
     block: int,
     state: tuple[Float[Array, "B K G C 1"], Float[Array, "B K G C 1"], Float[Array, "B C K G E"]],
 ) -> tuple[Float[Array, "B C K G E"], Float[Array, "B K G C 1"]]:
-    """Folds the cached entries into a softmax, and ends it.
+    """Folds the cached entries into a softmax and normalizes it.
 
     Args:
-      query: see `blockwise_attention`, as for the next two.
-      earlier: arrays, or views, whose entries are read where they are.
+      query: the chunk's queries.
+      earlier: the cached entries, as arrays or as views, which are read in place.
       alpha: the transition's α, or None.
       reach: the entries that are read.
       block: slots whose scores are in VMEM at a time; on a TPU a multiple of 128, or at least S.
@@ -89,18 +90,18 @@ def cached_cotangents(
     product: Float[Array, "B K G C 1"],
     sums: ChunkKV,
 ) -> tuple[Float[Array, "B C K G E"], ChunkKV]:
-    """The cotangents that attention to the cached entries gives to the queries and to the entries.
+    """The cotangents of the queries and of the cached entries from attention to the cached entries.
 
     Args:
       query: see `fold_cached`, as for the next four.
       out_bar: the cotangent of the heads' results.
       log_total: from `fold_cached`.
       product: the sums of results · out_bar over E.
-      sums: of the shapes of the entries, of whole stacks for views, to which the cotangents of the entries are added in
-        place; None for a set that needs none.
+      sums: arrays to which the cotangents of the entries are added in place, shaped like the entries or, for a view,
+        like its whole stack; None for a set that needs none.
 
     Returns:
-      (the query's part, at least float32, the sums).
+      (the cached entries' part of the query's cotangent, at least float32; the sums after the addition).
     """
     inputs = _rows(_head_first(query)), _rows(_head_first(out_bar)), _rows(log_total[..., 0]), _rows(product[..., 0])
     query_bar, *totals = _over_heads(_pull_back, query.shape[3], inputs, earlier, alpha, reach, block, sums)
@@ -135,7 +136,7 @@ def _unrows(x, shape):
 
 
 def _over_heads(function, group, inputs, earlier, alpha, reach, block, sums=(None, None)):
-    """Runs a function of one head of one sequence for all; `inputs` are [B, K, R, …], as are the results."""
+    """Runs a function of one head of one sequence over all of them; `inputs` are [B, K, R, …], results [B, K, …]."""
     of_rows = lambda x: _rows(jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, group, x.shape[1])))[:, 0]
     segments, ends, cached = of_rows(reach.segments), of_rows(reach.ends), reach.cached
     first = jnp.zeros((0,), jnp.int32)
@@ -214,12 +215,12 @@ def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
     totals = jax.tree.leaves([sums for _, sums in sets])
 
     def kernel(count, alpha, places, segments, ends, query, out_bar, log_total, product, cached, *refs):
-        entries, old, (query_bar, *new, sums) = _split(refs, len(arrays), len(totals))
+        entries, old, (query_bar, *new, query_sum) = _split(refs, len(arrays), len(totals))
         index = pl.program_id(0)
 
         @pl.when(index == 0)
         def _():
-            sums[...] = jnp.zeros_like(sums)
+            query_sum[...] = jnp.zeros_like(query_sum)
 
         @pl.when(index < count[0])
         def _():
@@ -228,7 +229,7 @@ def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
             weights_bar = _dot(values, out_bar[...], (1, 1))
             scores_bar = weights * (weights_bar - product[...]) * (1 / math.sqrt(width))
             scores_bar = scores_bar.astype(query.dtype)
-            sums[...] += _dot(keys, scores_bar, (0, 0))
+            query_sum[...] += _dot(keys, scores_bar, (0, 0))
             kv_bar = _dot(scores_bar, query[...], (1, 0)), _dot(weights.astype(query.dtype), out_bar[...], (1, 0))
             factors = (1,) if len(sets) == 1 else (alpha[0], 1 - alpha[0])
             factors = [factor for factor, (_, sums) in zip(factors, sets) if sums]
@@ -242,7 +243,7 @@ def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
 
         @pl.when(index == pl.num_programs(0) - 1)
         def _():
-            query_bar[...] = sums[...].T
+            query_bar[...] = query_sum[...].T
 
     query_bar, *totals = _call(
         kernel,
@@ -261,7 +262,7 @@ def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
 
 
 def _split(items, first, second):
-    """(the first items, as many as told, the next, the rest)."""
+    """Returns (the first `first` items, the next `second` items, the rest)."""
     return items[:first], items[first : first + second], items[first + second :]
 
 
@@ -270,17 +271,17 @@ def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch,
 
     Args:
       kernel: a function of references to scalars, whole, by_slot, totals, outputs, changed totals and scratch.
-      scalars: (the number of live blocks [1], α [1], the indices of the sets' leading dimensions, one after the other).
+      scalars: (the number of live blocks [1], α [1], the indices of the sets' leading dimensions, concatenated).
       whole: arrays that are in VMEM all the time.
       by_slot: the segments of the slots [1, S] and the entries [..., S, E]; a block of them is in VMEM at a time, and
         no block is fetched after the last live one.
       size: slots of a block.
-      totals: arrays like the entries of which the live blocks are changed in place.
+      totals: arrays like the entries; the kernel changes their live blocks in place.
       outputs: shapes of results that are in VMEM all the time.
       scratch: further arrays in VMEM.
       name: of the kernel.
-      products: matrix products of a block, of 2 · rows · slots · width FLOPs each.
-      interpret: on other platforms than TPUs.
+      products: the number of matrix products, of 2 · rows · slots · width FLOPs each over all blocks.
+      interpret: whether to interpret the kernel, as on platforms other than TPUs.
 
     Returns:
       (*outputs, *totals).
@@ -295,7 +296,7 @@ def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch,
 
     def of_entries(x):
         n = entries[0].ndim - 2
-        lead = range(n) if x.ndim - 2 == n else range(n, n + x.ndim - 2)  # the sets differ in their dimensions
+        lead = range(n) if x.ndim - 2 == n else range(n, n + x.ndim - 2)  # per-loop entries have one more
         place = lambda index, count, alpha, places: (*(places[i] for i in lead), live(index, count), 0)
         return block((*[None] * len(lead), size, width), place)
 
@@ -316,7 +317,7 @@ def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch,
         input_output_aliases={first + len(by_slot) + i: len(outputs) + i for i in range(len(totals))},
         interpret=interpret,
         name=name,
-        # If all blocks are live. `melt_jax.analysis` counts fewer: it knows how many are, on average.
+        # For all blocks; `melt_jax.analysis` scales it to the mean number of live ones.
         cost_estimate=pl.CostEstimate(
             flops=2 * products * rows * slots * width,
             transcendentals=rows * slots,
@@ -326,7 +327,7 @@ def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch,
             "blocks": str(blocks),
             "operands_by_block": " ".join(operands),
             "results_by_block": " ".join(results),
-            "sides": f"{width} {min(size, rows)}",  # one product sums over the width, the other's result has it
+            "sides": f"{width} {min(size, rows)}",  # a product sums over the width or its result has it
         },
     )(*scalars, *whole, *by_slot, *totals)
 
@@ -348,7 +349,7 @@ def _outside_mesh(function):
 
 
 def _read(entries, alpha, index, size, slots):
-    """The keys and values [size, E] of a block, blended; zeros past the last slot, where a block holds anything."""
+    """The keys and values [size, E] of a block, blended; zeros past the last slot, where its contents are undefined."""
     read = [ref[...] for ref in entries]
     keys, values = blend(ChunkKV(KV(*read[:2]), KV(*read[2:]) if read[2:] else None), alpha[0])
     if slots % size:

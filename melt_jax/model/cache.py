@@ -114,15 +114,15 @@ class EntryList:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EntryStack:
-    """Stacked entries of which attention reads one block of one layer at a time, where they are.
+    """Stacked entries that attention reads in place, one block of one layer at a time.
 
-    A scan over the entries themselves makes a TPU copy each layer's, live or not, before attention reads its blocks.
-    Scanning over `indices` and taking a `view` does not.
+    A scan over the entries themselves makes a TPU copy all slots of a layer, even empty ones, before attention reads
+    its blocks. A scan over `indices` that takes a `view` of each copies nothing.
 
     Attributes:
       entries: `KV` of [L, B, S, K, E] or [T, L, B, S, K, E].
-      sums: refs of these shapes, to which the backward pass of attention adds the gradients of the entries; the entries
-        themselves get none.
+      sums: refs of these shapes, to which the backward pass of attention adds the gradients of the entries. None: the
+        gradients are dropped. In either case the entries themselves get no gradient.
     """
 
     entries: KV
@@ -134,19 +134,19 @@ class EntryStack:
         return jnp.asarray(np.moveaxis(np.indices(lead, np.int32), 0, -1))
 
     def view(self, index: Int[Array, " n"]) -> "EntryView":
-        """The entries of one index, unread."""
+        """A view of the entries at one index; it reads nothing."""
         return EntryView(self.entries, index, self.sums)
 
 
 class EntryView(NamedTuple):
-    """The entries [B, S, K, E] of one layer of an `EntryStack`."""
+    """The entries [B, S, K, E] of one layer, or of one loop and layer, of an `EntryStack`; `sums` are of all layers."""
 
     entries: KV
     index: Int[Array, " n"]
     sums: Any = None
 
     def add_gradient(self, begin: Int[Array, ""] | int, kv_bar: KV) -> None:
-        """Adds the gradient of slots from `begin` on, [B, size, K, E], to the sums, if there are any."""
+        """Adds `kv_bar`, the gradient of the slots from `begin` on, [B, size, K, E], to the sums, if there are any."""
 
         def add(ref, bar):
             lead = [jax.ds(self.index[i], 1) for i in range(len(self.index))]
@@ -204,16 +204,17 @@ class Cache(NamedTuple):
         )
 
     def in_place(self, sums: ChunkKV | None = None) -> "Cache":
-        """The cache for `run_chunk`, which then reads stacked entries in blocks and does not copy them layer by layer.
+        """The cache with stacked entries as `EntryStack`, which `run_chunk` reads in blocks, without copies of layers.
 
-        Their gradients are added to the refs `sums`; without them, they get none.
+        Args:
+          sums: refs to which the backward pass adds the gradients of the entries; None drops the gradients.
         """
         sums = sums or ChunkKV(None, None)
         stack = lambda entries, sums: EntryStack(entries, sums) if isinstance(entries, KV) else entries
         return self._replace(shared=stack(self.shared, sums.shared), per_loop=stack(self.per_loop, sums.per_loop))
 
     def stop_gradient(self) -> "Cache":
-        """The cache whose entries get no gradient."""
+        """The cache as a constant: neither entries nor window get a gradient, and no sums receive any."""
         drop = lambda x: EntryStack(x.entries) if isinstance(x, EntryStack) else x
         return jax.lax.stop_gradient(jax.tree.map(drop, self, is_leaf=lambda x: isinstance(x, EntryStack)))
 

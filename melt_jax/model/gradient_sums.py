@@ -1,4 +1,4 @@
-"""Sums of the layers' weight gradients, to which each use of a layer adds in place."""
+"""Sums of the layers' weight gradients; the backward pass of each use of a layer adds to them in place."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 
 class GradientSums:
-    """A ref [L, …] for each weight of all layers. To JAX it is no pytree but a constant, so that a model can hold it.
+    """A ref [L, …] for each stacked weight. It is not a pytree: to JAX it is a static attribute of a model.
 
     Without it, the backward pass over the loops writes the gradients of all layers to memory in every loop and adds
     them to those of the later loops. With it, each layer reads and writes its own sum once per loop.
@@ -20,11 +20,14 @@ class GradientSums:
         self._refs = jax.tree.map(jax.new_ref, sums)
 
     def send(self, layer: Any, index: Int[Array, ""]) -> Any:
-        """The weights of layer `index`. The backward pass adds their gradients to the sums."""
+        """Returns `layer`, the weights of layer `index`, unchanged.
+
+        The backward pass adds the gradients of the result to the sums; `layer` itself gets zeros.
+        """
         return jax.tree.map(lambda weight, ref: _send(weight, ref, index), layer, self._refs)
 
     def take(self) -> Any:
-        """The sums. Nothing can be added afterwards."""
+        """Returns the sums and frees the refs, to which nothing can be added afterwards."""
         return jax.tree.map(jax.freeze, self._refs)
 
 

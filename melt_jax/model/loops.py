@@ -216,12 +216,12 @@ def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D
 
 
 def _scanned(entries: Any) -> Any:
-    """What a scan over loops or layers slices instead of these entries."""
+    """What a scan over loops or layers slices: the entries themselves, or the indices of an `EntryStack`."""
     return entries.indices() if isinstance(entries, EntryStack) else entries
 
 
 def _of_layer(stored: Any, scanned: Any) -> Any:
-    """One layer's entries from a scan's slice of `_scanned`."""
+    """One layer's entries, from all layers' (`stored`) and the scan's slice of `_scanned(stored)`."""
     return stored.view(scanned) if isinstance(stored, EntryStack) else scanned
 
 

@@ -219,21 +219,21 @@ def reconfigure(
 
 
 def without_kernel(model: LoopedTransformer) -> LoopedTransformer:
-    """The model with attention in XLA. The kernel needs sequences that are split over all devices; prompts are not."""
+    """The model with "blocks" attention. The kernel needs sequences split over all devices; prompts are not."""
     model = jax.tree.map(lambda x: x, model)  # a copy that shares all weights
     model.config = dataclasses.replace(model.config, attention="blocks")
     return model
 
 
 def split_layers(model: LoopedTransformer) -> tuple[DecoderLayer, LoopedTransformer]:
-    """(the layers, the model without them)."""
+    """Returns (the layers, the model without them)."""
     others = jax.tree.map(lambda x: x, model)
     others.layers = nnx.List()  # pyright: ignore[reportAttributeAccessIssue]
     return model.layers, others
 
 
 def join_layers(others: LoopedTransformer, layers: DecoderLayer, layer_sums: Any = None) -> LoopedTransformer:
-    """The model that `split_layers` has split; the backward pass adds the gradients of the layers to `layer_sums`."""
+    """The inverse of `split_layers`. With `layer_sums`, the backward pass adds the layers' gradients to them."""
     model = jax.tree.map(lambda x: x, others)
     model.layers, model.layer_sums = layers, layer_sums
     return model

@@ -82,7 +82,7 @@ def run_chunks(
       model: a LoopLM or a MELT.
       chunks: (tokens, positions, segments) from `split_chunks`.
       alpha: see `run_sequence`.
-      differentiable: without it, the entries of earlier chunks get no gradient, and fewer bytes move.
+      differentiable: False drops the gradients of cached entries, and a TPU does not copy them layer by layer.
 
     Returns:
       ((hidden [N, T, B, C, D], layer_input and attention_output [N, T, L, B, C, D], gate_openness [N, T, L, B, C]) as
@@ -162,14 +162,17 @@ def chunk_sums(
     Final entries never change, so the cache after the last chunk, masked to the slots before a chunk, is the cache
     that this chunk read. Only the weights, the chunks, that one cache and the windows that the chunks read are kept for
     the backward pass. It visits the chunks in reverse: it recomputes a chunk against the final cache and its window,
-    pulls back the cotangents of the chunk's sums, of the entries it wrote and of the window it left, and accumulates
-    the cotangents of earlier entries.
+    pulls back the cotangents of the chunk's sums, of the entries it wrote and of the window it left, and adds up the
+    cotangents of the layers' weights and of earlier entries in place.
     """
     return _forward(step, weights, cache, data, chunks, in_place=True)[0]
 
 
 def _forward(step, weights, cache, data, chunks, in_place=False):
-    """(sums over the chunks, the final cache, the windows that the chunks read)."""
+    """Returns (sums over the chunks, the final cache, the windows that the chunks read).
+
+    `in_place` drops the gradients of cached entries.
+    """
     chunk_size, count = _chunk_shape(cache, chunks)
 
     def body(cache, xs):
@@ -206,7 +209,7 @@ def _chunk_sums_backward(step, residuals, sums_bar):
 
         (_, new_entries, _), pull_back = jax.vjp(chunk_step, layers, others, window and window.kv)
         own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
-        # The layers' own gradient is zero: `layer_sums` has it.
+        # Zeros for the layers, whose gradients are in `layer_sums`.
         _, chunk_others_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         with jax.named_scope("gradient_sums"):
             others_bar = jax.tree.map(lambda total, x: total + x.astype(total.dtype), others_bar, chunk_others_bar)

@@ -76,7 +76,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def variant_gap(phase: str, config: ModelConfig, **changes: str) -> float:
-    """The gap between a mesh that splits everything, with changes of the config, and one device, without them."""
+    """The gap between a mesh that splits everything and one device; `changes` of the config apply to the mesh only."""
     mixed, one = make_mesh(MeshConfig(2, 2, 2)), make_mesh(MeshConfig(), jax.devices()[:1])
     changed = dataclasses.replace(config, **changes)
     return gap(one_step(phase, mixed, "step", 2, changed), one_step(phase, one, "step", 1, config))

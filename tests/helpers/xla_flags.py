@@ -1,4 +1,4 @@
-"""Flags with which XLA compiles the small programs of tests fast. They run once or twice, so slow programs are fine."""
+"""XLA flags for tests: compilation is fast, programs are slow. Those of tests are small and run once or twice."""
 
 import importlib.metadata
 

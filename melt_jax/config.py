@@ -316,6 +316,7 @@ def _kernel_fits_in_vmem(values):
         most = f"{4096 // group} (4096 queries per KV head)"
         yield f"chunk_size: expected at most {most} with attention 'pallas', found {chunk}"
         return
+    # A block's float32 scores, slots × rows padded to 128, take at most 2 MB of VMEM.
     most = min(512, 2**19 // (-(-rows // 128) * 128) // 128 * 128)
     if block % 128 or block > most:
         yield f"attention_block: expected a multiple of 128 up to {most} with attention 'pallas', found {block}"

@@ -219,7 +219,7 @@ def reconfigure(
 
 
 def without_kernel(model: LoopedTransformer) -> LoopedTransformer:
-    """The model with "blocks" attention. The kernel needs sequences split over all devices; prompts are not."""
+    """The model with "blocks" attention. On a mesh the kernel needs sequences that are split; prompts are not."""
     model = jax.tree.map(lambda x: x, model)  # a copy that shares all weights
     model.config = dataclasses.replace(model.config, attention="blocks")
     return model
@@ -232,7 +232,7 @@ def split_layers(model: LoopedTransformer) -> tuple[DecoderLayer, LoopedTransfor
     return model.layers, others
 
 
-def join_layers(others: LoopedTransformer, layers: DecoderLayer, layer_sums: Any = None) -> LoopedTransformer:
+def join_layers(layers: DecoderLayer, others: LoopedTransformer, layer_sums: Any = None) -> LoopedTransformer:
     """The inverse of `split_layers`. With `layer_sums`, the backward pass adds the layers' gradients to them."""
     model = jax.tree.map(lambda x: x, others)
     model.layers, model.layer_sums = layers, layer_sums

@@ -163,7 +163,8 @@ def chunk_sums(
     that this chunk read. Only the weights, the chunks, that one cache and the windows that the chunks read are kept for
     the backward pass. It visits the chunks in reverse: it recomputes a chunk against the final cache and its window,
     pulls back the cotangents of the chunk's sums, of the entries it wrote and of the window it left, and adds up the
-    cotangents of the layers' weights and of earlier entries in place.
+    cotangents of the layers' weights and of earlier entries in place. The sums start from the perturbation, so it must
+    be zeros.
     """
     return _forward(step, weights, cache, data, chunks, in_place=True)[0]
 
@@ -203,7 +204,7 @@ def _chunk_sums_backward(step, residuals, sums_bar):
         def chunk_step(layers, others, window_kv):
             read = None if window is None else window._replace(kv=window_kv)
             earlier = cache._replace(window=read).in_place(entry_sums)
-            sums, new, segments = step(join_layers(others, layers, layer_sums), earlier, start, data, chunk)
+            sums, new, segments = step(join_layers(layers, others, layer_sums), earlier, start, data, chunk)
             written = None if read is None else read.advance(new.recent, segments, start).kv
             return sums, new._replace(recent=None), written
 
@@ -221,7 +222,7 @@ def _chunk_sums_backward(step, residuals, sums_bar):
     totals = jax.tree.map(zeros, ChunkKV(cache.shared, cache.per_loop)), window_zeros, *split_layers(weights_zeros)
     starts = _chunk_starts(count, chunk_size)
     (_, _, layers_bar, others_bar), _ = jax.lax.scan(body, totals, (starts, windows, chunks), reverse=True)
-    weights_bar = join_layers(others_bar, layers_bar)
+    weights_bar = join_layers(layers_bar, others_bar)
     if perturbation is not None:
         return None, weights_bar, None, None, None
     return jax.tree.map(lambda bar, w: bar.astype(w.dtype), weights_bar, weights), None, None, None, None

@@ -11,15 +11,16 @@ Beside the cache of 196 608 bytes per token, a sequence keeps its window: 75 MB 
 vLLM does not serve a window; transformers and `melt_jax.generate` do.
 
 A step has been compiled for these chips; the recipe has never been run. The price by the compiler, beside the paper's
-chunks: GB per chip, FLOPs / necessary, and the least chip-hours of the phase (launch/README.md has the whole table):
+chunks: GB per chip, FLOPs / necessary, and the chip-hours of the phase at the slowest of products, memory and links, to
+those at their sum (launch/README.md has the whole table):
 
-                              this recipe             chunks of 500
-    v6e:4x4   transition      26.3 GB  1.10  19 h     26.1 GB  1.08  12 h
-    v6e:4x4   alignment       13.4 GB  1.10  11 h     13.1 GB  1.09   7 h
+                              this recipe                   chunks of 500
+    v6e:4x4   transition      18.5 GB  1.10  45 to 71 h     15.7 GB  1.08  13 to 29 h
+    v6e:4x4   alignment       11.1 GB  1.10  19 to 35 h     10.7 GB  1.09   7 to 16 h
 
-Products cost the same. Short chunks read the weights more often, which takes these chips longer than the products,
-unless several sequences run at once: with `micro_batches` 2 the alignment runs four, in 30.2 GB, and its least
-chip-hours are those of the long chunks. The transition fits only one. A run may change `micro_batches` when it resumes.
+Products cost the same. Short chunks move more in memory, because every chunk reads the weights and adds to the sums of
+their gradients, unless several sequences run at once: with `micro_batches` 2 the alignment runs four, in 24.3 GB and 11
+to 21 chip-hours. A run may change `micro_batches` when it resumes.
 """
 
 from ml_collections import ConfigDict

@@ -166,19 +166,20 @@ def chunk_sums(
     cotangents of the layers' weights and of earlier entries in place. The sums start from the perturbation, so it must
     be zeros.
     """
-    return _forward(step, weights, cache, data, chunks, in_place=True)[0]
+    return _forward(step, weights, cache, data, chunks, differentiable=False)[0]
 
 
-def _forward(step, weights, cache, data, chunks, in_place=False):
+def _forward(step, weights, cache, data, chunks, differentiable=True):
     """Returns (sums over the chunks, the final cache, the windows that the chunks read).
 
-    `in_place` drops the gradients of cached entries.
+    `differentiable`: as in `run_chunks`.
     """
     chunk_size, count = _chunk_shape(cache, chunks)
 
     def body(cache, xs):
         start, chunk = xs
-        sums, entries, segments = step(weights, cache.in_place() if in_place else cache, start, data, chunk)
+        read = cache if differentiable else cache.in_place()
+        sums, entries, segments = step(weights, read, start, data, chunk)
         return cache.write(entries, segments, start), (sums, cache.window)
 
     cache, (sums, windows) = jax.lax.scan(body, cache, (_chunk_starts(count, chunk_size), chunks))
@@ -186,7 +187,7 @@ def _forward(step, weights, cache, data, chunks, in_place=False):
 
 
 def _chunk_sums_forward(step, weights, perturbation, cache, data, chunks):
-    sums, cache, windows = _forward(step, weights, cache, data, chunks, in_place=True)
+    sums, cache, windows = _forward(step, weights, cache, data, chunks, differentiable=False)
     return sums, (weights, perturbation, cache, windows, data, chunks)
 
 

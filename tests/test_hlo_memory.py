@@ -151,3 +151,36 @@ def test_fusions_move_what_they_select_and_update():
     """The update, the index and a row are read, the update and the row are written; what passes through is not."""
     (transfer,) = analyse(FUSED).transfers
     assert (transfer.read, transfer.written) == (4 * 128 + 4 + 4 * 128, 4 * 128 + 4 * 128)
+
+
+CONVERTED = """HloModule step, is_scheduled=true
+
+%inner (p: f32[64,128]) -> bf16[64,128] {
+  %p = f32[64,128]{1,0} parameter(0)
+  ROOT %narrow = bf16[64,128]{0,1} copy(%p)
+}
+
+%take (table: f32[64,128], at: s32[], other: f32[64,128]) -> (bf16[1,128], bf16[64,128]) {
+  %table = f32[64,128]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %other = f32[64,128]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %narrow = bf16[64,128]{0,1} fusion(%table), kind=kLoop, calls=%inner
+  %row = bf16[1,128]{1,0} dynamic-slice(%narrow, %at, %zero), dynamic_slice_sizes={1,128}
+  %whole = bf16[64,128]{1,0} convert(%other)
+  ROOT %all = (bf16[1,128]{1,0}, bf16[64,128]{1,0}) tuple(%row, %whole)
+}
+
+ENTRY %main (table: f32[64,128], at: s32[], other: f32[64,128]) -> (bf16[1,128], bf16[64,128]) {
+  %table = f32[64,128]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %other = f32[64,128]{1,0} parameter(2)
+  ROOT %out = (bf16[1,128]{1,0}, bf16[64,128]{1,0}) fusion(%table, %at, %other), kind=kLoop, calls=%take
+}
+"""
+
+
+def test_fusions_convert_only_what_they_select():
+    """A float32 row and the index are read and a bfloat16 row is written, besides a table that is converted whole."""
+    (transfer,) = analyse(CONVERTED).transfers
+    assert (transfer.read, transfer.written) == (4 * 128 + 4 + 4 * 64 * 128, 2 * 128 + 2 * 64 * 128)

@@ -6,7 +6,8 @@ is moved too. Every instruction reads each operand and writes each result once, 
 
     slice, gather                        only the selected elements are read
     dynamic-update-slice, scatter        only the updates are read and written; the rest stays in place
-    fusion                               the same, if slices and updates are its only uses of an operand
+    fusion                               the same, if slices and updates are its only uses of an operand, perhaps after
+                                         a conversion to another dtype or layout
     bitcast, tuple, while, …             nothing moves
     copy-start, slice-start, …           counted at the start, not at the end
     Pallas kernel                        only visited blocks count, if it moves an operand or result block by block
@@ -31,6 +32,7 @@ from melt_jax.analysis.hlo_text import (
 _BUFFER = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 _SELECTING = ("slice", "dynamic-slice", "gather")
+_CONVERTING = ("convert", "copy", "transpose")  # inside a fusion they run for the elements that are used
 _RENAMING = ("bitcast", "reshape", "get-tuple-element", "opt-barrier")
 # Instructions that move nothing, or whose computations are counted on their own.
 _FREE = (*_RENAMING, "parameter", "constant", "tuple", "while", "conditional", "call", "async", "after-all",
@@ -132,23 +134,32 @@ def _users(computation, name):
     return [user for user in computation.values() if name in operand_names(user)]
 
 
-def _used(computations, computation, index):
-    """The bytes of a fusion's parameter that the fusion reads; None: all of them."""
+def _used(computations, computation, index, result=None):
+    """The bytes of a fusion's parameter that the fusion reads; None: all of them. `result`: see `_used_of`."""
     parameter = next(x for x in computation.values() if x.opcode == "parameter" and int(x.operands) == index)
-    return _used_of(computations, computation, parameter)
+    return _used_of(computations, computation, parameter, result)
 
 
-def _used_of(computations, computation, source):
+def _used_of(computations, computation, source, result=None):
+    """The bytes of a value that a computation reads; None: all of them.
+
+    `result`: the bytes of the computation's own result that are used, if it is a fusion in another one; None: all.
+    """
     total = 0.0
     for user in _users(computation, source.name):
         positions = [i for i, name in enumerate(operand_names(user)) if name == source.name]
+
+        def of_user(user=user):
+            return result if user is computation.root else _used_of(computations, computation, user, result)
+
         if user.opcode in _RENAMING:
-            used = _used_of(computations, computation, user)
+            used = of_user()
+        elif user.opcode in _CONVERTING:
+            used = None if _is_in_tuple(computation, user) else of_user()
+            used = used and used * buffer_bytes(source.shape) / buffer_bytes(user.shape)
         elif user.opcode == "fusion":
             callee = computations[plain_attribute(user, "calls")]
-            each = [_used(computations, callee, i) for i in positions]
-            if _alias(callee, callee.root) in positions:
-                each.append(_used_of(computations, computation, user))
+            each = [_used(computations, callee, i, of_user()) for i in positions]
             used = None if None in each else sum(each)
         elif user.opcode in _SELECTING and positions == [0]:
             used = buffer_bytes(user.shape)
@@ -160,6 +171,14 @@ def _used_of(computations, computation, source):
             return None
         total += used
     return total
+
+
+def _is_in_tuple(computation, instruction):
+    """Whether an instruction is an element of a tuple, perhaps under another name."""
+    users = _users(computation, instruction.name)
+    return any(
+        user.opcode == "tuple" or (user.opcode in _RENAMING and _is_in_tuple(computation, user)) for user in users
+    )
 
 
 def _written(computations, computation, root):

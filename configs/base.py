@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.remat = "products"  # backward recomputes scores only, all but products, or all; one of none, products, layer
     config.attention = "blocks"  # cached entries are read in XLA or by a kernel for TPUs; one of blocks, pallas
     config.attention_block = 512  # cached slots whose attention scores are in memory at a time
+    config.unroll = False  # compile the T loops one after the other: less memory traffic, slower to compile
     config.micro_batches = 1  # sequential parts of a batch, whose gradients are summed; divides data.batch
     config.compiler_options = "default"  # TPU compiler options of a step; one of default, overlap, vmem, overlap_vmem
     config.gather = "step"  # when weights are gathered over fsdp: once a step or at each use; one of step, layer

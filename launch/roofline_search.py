@@ -1,4 +1,4 @@
-"""Searches mesh, sequences, chunks, attention, remat, gather and compiler options for the least bound of a step.
+"""Searches mesh, sequences, chunks, attention, remat, gather and so on for the least bound of a training step.
 
     python launch/roofline_search.py --chip=v5p --records=FILE                    a table of all candidates of a chip
     python launch/roofline_search.py --chip=v5e --records=FILE --only='chunk 500' only candidates that match
@@ -26,23 +26,24 @@ DEVICES = {"v5e": 16, "v5p": 8, "v6e": 16, "tpu7x": 8}
 GOALS = {"v5e": 1.5, "v5p": 1.5, "v6e": 1.8, "tpu7x": None}
 TENSOR, AT_ONCE, CHUNKS = (1, 2, 4, 8), (1, 2, 4), (500, 1000, 2000)
 ATTENTION = (("pallas", 512), ("blocks", 512), ("blocks", 128))  # (`attention`, `attention_block`)
-REMAT, GATHER, OPTIONS = ("products", "layer"), ("step", "layer"), ("default", "overlap_vmem")
+UNROLL, REMAT, GATHER = (True, False), ("products", "layer"), ("step", "layer")
+OPTIONS = ("default", "overlap_vmem")
 COLUMNS = ("GB a device", "products, s", "memory, s", "links, s", "bound", "sum, s", "sum / products at peak")
 
 
 def candidates(chip: str, phase: str) -> list[tuple[str, dict[str, Any]]]:
     """[(name, arguments of `compile_step`)]: every combination, those most likely to fit and to be fast first."""
     found = []
-    for options, gather, remat, chunk, (attention, block), at_once, tensor in itertools.product(
-        OPTIONS, GATHER, REMAT, CHUNKS, ATTENTION, AT_ONCE, TENSOR
+    for options, gather, remat, chunk, (attention, block), unroll, at_once, tensor in itertools.product(
+        OPTIONS, GATHER, REMAT, CHUNKS, ATTENTION, UNROLL, AT_ONCE, TENSOR
     ):
         groups = DEVICES[chip] // tensor
         name = f"tensor {tensor}, {at_once} at once, chunk {chunk}, {attention} of {block}, remat {remat}"
-        name += f", gather {gather}, {options}"
+        name += f", gather {gather}, {'unrolled, ' if unroll else ''}{options}"
         step = {
             "config": SMALL, "topology": TOPOLOGIES[chip], "phase": phase, "data.batch": groups * at_once,
             "mesh.tensor": tensor, "micro_batches": 1, "chunk_size": chunk,
-            "attention": attention, "attention_block": block, "remat": remat, "gather": gather,
+            "attention": attention, "attention_block": block, "unroll": unroll, "remat": remat, "gather": gather,
             "compiler_options": options,
         }  # fmt: skip
         found.append((name, step))

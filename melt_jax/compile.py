@@ -112,7 +112,7 @@ def make_program(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mes
 
 def _phase_model(config: TrainConfig, model: ModelConfig, phase: str) -> ModelConfig:
     """The model that a phase trains or runs."""
-    changes = config.student.changes | {"remat": config.remat} | config.attention_changes
+    changes = config.student.changes | {"remat": config.remat} | config.computation
     student = dataclasses.replace(model, **changes)
     return _looplm(student) if phase == "decode_looplm" else student
 

@@ -88,6 +88,7 @@ class ModelConfig:
         "blocks"
     )
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"] = 512
+    unroll: Annotated[bool, "compile the loops one after the other, as in the run's unroll"] = False
 
     @property
     def group(self) -> int:
@@ -249,6 +250,7 @@ class TrainConfig:
     remat: Annotated[str, OneOf(CHOICES["remat"]), "backward recomputes scores only, all but products, or all"]
     attention: Annotated[str, OneOf(CHOICES["attention"]), "cached entries are read in XLA or by a kernel for TPUs"]
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"]
+    unroll: Annotated[bool, "compile the T loops one after the other: less memory traffic, slower to compile"]
     micro_batches: Annotated[Count, "sequential parts of a batch, whose gradients are summed; divides data.batch"]
     gather: Annotated[str, OneOf(CHOICES["gather"]), "when weights are gathered over fsdp: once a step or at each use"]
     compiler_options: Annotated[str, OneOf(CHOICES["compiler_options"]), "TPU compiler options of a step"]
@@ -267,9 +269,9 @@ class TrainConfig:
     evaluation: EvaluationConfig
 
     @property
-    def attention_changes(self) -> dict[str, Any]:
-        """The fields of a `ModelConfig` that select how attention runs."""
-        return {name: getattr(self, name) for name in ("attention", "attention_block")}
+    def computation(self) -> dict[str, Any]:
+        """The fields of a `ModelConfig` that select how teacher and student are computed, not what."""
+        return {name: getattr(self, name) for name in ("attention", "attention_block", "unroll")}
 
     def phase(self, name: str) -> Any:
         """The `PhaseConfig` of a phase."""
@@ -299,8 +301,8 @@ def _pretraining_makes_a_looplm(values):
         yield f"model.gate: expected 'none', because pretraining trains a LoopLM, found {values['model.gate']!r}"
 
 
-def _run_sets_how_attention_runs(values):
-    for name in ("remat", "attention", "attention_block"):
+def _run_sets_the_computation(values):
+    for name in ("remat", "attention", "attention_block", "unroll"):
         default = KEYS[f"model.{name}"].default
         if name in values and (value := values[f"model.{name}"]) != default:
             yield f"model.{name}: expected {default!r}, because the key {name} sets it, found {value!r}"
@@ -383,7 +385,7 @@ CHECKS = (
     _phases_are_in_order,
     _teacher_is_given,
     _pretraining_makes_a_looplm,
-    _run_sets_how_attention_runs,
+    _run_sets_the_computation,
     _kernel_fits_in_vmem,
     _first_loop_fits_the_gate,
     _gathered_weights_are_recomputed,

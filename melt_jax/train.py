@@ -161,7 +161,7 @@ def _run(
         shardings = weight_shardings(abstract_model(looplm), mesh)
         stored = open_model(config.teacher, dtype=config.dtype if ended else "float32", shardings=shardings)
         teacher = stored if ended else cast_copy(stored, config.dtype)
-        teacher = reconfigure(teacher, **config.attention_changes)
+        teacher = reconfigure(teacher, **config.computation)
         if config.evaluation.baselines:
             untrained = lambda: reconfigure(teacher, gate="last")
             results.measure("teacher", lambda: teacher, teacher, config)
@@ -230,7 +230,7 @@ def run_phase(
     first_step = sum(config.phase(earlier).steps for earlier in config.phases[: config.phases.index(name)])
 
     # ---- the state
-    params = reconfigure(params, remat=config.remat, **config.attention_changes)
+    params = reconfigure(params, remat=config.remat, **config.computation)
     optimizer = make_optimizer(phase, config.optimizer, params)
     state = init_state(params, optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint_every, config.checkpoints_kept, console.print)

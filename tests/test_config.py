@@ -22,6 +22,7 @@ NOT_IN_BASE = (
     "remat",
     "attention",
     "attention_block",
+    "unroll",
 )  # of `model`, set from other keys
 
 
@@ -189,6 +190,7 @@ CONTRADICTIONS = {
     "model.remat: expected 'none'": [{"model__remat": "layer"}],
     "model.attention: expected 'blocks'": [{"model__attention": "pallas"}],
     "model.attention_block: expected 512": [{"model__attention_block": 64}],
+    "model.unroll: expected False": [{"model__unroll": True}],
     "attention_block: expected a multiple of 128 up to 512": [
         {"attention": "pallas", "attention_block": block} for block in (500, 1024)
     ],

@@ -133,6 +133,18 @@ def test_gradient_equals_plain_differentiation(name):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12 * largest)
 
 
+@pytest.mark.usefixtures("float64")
+def test_unrolled_loops_have_the_same_gradient():
+    config, batch = change(SHORT, window=1, remat="products"), random_batch(2, 6, packed=True)
+    (value, gradient), (want_value, want_gradient) = (
+        gradients(change(config, unroll=unroll), "transition", batch, 3, (chunk_sums,))[0] for unroll in (True, False)
+    )
+    np.testing.assert_allclose(value, want_value, rtol=1e-12)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want_gradient))
+    for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12 * largest)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 10])
 def test_perturbation_gets_float32_gradients_of_bfloat16_weights(chunk):

@@ -135,7 +135,7 @@ def published_config(
       chunk_size: tokens of the chunk that a MELT was trained with; None: as in `source`.
     """
     raw = dict(source or {})
-    of_a_run = ("remat", "attention", "attention_block", "guidance")  # not stored
+    of_a_run = ("remat", "attention", "attention_block", "unroll", "guidance")  # not stored
     config = dataclasses.replace(config, **{name: getattr(ModelConfig, name) for name in of_a_run})
     if source is None or parse_config(source) != config:
         raw = _describe(raw, config)

@@ -147,8 +147,8 @@ def _run_loops(
 ) -> ChunkOutput:
     """One sweep: T loops over a chunk from its embeddings x; `previous` is the chunk's entries of the sweep before."""
     config = model.config
-    scan_layers = _scan(unrolled=is_unstacked(model))
-    scan_loops = _scan(unrolled=isinstance(cache.per_loop, EntryList))
+    scan_layers = _scan(in_lists=is_unstacked(model))
+    scan_loops = _scan(in_lists=isinstance(cache.per_loop, EntryList), unroll=config.loops if config.unroll else 1)
     if is_unstacked(model) and x.shape[1] == 1:
         # The scores of one token are small, and a block of the slots would be a copy.
         config = dataclasses.replace(config, attention_block=max(1, cache.length))
@@ -157,9 +157,9 @@ def _run_loops(
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
-    def run_nth_layer(y, xs):
+    def run_nth_layer(loop, y, xs):
         index, layer, *rest = xs
-        return run_layer(y, (layer if model.layer_sums is None else model.layer_sums.send(layer, index), *rest))
+        return run_layer(loop, y, (layer if model.layer_sums is None else model.layer_sums.send(layer, index), *rest))
 
     def run_loop(state, xs):
         x, latents, _ = state
@@ -167,9 +167,10 @@ def _run_loops(
         earlier = _Earlier(
             ChunkKV(_scanned(cache.shared), cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
         )
-        layer_loop = jnp.full((config.layers,), loop)
         x, (layer_input, latents, kv, attention_output, gate_openness) = scan_layers(
-            run_nth_layer, x, (jnp.arange(config.layers), model.layers, latents, earlier, layer_loop, given)
+            functools.partial(run_nth_layer, loop),
+            x,
+            (jnp.arange(config.layers), model.layers, latents, earlier, given),
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(x, model.norm[...], config.rms_eps)
@@ -190,12 +191,12 @@ def _run_loops(
     return ChunkOutput(hidden, layer_input, attention_output, gate_openness, kv, context.mask.segments)
 
 
-def _scan(unrolled: bool) -> Callable[..., Any]:
-    """`jax.lax.scan`, or the same as straight code, where a list stands for an array with a leading axis."""
-    return _unrolled_scan if unrolled else jax.lax.scan
+def _scan(in_lists: bool, unroll: int = 1) -> Callable[..., Any]:
+    """`jax.lax.scan`, or the same over lists, where a list stands for an array with a leading axis."""
+    return _scan_lists if in_lists else functools.partial(jax.lax.scan, unroll=unroll)
 
 
-def _unrolled_scan(step, state, xs):
+def _scan_lists(step, state, xs):
     is_list = lambda x: isinstance(x, nnx.List | EntryList)
     count = len(jax.tree.leaves(xs, is_leaf=is_list)[0])
     outputs = []
@@ -225,12 +226,14 @@ def _of_layer(stored: Any, scanned: Any) -> Any:
     return stored.view(scanned) if isinstance(stored, EntryStack) else scanned
 
 
-def _run_layer(config: ModelConfig, context: _Context, stored: ChunkKV, y: Float[Array, "B C D"], xs):
-    """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, t, its input or None).
+def _run_layer(
+    config: ModelConfig, context: _Context, stored: ChunkKV, loop: Int[Array, ""], y: Float[Array, "B C D"], xs
+):
+    """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, its input or None).
 
     `stored` are the entries of all layers.
     """
-    layer, latent, earlier, loop, given = xs
+    layer, latent, earlier, given = xs
     cached = ChunkKV(*(_of_layer(*pair) for pair in zip(stored[:2], earlier.cached[:2])))
     earlier = earlier._replace(cached=cached)
     layer_input = y = y if given is None else whole_features(given)

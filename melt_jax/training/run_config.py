@@ -15,7 +15,8 @@ from melt_jax.training.processes import run_outside, text_from_process_0
 # May change when a run is resumed: evaluation, monitoring, and where and how steps run. The teacher may move, too.
 RESUMABLE_KEYS = {
     *("run", "log_every", "checkpoint_every", "checkpoints_kept", "evaluation"),
-    *("mesh", "gather", "compiler_options", "micro_batches", "remat", "attention", "attention_block", "teacher"),
+    *("mesh", "gather", "compiler_options", "micro_batches", "remat", "attention", "attention_block", "unroll"),
+    "teacher",
 }
 
 

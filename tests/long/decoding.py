@@ -1,11 +1,12 @@
-"""Speed of decoding on this machine: stacked and unstacked weights, and transformers on the exported model.
+"""Speed of generation on this machine: stacked and unstacked weights, and transformers on the exported model.
 
     JAX_PLATFORMS=cpu python -m tests.long.decoding --prompt=128 --batch=1 --batch=8
 
 A LoopLM and a MELT of 30M random weights (width 512, 8 layers, 4 loops, float32) continue random prompts by 32 greedy
-tokens. The three run in turn, `--turns` times, because a shared machine changes its speed; the table has the median of
-decoded tokens per second, without the prefill, and of the ratios within a turn. A benchmark: it judges
-nothing, except that all three select the same tokens.
+tokens. The three run in turn, `--turns` times, because a shared machine changes its speed. The table has the median
+speeds of the prefill, in prompt tokens per second, and of decoding without the prefill, in new tokens per second, and
+the median and range of the ratios within a turn. A benchmark: it judges nothing, except that all three select the same
+tokens.
 """
 
 import argparse
@@ -28,14 +29,17 @@ NEW, CHUNK = 33, 512  # the prefill selects the first token
 SIZES = dict(vocab=4096, width=512, layers=8, loops=4, heads=8, kv_heads=8, head_width=64, feed_forward=1408)
 
 
-def by_jax(model: LoopedTransformer, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
-    """(tokens per second, tokens)."""
+Run = tuple[float, float, list[list[int]]]  # prompt tokens per second, new tokens per second, tokens
+
+
+def by_jax(model: LoopedTransformer, prompts: list[list[int]]) -> Run:
+    """A run of `generate`."""
     result = generate(model, prompts, GenerationOptions(NEW, CHUNK))
-    return result.decode_speed, result.tokens
+    return result.prefill_speed, result.decode_speed, result.tokens
 
 
-def by_transformers(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
-    """(tokens per second, tokens); the prefill is timed alone and subtracted."""
+def by_transformers(model: torch.nn.Module, prompts: list[list[int]]) -> Run:
+    """A run of transformers; the prefill is timed alone and subtracted from the rest."""
 
     def run(new):
         start = time.perf_counter()
@@ -46,7 +50,12 @@ def by_transformers(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[f
 
     first, _ = run(1)
     seconds, tokens = run(NEW)
-    return len(prompts) * (NEW - 1) / (seconds - first), tokens
+    return len(prompts) * len(prompts[0]) / first, len(prompts) * (NEW - 1) / (seconds - first), tokens
+
+
+def with_range(ratios: list[float]) -> str:
+    """The median, least and largest ratio."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
@@ -54,10 +63,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", type=int, action="append", help="tokens of a prompt; default: 128 and 1024")
     parser.add_argument("--batch", type=int, action="append", help="prompts at a time; default: 1 and 8")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
-    print(f"{'model':8}{'batch':>6}{'prompt':>8}{'stacked':>12}{'unstacked':>12}{'transformers':>14}"
-          f"{'unstacked/stacked':>20}{'unstacked/transformers':>24}")  # fmt: skip
+    print(f"{'model':8}{'batch':>6}{'prompt':>8}  {'part':10}{'stacked':>9}{'unstacked':>11}{'transformers':>14}"
+          f"{'unstacked/stacked':>24}{'unstacked/transformers':>26}")  # fmt: skip
     equal = True
     for gate in ("none", "elementwise"):
         model = init_model(ModelConfig(**SIZES, gate=gate, max_positions=4096), jax.random.key(0))
@@ -72,16 +81,16 @@ def main() -> None:
         for length in args.prompt or (128, 1024):
             for batch in args.batch or (1, 8):
                 prompts = np.random.default_rng(0).integers(0, SIZES["vocab"], (batch, length)).tolist()
-                speeds = []
+                turns = []
                 for _ in range(args.turns):
-                    turn, tokens = zip(*(way(of, prompts) for way, of in ways))
-                    speeds.append(turn)
+                    *speeds, tokens = zip(*(way(of, prompts) for way, of in ways))
+                    turns.append(speeds)
                     equal &= tokens[0] == tokens[1] == tokens[2]
-                median = [statistics.median(column) for column in zip(*speeds)]
-                ratios = [statistics.median(turn[1] / turn[i] for turn in speeds) for i in (0, 2)]
-                cells = "".join(f"{x:>{w}.1f}" for x, w in zip(median, (12, 12, 14)))
-                print(f"{'LoopLM' if gate == 'none' else 'MELT':8}{batch:>6}{length:>8}{cells}"
-                      f"{ratios[0]:>20.2f}{ratios[1]:>24.2f}", flush=True)  # fmt: skip
+                for part, speeds in zip(("prefill", "decoding"), zip(*turns)):
+                    cells = "".join(f"{statistics.median(x):>{w}.1f}" for x, w in zip(zip(*speeds), (9, 11, 14)))
+                    ratios = [with_range([turn[1] / turn[i] for turn in speeds]) for i in (0, 2)]
+                    name = "LoopLM" if gate == "none" else "MELT"
+                    print(f"{name:8}{batch:>6}{length:>8}  {part:10}{cells}{ratios[0]:>24}{ratios[1]:>26}", flush=True)
     print("all tokens equal" if equal else "FAIL: tokens differ")
     sys.exit(0 if equal else 1)
 

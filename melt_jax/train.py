@@ -130,6 +130,8 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
     if errors:
         mismatch = "teacher, data and devices do not fit the run:\n"
         raise ConfigError(mismatch + "\n".join(f"  - {error}" for error in errors))
+    if not pretraining:
+        scoring.check_evaluation(config)
     with claim_workdir(config, trained, workdir):
         keep_config(named, workdir)
         for line in plan(config, trained, workdir):

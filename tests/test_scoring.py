@@ -116,6 +116,13 @@ def test_decoding_scores_the_requested_tokens(monkeypatch):
     assert found.chunked_start is found.chunked
 
 
+def test_decoding_without_a_scored_token_is_named():
+    unscored = BATCH._replace(loss_mask=np.arange(BATCH.tokens.shape[1])[None] * np.ones_like(BATCH.loss_mask) > 3)
+    with pytest.raises(InputError, match=r"decoding_tokens: expected 0 or at least 5, .*, found 4$"):
+        scoring.first_tokens(unscored, 4)
+    assert scoring.first_tokens(unscored, 5).loss_mask.sum() == len(BATCH.tokens)
+
+
 def test_exceptions_before_a_piece_propagate(float64):
     pieces = []
 

@@ -107,10 +107,26 @@ def compare(
     chunked = perplexity_and_kl(model, teacher, batch, chunk_size, rows, before_piece)
     if decoding_tokens == 0:
         return Comparison(chunked, None, None)
-    start = Batch(*(np.asarray(field)[:, :decoding_tokens] for field in batch))
+    start = first_tokens(batch, decoding_tokens)
     same = start.tokens.shape == np.shape(batch.tokens)
     again = chunked if same else perplexity_and_kl(model, teacher, start, chunk_size, rows, before_piece)
     return Comparison(chunked, again, perplexity_and_kl(model, teacher, start, 1, rows, before_piece))
+
+
+def first_tokens(batch: Batch, decoding_tokens: int) -> Batch:
+    """The first tokens of each sequence of a batch.
+
+    Raises:
+      InputError: none of them is scored.
+    """
+    start = Batch(*(np.asarray(field)[:, :decoding_tokens] for field in batch))
+    scored = np.flatnonzero(np.any(np.asarray(batch.loss_mask), axis=0))
+    if len(scored) and not np.any(start.loss_mask):
+        raise InputError(
+            f"decoding_tokens: expected 0 or at least {scored[0] + 1}, because no earlier token is scored, found"
+            f" {decoding_tokens}"
+        )
+    return start
 
 
 def perplexity_and_kl(
@@ -175,7 +191,7 @@ def kl_to_decoding(
       model, batch, chunk_size, rows, before_piece: see `perplexity_and_kl`.
       decoding_tokens: tokens at the start of each sequence on which it is measured.
     """
-    start = Batch(*(np.asarray(field)[:, :decoding_tokens] for field in batch))
+    start = first_tokens(batch, decoding_tokens)
     kl = perplexity_and_kl(model, model, start, chunk_size, rows, before_piece, teacher_chunk=1).final_kl
     assert kl is not None
     return kl
@@ -363,6 +379,13 @@ def score(
         bytes_per_sequence(model.config, itemsize),
         model.config.loops,
     )
+
+
+def check_evaluation(config: TrainConfig) -> None:
+    """Raises InputError if the evaluation of a run would score no token in decoding."""
+    evaluation = config.evaluation
+    if evaluation.sequences and evaluation.decoding_tokens:
+        first_tokens(stream.evaluation_batch(config), evaluation.decoding_tokens)
 
 
 def scoring_weights(model: LoopedTransformer, config: TrainConfig) -> LoopedTransformer:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from melt_jax.model.attention_kernel import Reach, cached_cotangents, fold_cached
+from melt_jax.model.attention_kernel import NearReach, Reach, attention_backward, attention_forward
 from melt_jax.model.cache import KV, ChunkKV, EntryView, blend, read_slots
 from melt_jax.model.layout import einsum, upcast
 
@@ -50,17 +50,9 @@ class AttentionMask(NamedTuple):
 
         Every query attends to itself, so that no softmax is empty.
         """
-        distance = self._queries()[:, None] - self._queries()[None]
-        causal, itself = self._same_segment(self.segments) & (distance >= 0)[None], (distance == 0)[None]
-        parts = [causal | itself]
-        if self.sweep is not None:
-            far = (distance > self.width)[None] & (self.sweep > 0)
-            parts = [causal & ~far | itself, causal & far]
-        if self.recent is not None:
-            # The window's token i is W − i before the chunk's first token.
-            inside = self._queries()[:, None] <= jnp.arange(self.recent.shape[1], dtype=jnp.int32)[None]
-            parts = [self._same_segment(self.recent) & inside[None] & ~self.last_loop, *parts]
-        return jnp.concatenate(parts, axis=-1)
+        (segments, first, stop), queries = self._near_reach(), self._queries()[:, None]
+        inside = (first[None] <= queries) & (queries < stop[None])
+        return (self._segments()[:, :, None] == segments[:, None]) & inside[None]
 
     def over_cache(
         self, first: Int[Array, ""] | int, begin: Int[Array, ""] | int, size: int
@@ -68,12 +60,33 @@ class AttentionMask(NamedTuple):
         """The mask over the slots begin … begin + size − 1; slots before `first` belong to another block."""
         slots = begin + jnp.arange(size, dtype=jnp.int32)[None, None]
         live = (slots >= first) & (slots < self._ends()[..., None])
-        return self._same_segment(jax.lax.dynamic_slice_in_dim(self.cached, begin, size, 1)) & live
+        cached = jax.lax.dynamic_slice_in_dim(self.cached, begin, size, 1)
+        return (self._segments()[:, :, None] == cached[:, None]) & live
 
     def reach(self) -> Reach:
-        """The mask over the whole cache, as the kernel takes it."""
-        ends = jnp.where(self.segments == 0, 0, self._ends())
-        return Reach(self.segments, ends, self.cached, jnp.max(self.start))
+        """The same masks, as the kernels take them."""
+        segments = self._segments()
+        ends = jnp.zeros_like(segments) + self._ends()
+        return Reach(segments, self._near_reach(), ends, self.cached, jnp.max(self.start))
+
+    def _near_reach(self):
+        """The queries that see each near entry, in the order of `near`."""
+        queries, segments = self._queries(), self._segments()
+        end = jnp.full_like(queries, len(queries))
+        parts = [(segments, queries, end)]
+        if self.sweep is not None:
+            far = jnp.where(self.sweep > 0, queries + self.width + 1, end)  # the first query that sees `previous`
+            parts = [(segments, queries, far), (segments, far, end)]
+        if self.recent is not None:
+            # The window's token i is W − i before the chunk's first token.
+            window = jnp.arange(self.recent.shape[1], dtype=jnp.int32)
+            stop = jnp.where(self.last_loop, 0, window + 1)
+            parts = [(self.recent, jnp.zeros_like(window), stop), *parts]
+        return NearReach(*(jnp.concatenate(part, axis=-1) for part in zip(*parts)))
+
+    def _segments(self):
+        """[B, C]: the segments of the tokens; each token of padding has one of its own, below 0."""
+        return jnp.where(self.segments == 0, -1 - self._queries()[None], self.segments)
 
     def _ends(self):
         """[1 or B, 1 or C]: the slot from which on a query reads nothing of the cache."""
@@ -85,9 +98,6 @@ class AttentionMask(NamedTuple):
     def _queries(self):
         return jnp.arange(self.segments.shape[1], dtype=jnp.int32)
 
-    def _same_segment(self, keys):
-        return (self.segments[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def blockwise_attention(
@@ -97,7 +107,7 @@ def blockwise_attention(
     alpha: Float[Array, ""] | None,
     mask: AttentionMask,
     block: int,
-    kernel: str = "blocks",
+    attention: str = "blocks",
 ) -> Float[Array, "B C K G E"]:
     """Softmax attention over the cached entries of earlier tokens and the entries near the chunk.
 
@@ -109,16 +119,27 @@ def blockwise_attention(
       alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
       block: slots whose scores are in memory at a time; a shorter cache is one block.
-      kernel: `ModelConfig.attention`: "blocks" reads cached entries in XLA, "pallas" in `attention_kernel`. A chunk of
-        one token always takes "blocks".
+      attention: `ModelConfig.attention`: "blocks" compiles it with XLA, "pallas" runs the kernels of
+        `attention_kernel`. A chunk of one token always takes "blocks".
 
     Returns:
       The heads' results in the query's dtype; scores, softmax and sums are at least float32.
     """
-    return _blockwise_attention_forward(query, earlier, near, alpha, mask, block, kernel)[0]
+    return _blockwise_attention_forward(query, earlier, near, alpha, mask, block, attention)[0]
 
 
-def _blockwise_attention_forward(query, earlier, near, alpha, mask, block, kernel):
+def _blockwise_attention_forward(query, earlier, near, alpha, mask, block, attention):
+    if _uses_kernel(attention, query, mask):
+        with jax.named_scope(BLOCKS):
+            out, log_total = attention_forward(query, earlier, near, alpha, mask.reach(), block)
+    else:
+        out, log_total = _forward_in_blocks(query, earlier, near, alpha, mask, block)
+    out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
+    return out, (query, earlier, near, alpha, mask, out, log_total)
+
+
+def _forward_in_blocks(query, earlier, near, alpha, mask, block):
+    """(The heads' results, the log of the normalizer [B, K, G, C, 1])."""
     with jax.named_scope("near_entries"):
         scores = _scores(query, near.keys, mask.near())
         peak = jnp.max(scores, axis=-1, keepdims=True)
@@ -133,21 +154,30 @@ def _blockwise_attention_forward(query, earlier, near, alpha, mask, block, kerne
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         return new_peak, total, mixed * _token_first(shrink) + _mix(weights, kv.values)
 
-    if _uses_kernel(kernel, query, mask):
-        with jax.named_scope(BLOCKS):
-            out, log_total = fold_cached(query, earlier, alpha, mask.reach(), block, state)
-    else:
-        peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
-        out, log_total = (mixed / _token_first(total)).astype(query.dtype), peak + jnp.log(total)
-    out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
-    return out, (query, earlier, near, alpha, mask, out, log_total)
+    peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
+    return (mixed / _token_first(total)).astype(query.dtype), peak + jnp.log(total)
 
 
-def _blockwise_attention_backward(block, kernel, residuals, out_bar):
+def _blockwise_attention_backward(block, attention, residuals, out_bar):
     query, earlier, near, alpha, mask, out, log_total = residuals
-    scale = 1 / math.sqrt(query.shape[-1])
     product = jnp.sum(upcast(out_bar) * upcast(out), axis=-1)
     product = jnp.moveaxis(product, 1, -1)[..., None]
+    more = out_bar, log_total, product
+    if _uses_kernel(attention, query, mask):
+        with jax.named_scope(BLOCKS):
+            sums = ChunkKV(*map(_read_sums, earlier[:2]))
+            query_bar, sums, near_bar = attention_backward(
+                query, earlier, near, alpha, mask.reach(), block, *more, sums
+            )
+            earlier_bar = ChunkKV(*map(_write_sums, earlier[:2], sums[:2]))
+    else:
+        query_bar, earlier_bar, near_bar = _backward_in_blocks(query, earlier, near, alpha, mask, block, *more)
+    return query_bar.astype(query.dtype), earlier_bar, near_bar, jax.tree.map(jnp.zeros_like, alpha), None
+
+
+def _backward_in_blocks(query, earlier, near, alpha, mask, block, out_bar, log_total, product):
+    """The cotangents (of the queries, of the cached entries that are no views, of the near entries)."""
+    scale = 1 / math.sqrt(query.shape[-1])
 
     def pull_back(kv, visible):
         weights = jnp.exp(_scores(query, kv.keys, visible) - log_total)
@@ -157,36 +187,26 @@ def _blockwise_attention_backward(block, kernel, residuals, out_bar):
         keys_bar = einsum("bkgcs,bckge->bske", scores_bar, query)
         return query_bar, KV(keys_bar, einsum("bkgcs,bckge->bske", weights.astype(query.dtype), out_bar))
 
-    with jax.named_scope("near_entries"):
-        query_bar, near_bar = pull_back(near, mask.near())
-
     def add_block(state, kv, visible, begin):
         query_bar, earlier_bar = state
         more, kv_bar = pull_back(kv, visible)
         parts = zip(earlier[:2], earlier_bar[:2], _unblend(kv_bar, earlier, alpha)[:2])
         return query_bar + more, ChunkKV(*(_add_gradient(*part, begin) for part in parts))
 
-    if _uses_kernel(kernel, query, mask):
-        with jax.named_scope(BLOCKS):
-            sums = ChunkKV(*map(_read_sums, earlier[:2]))
-            more, sums = cached_cotangents(
-                query, earlier, alpha, mask.reach(), block, out_bar, log_total, product, sums
-            )
-            earlier_bar = ChunkKV(*map(_write_sums, earlier[:2], sums[:2]))
-        query_bar += more
-    else:
-        is_view = lambda x: isinstance(x, EntryView)
-        zeros = jax.tree.map(lambda x: None if is_view(x) else jnp.zeros_like(x), earlier, is_leaf=is_view)
-        query_bar, earlier_bar = _fold_blocks(add_block, (query_bar, zeros), earlier, alpha, mask, block)
-    return query_bar.astype(query.dtype), earlier_bar, near_bar, jax.tree.map(jnp.zeros_like, alpha), None
+    with jax.named_scope("near_entries"):
+        query_bar, near_bar = pull_back(near, mask.near())
+    is_view = lambda x: isinstance(x, EntryView)
+    zeros = jax.tree.map(lambda x: None if is_view(x) else jnp.zeros_like(x), earlier, is_leaf=is_view)
+    query_bar, earlier_bar = _fold_blocks(add_block, (query_bar, zeros), earlier, alpha, mask, block)
+    return query_bar, earlier_bar, near_bar
 
 
 blockwise_attention.defvjp(_blockwise_attention_forward, _blockwise_attention_backward)
 
 
-def _uses_kernel(kernel, query, mask):
-    """Whether the kernel runs. It gains nothing with an empty cache or with the few scores of a single token."""
-    return kernel == "pallas" and query.shape[1] > 1 and mask.cached.shape[1] > 0
+def _uses_kernel(attention, query, mask):
+    """Whether the kernels run. They gain nothing with an empty cache or with the few scores of a single token."""
+    return attention == "pallas" and query.shape[1] > 1 and mask.cached.shape[1] > 0
 
 
 def _read_sums(entries):

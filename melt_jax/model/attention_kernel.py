@@ -1,21 +1,22 @@
-"""Attention to the cached entries as Pallas kernels for TPUs: scores and partial sums stay in VMEM.
+"""Attention of a chunk as Pallas kernels for TPUs: scores and partial sums stay in VMEM.
 
-`blockwise_attention` calls them if its kernel is "pallas"; attention to the entries near the chunk stays in XLA. One
-kernel folds the cached entries into the softmax that the near entries began; the other computes the gradients from the
-log of the normalizer over all entries. JAX's splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`) does
-not fit: its public functions differentiate only with the normalizer of the entries that they read, here a part of all
-entries; they read a mask that is known only at run time from HBM; and they would need a copy of the cache, padded to a
-multiple of their blocks.
+`blockwise_attention` calls them if `ModelConfig.attention` is "pallas". One kernel computes the softmax over the
+entries near the chunk and those in the cache; the other computes the gradients from the log of the normalizer. A grid
+step holds one block of entries: first all blocks of near entries, then those of the cache. JAX's splash attention
+(`jax.experimental.pallas.ops.tpu.splash_attention`) does not fit: it reads keys from one array, so that near and cached
+entries would have to be copied together; its public functions differentiate only with the normalizer of the entries
+that they read; and they read a mask that is known only at run time from HBM. Here the mask follows from a few integers
+for each query and entry.
 
-The kernels read the entries of one layer in place, from the stack of all layers, and add their gradients in place to
-the sums of all layers. Only live blocks move: those that begin before `Reach.start`. XLA stores entries and sums with
-heads before slots, as the kernels read them, and copies nothing.
+The kernels read the cached entries of one layer in place, from the stack of all layers, and add their gradients in
+place to the sums of all layers. Only live blocks move: those that begin before `Reach.start`. XLA stores entries and
+sums with heads before slots, as the kernels read them, and copies nothing.
 
 The kernels are written for one key/value head of one sequence. `jax.vmap` adds heads and sequences to their grid, and
-if a mesh splits these, each device runs its own. Scores are transposed, [slots, rows], so that values with one number
+if a mesh splits these, each device runs its own. Scores are transposed, [entries, rows], so that values with one number
 per row, such as the largest score, run along the lanes. On platforms other than TPUs the kernels are interpreted, which
-is slow and meant for tests. Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G query
-heads per key/value head, E head width, R = G·C rows of queries.
+is slow and meant for tests. Letters in shapes: B batch, S cached slots, C chunk length, N near entries, K key/value
+heads, G query heads per key/value head, E head width, R = G·C rows of queries.
 """
 
 import functools
@@ -35,53 +36,62 @@ from melt_jax.model.layout import accumulation_dtype
 LANES = 128  # of a TPU's vector registers
 
 
+class NearReach(NamedTuple):
+    """The queries of a chunk that see each entry near it: those of the entry's segment, from `first` to `stop` − 1."""
+
+    segments: Int[Array, "B N"]
+    first: Int[Array, " N"]
+    stop: Int[Array, " N"]
+
+
 class Reach(NamedTuple):
-    """The cached entries that each query of a chunk reads: those of its segment, up to its end.
+    """The entries that each query of a chunk sees: near ones, and those of its segment in the cache, up to its end.
 
     Attributes:
-      segments: of the queries.
+      segments: of the queries, never 0.
+      near: the queries that see each near entry.
       ends: for each query, the slot from which on it reads nothing.
       cached: the segments of the slots.
       start: the slot from which on no query of the batch reads anything.
     """
 
     segments: Int[Array, "B C"]
+    near: NearReach
     ends: Int[Array, "B C"]
     cached: Int[Array, "B S"]
     start: Int[Array, ""]
 
 
-def fold_cached(
+def attention_forward(
     query: Float[Array, "B C K G E"],
     earlier: ChunkKV,
+    near: KV,
     alpha: Float[Array, ""] | None,
     reach: Reach,
     block: int,
-    state: tuple[Float[Array, "B K G C 1"], Float[Array, "B K G C 1"], Float[Array, "B C K G E"]],
 ) -> tuple[Float[Array, "B C K G E"], Float[Array, "B K G C 1"]]:
-    """Folds the cached entries into a softmax and normalizes it.
+    """Softmax attention.
 
     Args:
       query: the chunk's queries.
       earlier: the cached entries, as arrays or as views, which are read in place.
+      near: the entries near the chunk, [B, N, K, E].
       alpha: the transition's α, or None.
-      reach: the entries that are read.
-      block: slots whose scores are in VMEM at a time; on a TPU a multiple of 128, or at least S.
-      state: of the near entries: the largest score and, relative to it, the sums of weights and of weighted values.
+      reach: the entries that each query sees; at least one near entry.
+      block: entries whose scores are in VMEM at a time; on a TPU a multiple of 128, or at least S.
 
     Returns:
       (the heads' results, the log of the normalizer).
     """
-    peak, total, mixed = state
-    inputs = _rows(_head_first(query)), _rows(peak[..., 0]), _rows(total[..., 0]), _rows(_head_first(mixed))
     shape = query.shape
-    out, log_total = _over_heads(_fold, shape[3], inputs, earlier, alpha, reach, block)
+    out, log_total = _over_heads(_fold, shape[3], (_rows(_head_first(query)),), earlier, near, alpha, reach, block)
     return _token_first(_unrows(out, shape)), _unrows(log_total, shape)[..., None]
 
 
-def cached_cotangents(
+def attention_backward(
     query: Float[Array, "B C K G E"],
     earlier: ChunkKV,
+    near: KV,
     alpha: Float[Array, ""] | None,
     reach: Reach,
     block: int,
@@ -89,27 +99,32 @@ def cached_cotangents(
     log_total: Float[Array, "B K G C 1"],
     product: Float[Array, "B K G C 1"],
     sums: ChunkKV,
-) -> tuple[Float[Array, "B C K G E"], ChunkKV]:
-    """The cotangents of the queries and of the cached entries from attention to the cached entries.
+) -> tuple[Float[Array, "B C K G E"], ChunkKV, KV]:
+    """The cotangents of the queries, the cached and the near entries.
 
     Args:
-      query: see `fold_cached`, as for the next four.
+      query: see `attention_forward`, as for the next five.
       out_bar: the cotangent of the heads' results.
-      log_total: from `fold_cached`.
+      log_total: from `attention_forward`.
       product: the sums of results · out_bar over E.
-      sums: arrays to which the cotangents of the entries are added in place, shaped like the entries or, for a view,
-        like its whole stack; None for a set that needs none.
+      sums: arrays to which the cotangents of the cached entries are added in place, shaped like the entries or, for a
+        view, like its whole stack; None for a set that needs none.
 
     Returns:
-      (the cached entries' part of the query's cotangent, at least float32; the sums after the addition).
+      (the query's cotangent, the sums after the addition, the near entries' cotangents); each in the dtype of its
+      primal or sum.
     """
     inputs = _rows(_head_first(query)), _rows(_head_first(out_bar)), _rows(log_total[..., 0]), _rows(product[..., 0])
-    query_bar, *totals = _over_heads(_pull_back, query.shape[3], inputs, earlier, alpha, reach, block, sums)
+    query_bar, near_bar, *totals = _over_heads(
+        _pull_back, query.shape[3], inputs, earlier, near, alpha, reach, block, sums
+    )
     leads = (part.keys.ndim - 4 for part in sums[:2] if part)
     # The kernel's results have sequences and heads first.
     restore = lambda x, lead: jnp.swapaxes(jnp.moveaxis(x, (0, 1), (lead, lead + 1)), -3, -2)
     parts = iter([jax.tree.map(lambda x, lead=lead: restore(x, lead), part) for part, lead in zip(totals, leads)])
-    return _token_first(_unrows(query_bar, query.shape)), ChunkKV(*(part and next(parts) for part in sums[:2]))
+    sums = ChunkKV(*(part and next(parts) for part in sums[:2]))
+    near_bar = jax.tree.map(lambda x, like: jnp.swapaxes(x[:, :, : like.shape[1]], 1, 2), near_bar, near)
+    return _token_first(_unrows(query_bar, query.shape)), sums, near_bar
 
 
 def _head_first(x):
@@ -122,11 +137,11 @@ def _token_first(x):
     return jnp.moveaxis(x, 3, 1)
 
 
-def _rows(x):
-    """[B, K, G, C, …] → [B, K, R, …]; zeros fill R up to a multiple of the lanes."""
+def _rows(x, mode="constant"):
+    """[B, K, G, C, …] → [B, K, R, …]; R is filled up to a multiple of the lanes, by default with zeros."""
     batch, heads, group, chunk, *rest = x.shape
     x = jnp.reshape(x, (batch, heads, group * chunk, *rest))
-    return jnp.pad(x, [(0, 0), (0, 0), (0, -(group * chunk) % LANES), *[(0, 0)] * len(rest)])
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -(group * chunk) % LANES), *[(0, 0)] * len(rest)], mode)
 
 
 def _unrows(x, shape):
@@ -135,10 +150,14 @@ def _unrows(x, shape):
     return jnp.reshape(x[:, :, : group * chunk], (x.shape[0], heads, group, chunk, *x.shape[3:]))
 
 
-def _over_heads(function, group, inputs, earlier, alpha, reach, block, sums=(None, None)):
+def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sums=(None, None)):
     """Runs a function of one head of one sequence over all of them; `inputs` are [B, K, R, …], results [B, K, …]."""
-    of_rows = lambda x: _rows(jnp.broadcast_to(x[:, None, None], (x.shape[0], 1, group, x.shape[1])))[:, 0]
-    segments, ends, cached = of_rows(reach.segments), of_rows(reach.ends), reach.cached
+    size, (piece, pad) = min(block, reach.cached.shape[1]), _near_blocks(near.keys.shape[1], block)
+    near_marks = jnp.pad(_stacked(*reach.near), ((0, 0), (0, 0), (0, pad)))
+    near = jax.tree.map(lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))), near)
+    marks = _stacked(reach.segments, reach.ends, jnp.arange(reach.segments.shape[1], dtype=jnp.int32))
+    # Rows that fill up R copy the last one, so that they see something too.
+    marks = _rows(jnp.broadcast_to(marks[:, :, None], (*marks.shape[:2], group, marks.shape[2])), "edge")
     first = jnp.zeros((0,), jnp.int32)
     views = [
         EntryView(*x[:2], total) if isinstance(x, EntryView) else EntryView(x, first, total)
@@ -148,44 +167,65 @@ def _over_heads(function, group, inputs, earlier, alpha, reach, block, sums=(Non
     sets = jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), [(view.entries, view.sums) for view in views])
     lead = [len(view.index) for view in views]
     places = jnp.concatenate([*(view.index for view in views), jnp.zeros((1,), jnp.int32)])
-    size = min(block, cached.shape[1])
     count = jnp.reshape((reach.start + size - 1) // size, (1,))
     alpha = jnp.zeros((1,), jnp.float32) if alpha is None else jnp.reshape(alpha, (1,))
 
     def run(*arguments, interpret):
-        of_head = functools.partial(function, size, interpret)
-        of_sequence = jax.vmap(of_head, (None, None, None, None, lead, 0))
-        return jax.vmap(of_sequence, (None, 0, 0, 0, lead, 0))(*arguments)
+        of_head = functools.partial(function, (piece, size), interpret)
+        of_sequence = jax.vmap(of_head, (None, None, lead, 0, 0))
+        return jax.vmap(of_sequence, (None, 0, lead, 0, 0))(*arguments)
 
     return jax.lax.platform_dependent(
-        (count, alpha, places), segments, ends, cached, sets, inputs,
+        (count, alpha, places), (marks, near_marks, reach.cached), sets, near, inputs,
         tpu=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True),
     )  # fmt: skip
 
 
-def _fold(size, interpret, scalars, segments, ends, cached, sets, inputs):
+def _near_blocks(entries, block):
+    """(entries of a block of near entries, entries to be added so that all blocks are full)."""
+    count = -(-entries // max(block, LANES))
+    size = -(-entries // (count * LANES)) * LANES
+    return size, count * size - entries
+
+
+def _stacked(segments, *others):
+    """[B, 3, n] of arrays [B, n] or [n]."""
+    return jnp.stack([segments, *(jnp.zeros_like(segments) + (x if x.ndim == 2 else x[None]) for x in others)], axis=1)
+
+
+def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
     """(results [R, E], log of the normalizer [R]) of one head."""
-    query, peak, total, mixed = inputs
+    (query,), (marks, near_marks, cached) = inputs, masks
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
     arrays = jax.tree.leaves([entries for entries, _ in sets])
+    near_blocks = near_marks.shape[1] // sizes[0]
 
-    def kernel(count, alpha, places, segments, ends, query, peak, total, mixed, cached, *refs):
+    def kernel(count, alpha, places, marks, query, near_marks, near_keys, near_values, cached, *refs):
         entries, (out, log_total, peaks, totals, sums) = refs[:-5], refs[-5:]
         index = pl.program_id(0)
+        slot_block = index - near_blocks
 
-        @pl.when(index == 0)
-        def _():
-            peaks[...], totals[...], sums[...] = peak[...], total[...], mixed[...].T
-
-        @pl.when(index < count[0])
-        def _():
-            keys, values = _read(entries, alpha, index, size, slots)
-            scores = _scores(keys, query[...], index, cached, segments, ends)
+        def add(keys, values, visible):
+            scores = jnp.where(visible, _scores(keys, query[...]), -jnp.inf)
             new_peak = jnp.maximum(peaks[...], jnp.max(scores, axis=0, keepdims=True))
             weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peaks[...] - new_peak)
             totals[...] = totals[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
             sums[...] = sums[...] * shrink + _dot(values, weights.astype(values.dtype), (0, 0))
             peaks[...] = new_peak
+
+        @pl.when(index == 0)
+        def _():
+            peaks[...] = jnp.full_like(peaks, jnp.finfo(wide).min)  # finite: a row may see nothing of a block
+            totals[...], sums[...] = jnp.zeros_like(totals), jnp.zeros_like(sums)
+
+        @pl.when(index < near_blocks)
+        def _():
+            add(near_keys[...], near_values[...], _near_visible(near_marks, marks))
+
+        @pl.when((slot_block >= 0) & (slot_block < count[0]))
+        def _():
+            kv = _read(entries, alpha, slot_block, sizes[1], slots)
+            add(*kv, _cached_visible(slot_block, cached, marks))
 
         @pl.when(index == pl.num_programs(0) - 1)
         def _():
@@ -195,42 +235,57 @@ def _fold(size, interpret, scalars, segments, ends, cached, sets, inputs):
     out, log_total = _call(
         kernel,
         scalars,
-        (_row(segments), _row(ends), query, _row(peak), _row(total), mixed),
-        (_row(cached), *arrays),
-        size,
+        (marks, query),
+        (near_marks, *near),
+        (cached[None], *arrays),
+        sizes,
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype), jax.ShapeDtypeStruct((1, rows), wide)),
         scratch=[pltpu.VMEM((1, rows), wide), pltpu.VMEM((1, rows), wide), pltpu.VMEM((width, rows), wide)],
-        name="fold_cached",
+        name="attention_forward",
         products=2,
         interpret=interpret,
     )
     return out, log_total[0]
 
 
-def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
-    """(cotangents of the queries [R, E], of each set of entries) of one head."""
-    query, out_bar, log_total, product = inputs
+def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
+    """(cotangents of the queries [R, E], of the near entries, of each set of cached entries) of one head."""
+    (query, out_bar, log_total, product), (marks, near_marks, cached) = inputs, masks
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
     arrays = jax.tree.leaves([entries for entries, _ in sets])
     totals = jax.tree.leaves([sums for _, sums in sets])
+    near_blocks = near_marks.shape[1] // sizes[0]
 
-    def kernel(count, alpha, places, segments, ends, query, out_bar, log_total, product, cached, *refs):
-        entries, old, (query_bar, *new, query_sum) = _split(refs, len(arrays), len(totals))
+    def kernel(
+        count, alpha, places, marks, query, out_bar, log_total, product, near_marks, near_keys, near_values, cached, *refs
+    ):
+        entries, old, (query_bar, *near_bar, query_sum) = _split(refs, len(arrays), len(totals))
+        near_bar, new = near_bar[:2], near_bar[2:]
         index = pl.program_id(0)
+        slot_block = index - near_blocks
+
+        def pull_back(keys, values, visible):
+            weights = jnp.exp(jnp.where(visible, _scores(keys, query[...]), -jnp.inf) - log_total[...])
+            weights_bar = _dot(values, out_bar[...], (1, 1))
+            scores_bar = weights * (weights_bar - product[...]) * (1 / math.sqrt(width))
+            scores_bar = scores_bar.astype(query.dtype)
+            query_sum[...] += _dot(keys, scores_bar, (0, 0))
+            return _dot(scores_bar, query[...], (1, 0)), _dot(weights.astype(query.dtype), out_bar[...], (1, 0))
 
         @pl.when(index == 0)
         def _():
             query_sum[...] = jnp.zeros_like(query_sum)
 
-        @pl.when(index < count[0])
+        @pl.when(index < near_blocks)
         def _():
-            keys, values = _read(entries, alpha, index, size, slots)
-            weights = jnp.exp(_scores(keys, query[...], index, cached, segments, ends) - log_total[...])
-            weights_bar = _dot(values, out_bar[...], (1, 1))
-            scores_bar = weights * (weights_bar - product[...]) * (1 / math.sqrt(width))
-            scores_bar = scores_bar.astype(query.dtype)
-            query_sum[...] += _dot(keys, scores_bar, (0, 0))
-            kv_bar = _dot(scores_bar, query[...], (1, 0)), _dot(weights.astype(query.dtype), out_bar[...], (1, 0))
+            kv_bar = pull_back(near_keys[...], near_values[...], _near_visible(near_marks, marks))
+            for ref, x in zip(near_bar, kv_bar):
+                ref[...] = x.astype(ref.dtype)
+
+        @pl.when((slot_block >= 0) & (slot_block < count[0]))
+        def _():
+            kv = _read(entries, alpha, slot_block, sizes[1], slots)
+            kv_bar = pull_back(*kv, _cached_visible(slot_block, cached, marks))
             factors = (1,) if len(sets) == 1 else (alpha[0], 1 - alpha[0])
             factors = [factor for factor, (_, sums) in zip(factors, sets) if sums]
             for before, after, (factor, x) in zip(old, new, itertools.product(factors, kv_bar)):
@@ -243,22 +298,24 @@ def _pull_back(size, interpret, scalars, segments, ends, cached, sets, inputs):
 
         @pl.when(index == pl.num_programs(0) - 1)
         def _():
-            query_bar[...] = query_sum[...].T
+            query_bar[...] = query_sum[...].T.astype(query_bar.dtype)
 
-    query_bar, *totals = _call(
+    query_bar, *near_bar_and_totals = _call(
         kernel,
         scalars,
-        (_row(segments), _row(ends), query, out_bar, _row(log_total), _row(product)),
-        (_row(cached), *arrays),
-        size,
+        (marks, query, out_bar, log_total[None], product[None]),
+        (near_marks, *near),
+        (cached[None], *arrays),
+        sizes,
         totals=totals,
-        outputs=(jax.ShapeDtypeStruct((rows, width), wide),),
+        outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype),),
+        near_outputs=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in near),
         scratch=[pltpu.VMEM((width, rows), wide)],
-        name="cached_cotangents",
+        name="attention_backward",
         products=5,
         interpret=interpret,
     )
-    return query_bar, *(KV(*totals[i : i + 2]) for i in range(0, len(totals), 2))
+    return query_bar, *(KV(*near_bar_and_totals[i : i + 2]) for i in range(0, 2 + len(totals), 2))
 
 
 def _split(items, first, second):
@@ -266,32 +323,42 @@ def _split(items, first, second):
     return items[:first], items[first : first + second], items[first + second :]
 
 
-def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch, name, products, interpret):
-    """Runs a kernel over the blocks of slots.
+def _call(
+    kernel, scalars, whole, near, by_slot, sizes, *,
+    totals=(), outputs, near_outputs=(), scratch, name, products, interpret,
+):  # fmt: skip
+    """Runs a kernel over the blocks of near entries and then over those of slots.
 
     Args:
-      kernel: a function of references to scalars, whole, by_slot, totals, outputs, changed totals and scratch.
-      scalars: (the number of live blocks [1], α [1], the indices of the sets' leading dimensions, concatenated).
-      whole: arrays that are in VMEM all the time.
+      kernel: a function of references to scalars, whole, near, by_slot, totals, outputs, near_outputs, changed totals
+        and scratch.
+      scalars: (the number of live blocks of slots [1], α [1], the indices of the sets' leading dimensions,
+        concatenated).
+      whole: arrays that are in VMEM all the time; the second is [R, E].
+      near: the marks of the near entries [3, N], their keys and values [N, E]; one block is in VMEM at a time.
       by_slot: the segments of the slots [1, S] and the entries [..., S, E]; a block of them is in VMEM at a time, and
         no block is fetched after the last live one.
-      size: slots of a block.
+      sizes: of a block of near entries, which divides N, and of a block of slots.
       totals: arrays like the entries; the kernel changes their live blocks in place.
       outputs: shapes of results that are in VMEM all the time.
+      near_outputs: shapes of results for the near entries, [N, E].
       scratch: further arrays in VMEM.
       name: of the kernel.
-      products: the number of matrix products, of 2 · rows · slots · width FLOPs each over all blocks.
+      products: the number of matrix products, each of 2 · R · E FLOPs per entry.
       interpret: whether to interpret the kernel, as on platforms other than TPUs.
 
     Returns:
-      (*outputs, *totals).
+      (*outputs, *near_outputs, *totals).
     """
-    cached, *entries = by_slot
-    (rows, width), slots = whole[2].shape, cached.shape[1]
-    blocks = -(-slots // size)
-    live = lambda index, count: jnp.minimum(index, jnp.maximum(count[0] - 1, 0))
+    (near_marks, *near_kv), (cached, *entries), (piece, size) = near, by_slot, sizes
+    (rows, width), near_length, slots = whole[1].shape, near_marks.shape[1], cached.shape[1]
+    near_blocks, blocks = near_length // piece, -(-slots // size)
+    last_near = lambda index: jnp.minimum(index, near_blocks - 1)
+    live = lambda index, count: jnp.clip(index - near_blocks, 0, jnp.maximum(count[0] - 1, 0))
     block = lambda shape, index: pl.BlockSpec(shape, _outside_mesh(index))
     at_rest = lambda x: block(x.shape, lambda index, *scalars: (0, 0))
+    of_near_marks = block((3, piece), lambda index, *scalars: (0, last_near(index)))
+    of_near = lambda x: block((piece, width), lambda index, *scalars: (last_near(index), 0))
     of_slots = block((1, size), lambda index, count, *others: (0, live(index, count)))
 
     def of_entries(x):
@@ -300,41 +367,46 @@ def _call(kernel, scalars, whole, by_slot, size, *, totals=(), outputs, scratch,
         place = lambda index, count, alpha, places: (*(places[i] for i in lead), live(index, count), 0)
         return block((*[None] * len(lead), size, width), place)
 
-    first = len(scalars) + len(whole)  # of the operands that are read by block
+    first = len(scalars) + len(whole) + len(near)  # of the operands that are read by block of slots
+    kept = len(outputs) + len(near_outputs)
     parts = (blocks, *(blocks * math.prod(x.shape[:-2]) for x in (*entries, *totals)))
     operands = (f"{first + i}:{count}" for i, count in enumerate(parts))
-    results = (f"{len(outputs) + i}:{count}" for i, count in enumerate(parts[len(by_slot) :]))
+    results = (f"{kept + i}:{count}" for i, count in enumerate(parts[len(by_slot) :]))
+    flops = lambda length: 2 * products * rows * length * width
     return pl.pallas_call(
         _outside_mesh(kernel),
-        out_shape=(*outputs, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in totals)),
+        out_shape=(*outputs, *near_outputs, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in totals)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(blocks,),
-            in_specs=[*map(at_rest, whole), of_slots, *map(of_entries, (*entries, *totals))],
-            out_specs=(*map(at_rest, outputs), *map(of_entries, totals)),
+            grid=(near_blocks + blocks,),
+            in_specs=[
+                *map(at_rest, whole),
+                of_near_marks,
+                *map(of_near, near_kv),
+                of_slots,
+                *map(of_entries, (*entries, *totals)),
+            ],
+            out_specs=(*map(at_rest, outputs), *map(of_near, near_outputs), *map(of_entries, totals)),
             scratch_shapes=scratch,
         ),
-        input_output_aliases={first + len(by_slot) + i: len(outputs) + i for i in range(len(totals))},
+        input_output_aliases={first + len(by_slot) + i: kept + i for i in range(len(totals))},
         interpret=interpret,
         name=name,
-        # For all blocks; `melt_jax.analysis` scales it to the mean number of live ones.
+        # For all blocks; `melt_jax.analysis` scales the part of the slots to the mean number of live ones.
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * rows * slots * width,
-            transcendentals=rows * slots,
-            bytes_accessed=len(entries) * slots * width * entries[0].dtype.itemsize,
+            flops=flops(near_length + slots),
+            transcendentals=rows * (near_length + slots),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in near_kv)
+            + len(entries) * slots * width * entries[0].dtype.itemsize,
         ),
         metadata={
             "blocks": str(blocks),
+            "whole_flops": str(flops(near_length)),
             "operands_by_block": " ".join(operands),
             "results_by_block": " ".join(results),
             "sides": f"{width} {min(size, rows)}",  # a product sums over the width or its result has it
         },
-    )(*scalars, *whole, *by_slot, *totals)
-
-
-def _row(x):
-    """[n] → [1, n]."""
-    return x[None]
+    )(*scalars, *whole, *near, *by_slot, *totals)
 
 
 def _outside_mesh(function):
@@ -358,12 +430,23 @@ def _read(entries, alpha, index, size, slots):
     return keys, values
 
 
-def _scores(keys, query, index, cached, segments, ends):
-    """Scores [slots, rows] of a block; −∞ for slots that a row does not attend to."""
-    scores = _dot(keys, query, (1, 1)) * (1 / math.sqrt(query.shape[-1]))
-    slots = index * keys.shape[0] + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    visible = (slots < ends[...]) & (_column(cached[...]) == segments[...])
-    return jnp.where(visible, scores, -jnp.inf)
+def _scores(keys, query):
+    """Scores [entries, rows] of a block."""
+    return _dot(keys, query, (1, 1)) * (1 / math.sqrt(query.shape[-1]))
+
+
+def _near_visible(near_marks, marks):
+    """Whether each row [1, R] sees each near entry [n, 1] of a block."""
+    segments, first, stop = (_column(near_marks[i : i + 1]) for i in range(3))
+    queries = marks[2:3]
+    return (segments == marks[:1]) & (first <= queries) & (queries < stop)
+
+
+def _cached_visible(index, cached, marks):
+    """Whether each row [1, R] sees each slot [n, 1] of a block."""
+    segments = _column(cached[...])
+    slots = index * segments.shape[0] + jax.lax.broadcasted_iota(jnp.int32, (len(segments), marks.shape[1]), 0)
+    return (slots < marks[1:2]) & (segments == marks[:1])
 
 
 def _column(x):

@@ -22,8 +22,11 @@ def plain_attention(query, earlier, own, alpha, mask):
     return jnp.einsum("bkgcs,bske->bckge", weights, values, precision="highest")
 
 
-def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0):
-    """Random arguments of `blockwise_attention`; entries from `start` on are large, so that reading one shows."""
+def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0, sweep=None):
+    """Random arguments of `blockwise_attention`; entries from `start` on are large, so that reading one shows.
+
+    With a sweep there are also a window of 2 and the entries of the sweep before.
+    """
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     entries = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
@@ -33,7 +36,29 @@ def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0):
     cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
     mask = AttentionMask(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
-    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), entries(C), alpha, mask
+    if sweep is not None:
+        recent = jnp.array([[0, 1], [2, 2]], jnp.int32)
+        mask = mask._replace(width=2, recent=recent, sweep=jnp.asarray(sweep, jnp.int32))
+    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), entries(C if sweep is None else 2 + 2 * C), alpha, mask
+
+
+@pytest.mark.parametrize("last_loop", [False, True])
+@pytest.mark.parametrize("sweep", [None, 0, 1])
+def test_near_mask_follows_from_distances(sweep, last_loop):
+    """Of the entries of a token, at most one is visible; padding sees only itself."""
+    mask = inputs(8, 6, sweep=0)[-1]._replace(last_loop=jnp.asarray(last_loop))
+    mask, width = mask._replace(sweep=None if sweep is None else jnp.int32(sweep)), 2
+    chunk, recent = np.asarray(mask.segments), np.asarray(mask.recent)
+
+    def visible(b, i):
+        distance = i - np.arange(C)
+        earlier = (chunk[b] == chunk[b, i]) & (chunk[b] != 0) & (distance >= 0)
+        far = (distance > width) & bool(sweep)
+        window = (recent[b] == chunk[b, i]) & (recent[b] != 0) & (i - np.arange(-2, 0) <= width) & (not last_loop)
+        return np.concatenate([window, earlier & ~far | (distance == 0), *([] if sweep is None else [earlier & far])])
+
+    want = [[visible(b, i) for i in range(C)] for b in range(B)]
+    np.testing.assert_array_equal(mask.near(), want)
 
 
 CASES = {
@@ -44,6 +69,8 @@ CASES = {
     "an empty cache": (12, 0, "shared", 4),
     "a start per sequence": (13, (3, 11), "both", 4),
     "no cache": (0, 0, "shared", 4),
+    "the first sweep": (13, 6, "shared", 4, 0),
+    "a later sweep": (13, (3, 11), "shared", 4, 1),
 }
 
 
@@ -52,8 +79,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_blockwise_attention_equals_plain_attention(name, kernel):
     """The kernel is interpreted here."""
-    slots, start, which, block = CASES[name]
-    query, earlier, own, alpha, mask = inputs(slots, start, which, jnp.float64)
+    slots, start, which, block, *sweep = CASES[name]
+    query, earlier, own, alpha, mask = inputs(slots, start, which, jnp.float64, 0, *sweep)
     weight = np.random.default_rng(1).standard_normal((B, C, K, G, E))
 
     def outcome(function, *more):

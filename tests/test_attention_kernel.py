@@ -13,7 +13,8 @@ from melt_jax.model.attention import AttentionMask, blockwise_attention
 from melt_jax.model.cache import KV, ChunkKV, EntryView
 from tests.helpers.tiny import TINY, make_model
 
-# Two KV heads with two query heads each; the 140 rows of a KV head are padded to 256.
+# Two KV heads with two query heads each; the 140 rows of a KV head are padded to 256. The 149 near entries of a sweep
+# are two blocks of 128.
 B, C, K, G, E, S, W = 2, 70, 2, 2, 8, 300, 9
 
 
@@ -21,25 +22,38 @@ def numbers(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def arguments(start, last_loop, transition):
-    """Float32 arguments of `blockwise_attention` with documents, padding, a window and the entries of a sweep."""
+def arguments(start, last_loop, transition, sweep=1):
+    """Float32 arguments of `blockwise_attention` with documents and padding.
+
+    There are a window and the entries of a sweep, unless `sweep` is None.
+    """
     random = np.random.default_rng(7)
     segments = lambda length: jnp.asarray(np.sort(random.integers(0, 4, (B, length)), axis=1)[:, ::-1], jnp.int32)
     entries = lambda seed, length: KV(numbers(seed, B, length, K, E), numbers(seed + 1, B, length, K, E))
-    mask = AttentionMask(
-        segments(C), segments(S), jnp.int32(start), W, segments(W), jnp.asarray(last_loop), jnp.int32(1)
-    )
+    mask = AttentionMask(segments(C), segments(S), jnp.int32(start))
+    if sweep is not None:
+        mask = mask._replace(
+            width=W, recent=segments(W), last_loop=jnp.asarray(last_loop), sweep=jnp.asarray(sweep, jnp.int32)
+        )
     earlier = ChunkKV(entries(10, S), entries(20, S) if transition else None)
     alpha = jnp.float32(0.3) if transition else None
-    return numbers(1, B, C, K, G, E), earlier, entries(30, W + 2 * C), alpha, mask
+    near = entries(30, C if sweep is None else W + 2 * C)
+    return numbers(1, B, C, K, G, E), earlier, near, alpha, mask
 
 
 @pytest.mark.parametrize(
-    ("start", "last_loop", "transition"), [(299, False, False), (131, False, True), (131, True, False)]
+    ("start", "last_loop", "transition", "sweep"),
+    [
+        (299, False, False, 1),
+        (131, False, True, 0),
+        (131, True, False, 1),
+        (0, False, False, 1),
+        (299, False, False, None),
+    ],
 )
-def test_kernel_equals_blocks(start, last_loop, transition):
+def test_kernel_equals_blocks(start, last_loop, transition, sweep):
     """Values and gradients, in float32: sums of at most n = S + W + 2C products, with relative errors of n · 2⁻²⁴."""
-    query, earlier, near, alpha, mask = arguments(start, last_loop, transition)
+    query, earlier, near, alpha, mask = arguments(start, last_loop, transition, sweep)
     weight = numbers(2, B, C, K, G, E)
 
     def outcome(kernel):

@@ -160,7 +160,8 @@ ENTRY %main (count: s32[1], query: bf16[512,128], keys: bf16[2048,128]) -> (bf16
 "blocks":"4",
 "operands_by_block":"2:8",
 "results_by_block":"1:4",
-"sides":"128 512"
+"sides":"128 512",
+"whole_flops":"2000"
 }}, metadata={op_name="jit(f)/cached_blocks/fold/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzvUg==","cost_estimate":{"flops":"8000","transcendentals":"10","bytes_accessed":"10"}}}
 }
 """  # noqa: E501
@@ -168,10 +169,10 @@ ENTRY %main (count: s32[1], query: bf16[512,128], keys: bf16[2048,128]) -> (bf16
 
 @pytest.mark.parametrize(("trips", "live"), [(None, 1), ({"cached_blocks": 1.5}, 1.5 / 4), ({"cached_blocks": 9}, 1)])
 def test_kernel_counts_the_blocks_that_it_visits(trips, live):
-    """By its own estimate; operands and results that are not moved block by block count whole."""
+    """By its own estimate; FLOPs, operands and results that do not belong to the blocks count whole."""
     program = analyse(KERNEL, trips)
     (product,), (transfer,) = program.products, program.transfers
-    assert product.flops == 8000 * live and product.sides == (128, 512) and product.precision == "bf16"
+    assert product.flops == 2000 + 6000 * live and product.sides == (128, 512) and product.precision == "bf16"
     assert transfer.read == 4 + 2 * 512 * 128 + 2 * 2048 * 128 * live / 2
     assert transfer.written == 2 * 512 * 128 + 4 * 2048 * 128 * live
     assert program.custom_calls == {}

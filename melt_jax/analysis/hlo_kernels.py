@@ -2,7 +2,8 @@
 
 The FLOPs are those of the kernel's `pl.CostEstimate`. A kernel that visits only some of its blocks, such as those of
 `melt_jax.model.attention_kernel`, also has metadata: the number of blocks that the estimate covers, the operands and
-results that it moves block by block, each with its number of blocks, and the smaller sides of its products.
+results that it moves block by block, each with its number of blocks, the smaller sides of its products, and the FLOPs
+that it does whatever it visits.
 """
 
 import re
@@ -17,7 +18,8 @@ class Kernel(NamedTuple):
     """A Pallas kernel.
 
     Attributes:
-      flops: of all its blocks.
+      flops: of the kernel if it visits all blocks.
+      whole_flops: the part that does not depend on the visited blocks.
       blocks: their number.
       operands: {index of an operand that is fetched block by block: the number of its blocks}.
       results: the same for results; only the visited blocks are written.
@@ -25,6 +27,7 @@ class Kernel(NamedTuple):
     """
 
     flops: float
+    whole_flops: float
     blocks: int
     operands: dict[int, int]
     results: dict[int, int]
@@ -41,8 +44,8 @@ def read_kernel(instruction: Instruction) -> Kernel | None:
         found = re.search(rf'"{key}":"([\d: ]*)"', instruction.attributes)
         return [int(number) for number in re.findall(r"\d+", found[1])] if found else default
 
-    (blocks,) = numbers("blocks", [1])
+    (blocks,), (whole_flops,) = numbers("blocks", [1]), numbers("whole_flops", [0])
     sides = numbers("sides", ANY_SIDES)
     operands, results = numbers("operands_by_block", []), numbers("results_by_block", [])
     pairs = lambda flat: dict(zip(flat[::2], flat[1::2]))
-    return Kernel(float(flops[1]), blocks, pairs(operands), pairs(results), (sides[0], sides[1]))
+    return Kernel(float(flops[1]), whole_flops, blocks, pairs(operands), pairs(results), (sides[0], sides[1]))

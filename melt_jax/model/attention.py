@@ -65,9 +65,8 @@ class AttentionMask(NamedTuple):
 
     def reach(self) -> Reach:
         """The same masks, as the kernels take them."""
-        segments = self._segments()
-        ends = jnp.zeros_like(segments) + self._ends()
-        return Reach(segments, self._near_reach(), ends, self.cached, jnp.max(self.start))
+        ends = jnp.where(self.segments == 0, 0, self._ends())
+        return Reach(self._segments(), self._near_reach(), ends, self.cached, jnp.max(self.start))
 
     def _near_reach(self):
         """The queries that see each near entry, in the order of `near`."""

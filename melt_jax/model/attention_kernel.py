@@ -137,11 +137,11 @@ def _token_first(x):
     return jnp.moveaxis(x, 3, 1)
 
 
-def _rows(x, mode="constant"):
-    """[B, K, G, C, …] → [B, K, R, …]; R is filled up to a multiple of the lanes, by default with zeros."""
+def _rows(x):
+    """[B, K, G, C, …] → [B, K, R, …]; zeros fill R up to a multiple of the lanes."""
     batch, heads, group, chunk, *rest = x.shape
     x = jnp.reshape(x, (batch, heads, group * chunk, *rest))
-    return jnp.pad(x, [(0, 0), (0, 0), (0, -(group * chunk) % LANES), *[(0, 0)] * len(rest)], mode)
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -(group * chunk) % LANES), *[(0, 0)] * len(rest)])
 
 
 def _unrows(x, shape):
@@ -153,11 +153,9 @@ def _unrows(x, shape):
 def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sums=(None, None)):
     """Runs a function of one head of one sequence over all of them; `inputs` are [B, K, R, …], results [B, K, …]."""
     size, (piece, pad) = min(block, reach.cached.shape[1]), _near_blocks(near.keys.shape[1], block)
-    near_marks = jnp.pad(_stacked(*reach.near), ((0, 0), (0, 0), (0, pad)))
+    marks = jax.vmap(functools.partial(_row_marks, group))(reach.segments, reach.ends)
+    near_marks = jax.vmap(functools.partial(_near_marks, pad), (0, None, None))(*reach.near)
     near = jax.tree.map(lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))), near)
-    marks = _stacked(reach.segments, reach.ends, jnp.arange(reach.segments.shape[1], dtype=jnp.int32))
-    # Rows that fill up R copy the last one, so that they see something too.
-    marks = _rows(jnp.broadcast_to(marks[:, :, None], (*marks.shape[:2], group, marks.shape[2])), "edge")
     first = jnp.zeros((0,), jnp.int32)
     views = [
         EntryView(*x[:2], total) if isinstance(x, EntryView) else EntryView(x, first, total)
@@ -188,9 +186,22 @@ def _near_blocks(entries, block):
     return size, count * size - entries
 
 
-def _stacked(segments, *others):
-    """[B, 3, n] of arrays [B, n] or [n]."""
-    return jnp.stack([segments, *(jnp.zeros_like(segments) + (x if x.ndim == 2 else x[None]) for x in others)], axis=1)
+def _row_marks(group, segments, ends):
+    """[3, R]: of each row the segment, the slot from which on it reads nothing, and the query's index in the chunk."""
+    queries = jnp.arange(len(segments), dtype=jnp.int32)
+    marks = jnp.tile(_stack(segments, ends, queries), (1, group))
+    # Rows that fill up R copy the last one, so that they see something too.
+    return jnp.pad(marks, ((0, 0), (0, -marks.shape[1] % LANES)), "edge")
+
+
+def _near_marks(pad, segments, first, stop):
+    """[3, N + pad]; entries of segment 0, which no query has, follow the near entries."""
+    return jnp.pad(_stack(segments, first, stop), ((0, 0), (0, pad)))
+
+
+def _stack(segments, *others):
+    """Arrays [n] as one; a mesh that splits the sequences of the segments splits all."""
+    return jnp.stack([segments, *(x + 0 * segments for x in others)])
 
 
 def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
@@ -200,8 +211,8 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
     arrays = jax.tree.leaves([entries for entries, _ in sets])
     near_blocks = near_marks.shape[1] // sizes[0]
 
-    def kernel(count, alpha, places, marks, query, near_marks, near_keys, near_values, cached, *refs):
-        entries, (out, log_total, peaks, totals, sums) = refs[:-5], refs[-5:]
+    def kernel(count, alpha, places, operands, results, peaks, totals, sums):
+        ((marks, query), (near_marks, *near_kv), (cached, *entries)), (out, log_total) = operands[:3], results[0]
         index = pl.program_id(0)
         slot_block = index - near_blocks
 
@@ -220,7 +231,7 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
 
         @pl.when(index < near_blocks)
         def _():
-            add(near_keys[...], near_values[...], _near_visible(near_marks, marks))
+            add(*_contents(near_kv), _near_visible(near_marks, marks))
 
         @pl.when((slot_block >= 0) & (slot_block < count[0]))
         def _():
@@ -232,7 +243,7 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
             out[...] = (sums[...] / totals[...]).T.astype(out.dtype)
             log_total[...] = peaks[...] + jnp.log(totals[...])
 
-    out, log_total = _call(
+    (out, log_total), *_ = _call(
         kernel,
         scalars,
         (marks, query),
@@ -256,11 +267,9 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
     totals = jax.tree.leaves([sums for _, sums in sets])
     near_blocks = near_marks.shape[1] // sizes[0]
 
-    def kernel(
-        count, alpha, places, marks, query, out_bar, log_total, product, near_marks, near_keys, near_values, cached, *refs
-    ):
-        entries, old, (query_bar, *near_bar, query_sum) = _split(refs, len(arrays), len(totals))
-        near_bar, new = near_bar[:2], near_bar[2:]
+    def kernel(count, alpha, places, operands, results, query_sum):
+        (marks, query, out_bar, log_total, product), (near_marks, *near_kv), (cached, *entries), old = operands
+        (query_bar,), near_bar, new = results
         index = pl.program_id(0)
         slot_block = index - near_blocks
 
@@ -278,7 +287,7 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
 
         @pl.when(index < near_blocks)
         def _():
-            kv_bar = pull_back(near_keys[...], near_values[...], _near_visible(near_marks, marks))
+            kv_bar = pull_back(*_contents(near_kv), _near_visible(near_marks, marks))
             for ref, x in zip(near_bar, kv_bar):
                 ref[...] = x.astype(ref.dtype)
 
@@ -300,27 +309,22 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
         def _():
             query_bar[...] = query_sum[...].T.astype(query_bar.dtype)
 
-    query_bar, *near_bar_and_totals = _call(
+    (query_bar,), near_bar, totals = _call(
         kernel,
         scalars,
         (marks, query, out_bar, log_total[None], product[None]),
         (near_marks, *near),
         (cached[None], *arrays),
         sizes,
-        totals=totals,
+        totals=tuple(totals),
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype),),
-        near_outputs=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in near),
+        near_outputs=tuple(map(_shape, near)),
         scratch=[pltpu.VMEM((width, rows), wide)],
         name="attention_backward",
         products=5,
         interpret=interpret,
     )
-    return query_bar, *(KV(*near_bar_and_totals[i : i + 2]) for i in range(0, 2 + len(totals), 2))
-
-
-def _split(items, first, second):
-    """Returns (the first `first` items, the next `second` items, the rest)."""
-    return items[:first], items[first : first + second], items[first + second :]
+    return query_bar, KV(*near_bar), *(KV(*totals[i : i + 2]) for i in range(0, len(totals), 2))
 
 
 def _call(
@@ -330,8 +334,8 @@ def _call(
     """Runs a kernel over the blocks of near entries and then over those of slots.
 
     Args:
-      kernel: a function of references to scalars, whole, near, by_slot, totals, outputs, near_outputs, changed totals
-        and scratch.
+      kernel: a function of references: the scalars; (whole, near, by_slot, totals), a tuple of tuples; (outputs,
+        near_outputs, changed totals); the scratch.
       scalars: (the number of live blocks of slots [1], α [1], the indices of the sets' leading dimensions,
         concatenated).
       whole: arrays that are in VMEM all the time; the second is [R, E].
@@ -348,13 +352,13 @@ def _call(
       interpret: whether to interpret the kernel, as on platforms other than TPUs.
 
     Returns:
-      (*outputs, *near_outputs, *totals).
+      (outputs, near_outputs, totals).
     """
     (near_marks, *near_kv), (cached, *entries), (piece, size) = near, by_slot, sizes
     (rows, width), near_length, slots = whole[1].shape, near_marks.shape[1], cached.shape[1]
     near_blocks, blocks = near_length // piece, -(-slots // size)
     last_near = lambda index: jnp.minimum(index, near_blocks - 1)
-    live = lambda index, count: jnp.clip(index - near_blocks, 0, jnp.maximum(count[0] - 1, 0))
+    live = lambda index, count: jnp.minimum(jnp.maximum(index - near_blocks, 0), jnp.maximum(count[0] - 1, 0))
     block = lambda shape, index: pl.BlockSpec(shape, _outside_mesh(index))
     at_rest = lambda x: block(x.shape, lambda index, *scalars: (0, 0))
     of_near_marks = block((3, piece), lambda index, *scalars: (0, last_near(index)))
@@ -367,26 +371,29 @@ def _call(
         place = lambda index, count, alpha, places: (*(places[i] for i in lead), live(index, count), 0)
         return block((*[None] * len(lead), size, width), place)
 
-    first = len(scalars) + len(whole) + len(near)  # of the operands that are read by block of slots
-    kept = len(outputs) + len(near_outputs)
+    # The numbers of the first operand and of the first result that move by blocks of slots.
+    first, kept = len(scalars) + len(whole) + len(near), len(outputs) + len(near_outputs)
     parts = (blocks, *(blocks * math.prod(x.shape[:-2]) for x in (*entries, *totals)))
-    operands = (f"{first + i}:{count}" for i, count in enumerate(parts))
-    results = (f"{kept + i}:{count}" for i, count in enumerate(parts[len(by_slot) :]))
+    operands_by_block = (f"{first + i}:{count}" for i, count in enumerate(parts))
+    results_by_block = (f"{kept + i}:{count}" for i, count in enumerate(parts[len(by_slot) :]))
     flops = lambda length: 2 * products * rows * length * width
-    return pl.pallas_call(
+    (results,) = pl.pallas_call(
         _outside_mesh(kernel),
-        out_shape=(*outputs, *near_outputs, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in totals)),
+        out_shape=((outputs, near_outputs, tuple(map(_shape, totals))),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(near_blocks + blocks,),
-            in_specs=[
-                *map(at_rest, whole),
-                of_near_marks,
-                *map(of_near, near_kv),
-                of_slots,
-                *map(of_entries, (*entries, *totals)),
-            ],
-            out_specs=(*map(at_rest, outputs), *map(of_near, near_outputs), *map(of_entries, totals)),
+            in_specs=(
+                (
+                    tuple(map(at_rest, whole)),
+                    (of_near_marks, *map(of_near, near_kv)),
+                    (of_slots, *map(of_entries, entries)),
+                    tuple(map(of_entries, totals)),
+                ),
+            ),
+            out_specs=(
+                (tuple(map(at_rest, outputs)), tuple(map(of_near, near_outputs)), tuple(map(of_entries, totals))),
+            ),
             scratch_shapes=scratch,
         ),
         input_output_aliases={first + len(by_slot) + i: kept + i for i in range(len(totals))},
@@ -402,11 +409,16 @@ def _call(
         metadata={
             "blocks": str(blocks),
             "whole_flops": str(flops(near_length)),
-            "operands_by_block": " ".join(operands),
-            "results_by_block": " ".join(results),
+            "operands_by_block": " ".join(operands_by_block),
+            "results_by_block": " ".join(results_by_block),
             "sides": f"{width} {min(size, rows)}",  # a product sums over the width or its result has it
         },
-    )(*scalars, *whole, *near, *by_slot, *totals)
+    )(*scalars, (whole, near, by_slot, totals))
+    return results
+
+
+def _shape(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _outside_mesh(function):
@@ -418,6 +430,12 @@ def _outside_mesh(function):
             return function(*args)
 
     return run
+
+
+def _contents(kv):
+    """The keys and values of two references."""
+    keys, values = kv
+    return keys[...], values[...]
 
 
 def _read(entries, alpha, index, size, slots):

@@ -161,7 +161,7 @@ ENTRY %main (count: s32[1], query: bf16[512,128], keys: bf16[2048,128]) -> (bf16
 "operands_by_block":"2:8",
 "results_by_block":"1:4",
 "sides":"128 512",
-"whole_flops":"2000"
+"whole":"128 512"
 }}, metadata={op_name="jit(f)/cached_blocks/fold/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzvUg==","cost_estimate":{"flops":"8000","transcendentals":"10","bytes_accessed":"10"}}}
 }
 """  # noqa: E501

@@ -348,9 +348,8 @@ class _Walk:
     def _kernel(self, computation, instruction, times, op_name, kernel, visited):
         dtypes = {arrays(computation[name].shape)[0][0] for name in operand_names(instruction)}
         precision = "bf16" if "bf16" in dtypes else "f32 highest"
-        share = min(visited / kernel.blocks, 1)
-        flops = kernel.whole_flops + (kernel.flops - kernel.whole_flops) * share
-        self.products.append(Product(op_name, precision, times, times * flops, kernel.sides))
+        share = kernel.whole + (1 - kernel.whole) * min(visited / kernel.blocks, 1)
+        self.products.append(Product(op_name, precision, times, times * kernel.flops * share, kernel.sides))
 
     def _transfer(self, computation, instruction, times, op_name, visited):
         if attribute(instruction, "custom_call_target") in MARKERS:

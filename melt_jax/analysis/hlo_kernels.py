@@ -2,8 +2,8 @@
 
 The FLOPs are those of the kernel's `pl.CostEstimate`. A kernel that visits only some of its blocks, such as those of
 `melt_jax.model.attention_kernel`, also has metadata: the number of blocks that the estimate covers, the operands and
-results that it moves block by block, each with its number of blocks, the smaller sides of its products, and the FLOPs
-that it does whatever it visits.
+results that it moves block by block, each with its number of blocks, the smaller sides of its products, and the part of
+the FLOPs that it does whatever it visits, as a numerator and a denominator.
 """
 
 import re
@@ -19,7 +19,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       flops: of the kernel if it visits all blocks.
-      whole_flops: the part that does not depend on the visited blocks.
+      whole: the part of the FLOPs that does not depend on the visited blocks, 0 … 1.
       blocks: their number.
       operands: {index of an operand that is fetched block by block: the number of its blocks}.
       results: the same for results; only the visited blocks are written.
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
     """
 
     flops: float
-    whole_flops: float
+    whole: float
     blocks: int
     operands: dict[int, int]
     results: dict[int, int]
@@ -44,8 +44,8 @@ def read_kernel(instruction: Instruction) -> Kernel | None:
         found = re.search(rf'"{key}":"([\d: ]*)"', instruction.attributes)
         return [int(number) for number in re.findall(r"\d+", found[1])] if found else default
 
-    (blocks,), (whole_flops,) = numbers("blocks", [1]), numbers("whole_flops", [0])
+    (blocks,), (part, total) = numbers("blocks", [1]), numbers("whole", [0, 1])
     sides = numbers("sides", ANY_SIDES)
     operands, results = numbers("operands_by_block", []), numbers("results_by_block", [])
     pairs = lambda flat: dict(zip(flat[::2], flat[1::2]))
-    return Kernel(float(flops[1]), whole_flops, blocks, pairs(operands), pairs(results), (sides[0], sides[1]))
+    return Kernel(float(flops[1]), part / total, blocks, pairs(operands), pairs(results), (sides[0], sides[1]))

@@ -153,8 +153,11 @@ def _unrows(x, shape):
 def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sums=(None, None)):
     """Runs a function of one head of one sequence over all of them; `inputs` are [B, K, R, …], results [B, K, …]."""
     size, (piece, pad) = min(block, reach.cached.shape[1]), _near_blocks(near.keys.shape[1], block)
-    marks = jax.vmap(functools.partial(_row_marks, group))(reach.segments, reach.ends)
-    near_marks = jax.vmap(functools.partial(_near_marks, pad), (0, None, None))(*reach.near)
+    of_rows = functools.partial(_repeat, group)
+    queries = of_rows(jnp.arange(reach.segments.shape[1], dtype=jnp.int32))
+    rows = *(jax.vmap(of_rows)(x) for x in (reach.segments, reach.ends)), queries
+    # No query has the segment of the entries that fill up N, 0.
+    near_reach = jax.tree.map(lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, pad)]), tuple(reach.near))
     near = jax.tree.map(lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))), near)
     first = jnp.zeros((0,), jnp.int32)
     views = [
@@ -171,12 +174,18 @@ def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sum
     def run(*arguments, interpret):
         of_head = functools.partial(function, (piece, size), interpret)
         of_sequence = jax.vmap(of_head, (None, None, lead, 0, 0))
-        return jax.vmap(of_sequence, (None, 0, lead, 0, 0))(*arguments)
+        masks = (0, 0, None), (0, None, None), 0
+        return jax.vmap(of_sequence, (None, masks, lead, 0, 0))(*arguments)
 
     return jax.lax.platform_dependent(
-        (count, alpha, places), (marks, near_marks, reach.cached), sets, near, inputs,
+        (count, alpha, places), (rows, near_reach, reach.cached), sets, near, inputs,
         tpu=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True),
     )  # fmt: skip
+
+
+def _repeat(group, x):
+    """[C] → [R]; rows that fill up R copy the last one, so that they see something too."""
+    return jnp.pad(jnp.tile(x, group), (0, -(group * len(x)) % LANES), "edge")
 
 
 def _near_blocks(entries, block):
@@ -186,33 +195,18 @@ def _near_blocks(entries, block):
     return size, count * size - entries
 
 
-def _row_marks(group, segments, ends):
-    """[3, R]: of each row the segment, the slot from which on it reads nothing, and the query's index in the chunk."""
-    queries = jnp.arange(len(segments), dtype=jnp.int32)
-    marks = jnp.tile(_stack(segments, ends, queries), (1, group))
-    # Rows that fill up R copy the last one, so that they see something too.
-    return jnp.pad(marks, ((0, 0), (0, -marks.shape[1] % LANES)), "edge")
-
-
-def _near_marks(pad, segments, first, stop):
-    """[3, N + pad]; entries of segment 0, which no query has, follow the near entries."""
-    return jnp.pad(_stack(segments, first, stop), ((0, 0), (0, pad)))
-
-
-def _stack(segments, *others):
-    """Arrays [n] as one; a mesh that splits the sequences of the segments splits all."""
-    return jnp.stack([segments, *(x + 0 * segments for x in others)])
-
-
 def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
     """(results [R, E], log of the normalizer [R]) of one head."""
-    (query,), (marks, near_marks, cached) = inputs, masks
+    (query,), (of_rows, near_reach, cached) = inputs, masks
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
     arrays = jax.tree.leaves([entries for entries, _ in sets])
-    near_blocks = near_marks.shape[1] // sizes[0]
+    near_blocks = len(near.keys) // sizes[0]
 
     def kernel(count, alpha, places, operands, results, peaks, totals, sums):
-        ((marks, query), (near_marks, *near_kv), (cached, *entries)), (out, log_total) = operands[:3], results[0]
+        ((*of_rows, query), (*near_reach, near_keys, near_values), (cached, *entries), _), (out, log_total) = (
+            operands,
+            results[0],
+        )
         index = pl.program_id(0)
         slot_block = index - near_blocks
 
@@ -231,12 +225,12 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
 
         @pl.when(index < near_blocks)
         def _():
-            add(*_contents(near_kv), _near_visible(near_marks, marks))
+            add(near_keys[...], near_values[...], _near_visible(near_reach, of_rows))
 
         @pl.when((slot_block >= 0) & (slot_block < count[0]))
         def _():
             kv = _read(entries, alpha, slot_block, sizes[1], slots)
-            add(*kv, _cached_visible(slot_block, cached, marks))
+            add(*kv, _cached_visible(slot_block, cached, of_rows))
 
         @pl.when(index == pl.num_programs(0) - 1)
         def _():
@@ -246,9 +240,9 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
     (out, log_total), *_ = _call(
         kernel,
         scalars,
-        (marks, query),
-        (near_marks, *near),
-        (cached[None], *arrays),
+        (*map(_row, of_rows), query),
+        (*map(_row, near_reach), *near),
+        (_row(cached), *arrays),
         sizes,
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype), jax.ShapeDtypeStruct((1, rows), wide)),
         scratch=[pltpu.VMEM((1, rows), wide), pltpu.VMEM((1, rows), wide), pltpu.VMEM((width, rows), wide)],
@@ -261,14 +255,19 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
 
 def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
     """(cotangents of the queries [R, E], of the near entries, of each set of cached entries) of one head."""
-    (query, out_bar, log_total, product), (marks, near_marks, cached) = inputs, masks
+    (query, out_bar, log_total, product), (of_rows, near_reach, cached) = inputs, masks
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
     arrays = jax.tree.leaves([entries for entries, _ in sets])
     totals = jax.tree.leaves([sums for _, sums in sets])
-    near_blocks = near_marks.shape[1] // sizes[0]
+    near_blocks = len(near.keys) // sizes[0]
 
     def kernel(count, alpha, places, operands, results, query_sum):
-        (marks, query, out_bar, log_total, product), (near_marks, *near_kv), (cached, *entries), old = operands
+        (
+            (*of_rows, query, out_bar, log_total, product),
+            (*near_reach, near_keys, near_values),
+            (cached, *entries),
+            old,
+        ) = operands
         (query_bar,), near_bar, new = results
         index = pl.program_id(0)
         slot_block = index - near_blocks
@@ -287,14 +286,14 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
 
         @pl.when(index < near_blocks)
         def _():
-            kv_bar = pull_back(*_contents(near_kv), _near_visible(near_marks, marks))
+            kv_bar = pull_back(near_keys[...], near_values[...], _near_visible(near_reach, of_rows))
             for ref, x in zip(near_bar, kv_bar):
                 ref[...] = x.astype(ref.dtype)
 
         @pl.when((slot_block >= 0) & (slot_block < count[0]))
         def _():
             kv = _read(entries, alpha, slot_block, sizes[1], slots)
-            kv_bar = pull_back(*kv, _cached_visible(slot_block, cached, marks))
+            kv_bar = pull_back(*kv, _cached_visible(slot_block, cached, of_rows))
             factors = (1,) if len(sets) == 1 else (alpha[0], 1 - alpha[0])
             factors = [factor for factor, (_, sums) in zip(factors, sets) if sums]
             for before, after, (factor, x) in zip(old, new, itertools.product(factors, kv_bar)):
@@ -312,9 +311,9 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
     (query_bar,), near_bar, totals = _call(
         kernel,
         scalars,
-        (marks, query, out_bar, log_total[None], product[None]),
-        (near_marks, *near),
-        (cached[None], *arrays),
+        (*map(_row, of_rows), query, out_bar, _row(log_total), _row(product)),
+        (*map(_row, near_reach), *near),
+        (_row(cached), *arrays),
         sizes,
         totals=tuple(totals),
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype),),
@@ -338,8 +337,8 @@ def _call(
         near_outputs, changed totals); the scratch.
       scalars: (the number of live blocks of slots [1], α [1], the indices of the sets' leading dimensions,
         concatenated).
-      whole: arrays that are in VMEM all the time; the second is [R, E].
-      near: the marks of the near entries [3, N], their keys and values [N, E]; one block is in VMEM at a time.
+      whole: arrays that are in VMEM all the time; the first is [1, R].
+      near: `NearReach` of the near entries [1, N] each, their keys and values [N, E]; one block is in VMEM at a time.
       by_slot: the segments of the slots [1, S] and the entries [..., S, E]; a block of them is in VMEM at a time, and
         no block is fetched after the last live one.
       sizes: of a block of near entries, which divides N, and of a block of slots.
@@ -354,14 +353,14 @@ def _call(
     Returns:
       (outputs, near_outputs, totals).
     """
-    (near_marks, *near_kv), (cached, *entries), (piece, size) = near, by_slot, sizes
-    (rows, width), near_length, slots = whole[1].shape, near_marks.shape[1], cached.shape[1]
+    near_kv, (cached, *entries), (piece, size) = near[3:], by_slot, sizes
+    rows, (near_length, width), slots = whole[0].shape[1], near_kv[0].shape, cached.shape[1]
     near_blocks, blocks = near_length // piece, -(-slots // size)
     last_near = lambda index: jnp.minimum(index, near_blocks - 1)
     live = lambda index, count: jnp.minimum(jnp.maximum(index - near_blocks, 0), jnp.maximum(count[0] - 1, 0))
     block = lambda shape, index: pl.BlockSpec(shape, _outside_mesh(index))
     at_rest = lambda x: block(x.shape, lambda index, *scalars: (0, 0))
-    of_near_marks = block((3, piece), lambda index, *scalars: (0, last_near(index)))
+    of_near_reach = block((1, piece), lambda index, *scalars: (0, last_near(index)))
     of_near = lambda x: block((piece, width), lambda index, *scalars: (last_near(index), 0))
     of_slots = block((1, size), lambda index, count, *others: (0, live(index, count)))
 
@@ -376,7 +375,7 @@ def _call(
     parts = (blocks, *(blocks * math.prod(x.shape[:-2]) for x in (*entries, *totals)))
     operands_by_block = (f"{first + i}:{count}" for i, count in enumerate(parts))
     results_by_block = (f"{kept + i}:{count}" for i, count in enumerate(parts[len(by_slot) :]))
-    flops = lambda length: 2 * products * rows * length * width
+    length = near_length + slots
     (results,) = pl.pallas_call(
         _outside_mesh(kernel),
         out_shape=((outputs, near_outputs, tuple(map(_shape, totals))),),
@@ -386,7 +385,7 @@ def _call(
             in_specs=(
                 (
                     tuple(map(at_rest, whole)),
-                    (of_near_marks, *map(of_near, near_kv)),
+                    (*[of_near_reach] * 3, *map(of_near, near_kv)),
                     (of_slots, *map(of_entries, entries)),
                     tuple(map(of_entries, totals)),
                 ),
@@ -401,20 +400,25 @@ def _call(
         name=name,
         # For all blocks; `melt_jax.analysis` scales the part of the slots to the mean number of live ones.
         cost_estimate=pl.CostEstimate(
-            flops=flops(near_length + slots),
-            transcendentals=rows * (near_length + slots),
+            flops=2 * products * rows * length * width,
+            transcendentals=rows * length,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in near_kv)
             + len(entries) * slots * width * entries[0].dtype.itemsize,
         ),
         metadata={
             "blocks": str(blocks),
-            "whole_flops": str(flops(near_length)),
+            "whole": f"{near_length} {length}",
             "operands_by_block": " ".join(operands_by_block),
             "results_by_block": " ".join(results_by_block),
             "sides": f"{width} {min(size, rows)}",  # a product sums over the width or its result has it
         },
     )(*scalars, (whole, near, by_slot, totals))
     return results
+
+
+def _row(x):
+    """[n] → [1, n]."""
+    return x[None]
 
 
 def _shape(x):
@@ -432,12 +436,6 @@ def _outside_mesh(function):
     return run
 
 
-def _contents(kv):
-    """The keys and values of two references."""
-    keys, values = kv
-    return keys[...], values[...]
-
-
 def _read(entries, alpha, index, size, slots):
     """The keys and values [size, E] of a block, blended; zeros past the last slot, where its contents are undefined."""
     read = [ref[...] for ref in entries]
@@ -453,18 +451,19 @@ def _scores(keys, query):
     return _dot(keys, query, (1, 1)) * (1 / math.sqrt(query.shape[-1]))
 
 
-def _near_visible(near_marks, marks):
+def _near_visible(near_reach, of_rows):
     """Whether each row [1, R] sees each near entry [n, 1] of a block."""
-    segments, first, stop = (_column(near_marks[i : i + 1]) for i in range(3))
-    queries = marks[2:3]
-    return (segments == marks[:1]) & (first <= queries) & (queries < stop)
+    near_segments, first, stop = (_column(ref[...]) for ref in near_reach)
+    segments, _, queries = of_rows
+    return (near_segments == segments[...]) & (first <= queries[...]) & (queries[...] < stop)
 
 
-def _cached_visible(index, cached, marks):
+def _cached_visible(index, cached, of_rows):
     """Whether each row [1, R] sees each slot [n, 1] of a block."""
-    segments = _column(cached[...])
-    slots = index * segments.shape[0] + jax.lax.broadcasted_iota(jnp.int32, (len(segments), marks.shape[1]), 0)
-    return (slots < marks[1:2]) & (segments == marks[:1])
+    cached_segments, (segments, ends, _) = _column(cached[...]), of_rows
+    shape = len(cached_segments), segments.shape[1]
+    slots = index * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (slots < ends[...]) & (cached_segments == segments[...])
 
 
 def _column(x):

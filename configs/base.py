@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.chunk_size = 500  # C, tokens that run in parallel
     config.dtype = "bfloat16"  # of computation and teacher; optimizer state is float32; one of float32, bfloat16
     config.remat = "products"  # backward recomputes scores only, all but products, or all; one of none, products, layer
-    config.attention = "blocks"  # cached entries are read in XLA or by a kernel for TPUs; one of blocks, pallas
+    config.attention = "blocks"  # attention is compiled by XLA or runs in kernels for TPUs; one of blocks, pallas
     config.attention_block = 512  # cached slots whose attention scores are in memory at a time
     config.unroll = False  # compile the T loops one after the other: less memory traffic, slower to compile
     config.micro_batches = 1  # sequential parts of a batch, whose gradients are summed; divides data.batch

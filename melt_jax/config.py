@@ -248,7 +248,7 @@ class TrainConfig:
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]
     dtype: Annotated[str, OneOf(CHOICES["dtype"]), "of computation and teacher; optimizer state is float32"]
     remat: Annotated[str, OneOf(CHOICES["remat"]), "backward recomputes scores only, all but products, or all"]
-    attention: Annotated[str, OneOf(CHOICES["attention"]), "cached entries are read in XLA or by a kernel for TPUs"]
+    attention: Annotated[str, OneOf(CHOICES["attention"]), "attention is compiled by XLA or runs in kernels for TPUs"]
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"]
     unroll: Annotated[bool, "compile the T loops one after the other: less memory traffic, slower to compile"]
     micro_batches: Annotated[Count, "sequential parts of a batch, whose gradients are summed; divides data.batch"]

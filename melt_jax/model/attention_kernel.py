@@ -34,6 +34,8 @@ from melt_jax.model.cache import KV, ChunkKV, EntryView, blend
 from melt_jax.model.layout import accumulation_dtype
 
 LANES = 128  # of a TPU's vector registers
+# Bytes of VMEM for a kernel. The default of 16 MiB is 0.2 too few for 4,096 float32 rows in the transition.
+VMEM = 20 * 2**20
 
 
 class NearReach(NamedTuple):
@@ -398,6 +400,7 @@ def _call(
         input_output_aliases={first + len(by_slot) + i: kept + i for i in range(len(totals))},
         interpret=interpret,
         name=name,
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM),
         # For all blocks; `melt_jax.analysis` scales the part of the slots to the mean number of live ones.
         cost_estimate=pl.CostEstimate(
             flops=2 * products * rows * length * width,

@@ -205,10 +205,8 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
     near_blocks = len(near.keys) // sizes[0]
 
     def kernel(count, alpha, places, operands, results, peaks, totals, sums):
-        ((*of_rows, query), (*near_reach, near_keys, near_values), (cached, *entries), _), (out, log_total) = (
-            operands,
-            results[0],
-        )
+        (*of_rows, query), (*near_reach, near_keys, near_values), (cached, *entries) = operands[:3]
+        out, log_total = results[0]
         index = pl.program_id(0)
         slot_block = index - near_blocks
 

@@ -30,12 +30,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from melt_jax.model.attention_grid import run_over_blocks
 from melt_jax.model.cache import KV, ChunkKV, EntryView, blend
 from melt_jax.model.layout import accumulation_dtype
 
 LANES = 128  # of a TPU's vector registers
-# Bytes of VMEM for a kernel. The default of 16 MiB is 0.2 too few for 4,096 float32 rows in the transition.
-VMEM = 20 * 2**20
 
 
 class NearReach(NamedTuple):
@@ -237,7 +236,7 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
             out[...] = (sums[...] / totals[...]).T.astype(out.dtype)
             log_total[...] = peaks[...] + jnp.log(totals[...])
 
-    (out, log_total), *_ = _call(
+    (out, log_total), *_ = run_over_blocks(
         kernel,
         scalars,
         (*map(_row, of_rows), query),
@@ -308,7 +307,7 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
         def _():
             query_bar[...] = query_sum[...].T.astype(query_bar.dtype)
 
-    (query_bar,), near_bar, totals = _call(
+    (query_bar,), near_bar, totals = run_over_blocks(
         kernel,
         scalars,
         (*map(_row, of_rows), query, out_bar, _row(log_total), _row(product)),
@@ -317,7 +316,7 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
         sizes,
         totals=tuple(totals),
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype),),
-        near_outputs=tuple(map(_shape, near)),
+        near_outputs=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in near),
         scratch=[pltpu.VMEM((width, rows), wide)],
         name="attention_backward",
         products=5,
@@ -326,115 +325,9 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
     return query_bar, KV(*near_bar), *(KV(*totals[i : i + 2]) for i in range(0, len(totals), 2))
 
 
-def _call(
-    kernel, scalars, whole, near, by_slot, sizes, *,
-    totals=(), outputs, near_outputs=(), scratch, name, products, interpret,
-):  # fmt: skip
-    """Runs a kernel over the blocks of near entries and then over those of slots.
-
-    Args:
-      kernel: a function of references: the scalars; (whole, near, by_slot, totals), a tuple of tuples; (outputs,
-        near_outputs, changed totals); the scratch.
-      scalars: (the number of live blocks of slots [1], α [1], the indices of the sets' leading dimensions,
-        concatenated).
-      whole: arrays that are in VMEM all the time; the first is [1, R].
-      near: `NearReach` of the near entries [1, N] each, their keys and values [N, E]; one block is in VMEM at a time.
-      by_slot: the segments of the slots [1, S] and the entries [..., S, E]; a block of them is in VMEM at a time, and
-        no block is fetched after the last live one.
-      sizes: of a block of near entries, which divides N, and of a block of slots.
-      totals: arrays like the entries; the kernel changes their live blocks in place.
-      outputs: shapes of results that are in VMEM all the time.
-      near_outputs: shapes of results for the near entries, [N, E].
-      scratch: further arrays in VMEM.
-      name: of the kernel.
-      products: the number of matrix products, each of 2 · R · E FLOPs per entry.
-      interpret: whether to interpret the kernel, as on platforms other than TPUs.
-
-    Returns:
-      (outputs, near_outputs, totals).
-    """
-    near_kv, (cached, *entries), (piece, size) = near[3:], by_slot, sizes
-    rows, (near_length, width), slots = whole[0].shape[1], near_kv[0].shape, cached.shape[1]
-    near_blocks, blocks = near_length // piece, -(-slots // size)
-    last_near = lambda index: jnp.minimum(index, near_blocks - 1)
-    live = lambda index, count: jnp.minimum(jnp.maximum(index - near_blocks, 0), jnp.maximum(count[0] - 1, 0))
-    block = lambda shape, index: pl.BlockSpec(shape, _outside_mesh(index))
-    at_rest = lambda x: block(x.shape, lambda index, *scalars: (0, 0))
-    of_near_reach = block((1, piece), lambda index, *scalars: (0, last_near(index)))
-    of_near = lambda x: block((piece, width), lambda index, *scalars: (last_near(index), 0))
-    of_slots = block((1, size), lambda index, count, *others: (0, live(index, count)))
-
-    def of_entries(x):
-        n = entries[0].ndim - 2
-        lead = range(n) if x.ndim - 2 == n else range(n, n + x.ndim - 2)  # per-loop entries have one more
-        place = lambda index, count, alpha, places: (*(places[i] for i in lead), live(index, count), 0)
-        return block((*[None] * len(lead), size, width), place)
-
-    # The numbers of the first operand and of the first result that move by blocks of slots.
-    first, kept = len(scalars) + len(whole) + len(near), len(outputs) + len(near_outputs)
-    parts = (blocks, *(blocks * math.prod(x.shape[:-2]) for x in (*entries, *totals)))
-    operands_by_block = (f"{first + i}:{count}" for i, count in enumerate(parts))
-    results_by_block = (f"{kept + i}:{count}" for i, count in enumerate(parts[len(by_slot) :]))
-    length = near_length + slots
-    (results,) = pl.pallas_call(
-        _outside_mesh(kernel),
-        out_shape=((outputs, near_outputs, tuple(map(_shape, totals))),),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(near_blocks + blocks,),
-            in_specs=(
-                (
-                    tuple(map(at_rest, whole)),
-                    (*[of_near_reach] * 3, *map(of_near, near_kv)),
-                    (of_slots, *map(of_entries, entries)),
-                    tuple(map(of_entries, totals)),
-                ),
-            ),
-            out_specs=(
-                (tuple(map(at_rest, outputs)), tuple(map(of_near, near_outputs)), tuple(map(of_entries, totals))),
-            ),
-            scratch_shapes=scratch,
-        ),
-        input_output_aliases={first + len(by_slot) + i: kept + i for i in range(len(totals))},
-        interpret=interpret,
-        name=name,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM),
-        # For all blocks; `melt_jax.analysis` scales the part of the slots to the mean number of live ones.
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * rows * length * width,
-            transcendentals=rows * length,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in near_kv)
-            + len(entries) * slots * width * entries[0].dtype.itemsize,
-        ),
-        metadata={
-            "blocks": str(blocks),
-            "whole": f"{near_length} {length}",
-            "operands_by_block": " ".join(operands_by_block),
-            "results_by_block": " ".join(results_by_block),
-            "sides": f"{width} {min(size, rows)}",  # a product sums over the width or its result has it
-        },
-    )(*scalars, (whole, near, by_slot, totals))
-    return results
-
-
 def _row(x):
     """[n] → [1, n]."""
     return x[None]
-
-
-def _shape(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _outside_mesh(function):
-    """Traces a function without a mesh, as code of one device; else the interpreter finds two meshes in a program."""
-
-    @functools.wraps(function)
-    def run(*args):
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return function(*args)
-
-    return run
 
 
 def _read(entries, alpha, index, size, slots):

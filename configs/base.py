@@ -31,10 +31,12 @@ def get_config() -> ConfigDict:
     # The computation of a step.
     config.chunk_size = 500  # C, tokens that run in parallel
     config.dtype = "bfloat16"  # of computation and teacher; optimizer state is float32; one of float32, bfloat16
-    config.remat = "products"  # backward recomputes scores only, all but products, or all; one of none, products, layer
+    config.remat = (
+        "products"  # backward keeps all but scores, products, or inputs of layers; one of none, products, layer
+    )  # backward keeps all but scores, products, or inputs of layers; one of none, products, layer
     config.attention = "blocks"  # attention is compiled by XLA or runs in kernels for TPUs; one of blocks, pallas
     config.attention_block = 512  # cached slots whose attention scores are in memory at a time
-    config.unroll = False  # compile the T loops one after the other: less memory traffic, slower to compile
+    config.unroll = False  # separate code for each of the T loops: less memory traffic, slower to compile
     config.micro_batches = 1  # sequential parts of a batch, whose gradients are summed; divides data.batch
     config.compiler_options = "default"  # TPU compiler options of a step; one of default, overlap, vmem, overlap_vmem
     config.gather = "step"  # when weights are gathered over fsdp: once a step or at each use; one of step, layer

@@ -88,7 +88,7 @@ class ModelConfig:
         "blocks"
     )
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"] = 512
-    unroll: Annotated[bool, "compile the loops one after the other, as in the run's unroll"] = False
+    unroll: Annotated[bool, "separate code for each loop, as in the run's unroll"] = False
 
     @property
     def group(self) -> int:
@@ -247,10 +247,10 @@ class TrainConfig:
     student: StudentConfig
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]
     dtype: Annotated[str, OneOf(CHOICES["dtype"]), "of computation and teacher; optimizer state is float32"]
-    remat: Annotated[str, OneOf(CHOICES["remat"]), "backward recomputes scores only, all but products, or all"]
+    remat: Annotated[str, OneOf(CHOICES["remat"]), "backward keeps all but scores, products, or inputs of layers"]
     attention: Annotated[str, OneOf(CHOICES["attention"]), "attention is compiled by XLA or runs in kernels for TPUs"]
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"]
-    unroll: Annotated[bool, "compile the T loops one after the other: less memory traffic, slower to compile"]
+    unroll: Annotated[bool, "separate code for each of the T loops: less memory traffic, slower to compile"]
     micro_batches: Annotated[Count, "sequential parts of a batch, whose gradients are summed; divides data.batch"]
     gather: Annotated[str, OneOf(CHOICES["gather"]), "when weights are gathered over fsdp: once a step or at each use"]
     compiler_options: Annotated[str, OneOf(CHOICES["compiler_options"]), "TPU compiler options of a step"]

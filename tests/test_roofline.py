@@ -38,7 +38,7 @@ def test_collectives_pay_bytes_and_hops():
     seconds = 2e9 * 3 / 4 / V5E.ring_bandwidth
     found = bounds(collectives=[gather()])
     assert found.whole.collective_seconds == pytest.approx(seconds + 10 * 2 * HOP_SECONDS)
-    assert found.whole.bound == "collectives" and found.parts["mlp"].collectives == 10
+    assert found.whole.bound == "links" and found.parts["mlp"].collectives == 10
     reduced = bounds(collectives=[gather(kind="all-reduce")]).whole
     assert reduced.collective_seconds == pytest.approx(2 * seconds + 10 * 4 * HOP_SECONDS)
 

@@ -215,7 +215,7 @@ class Report:
             return []
         whole = self.roofline(self.chip).whole
         lines = [f"at {self.chip.name}'s peak rates: products {whole.product_seconds:.3f} s, memory"
-                 f" {whole.memory_seconds:.3f} s, collectives {whole.collective_seconds:.3f} s"]  # fmt: skip
+                 f" {whole.memory_seconds:.3f} s, links {whole.collective_seconds:.3f} s"]  # fmt: skip
         if self.weight_reads:
             lines.append(f"weights read from memory: {_giga(self.weight_reads)} GB,"
                          f" {self.read_seconds(self.chip):.3f} s at {self.chip.name}'s peak")  # fmt: skip

@@ -1,8 +1,8 @@
-"""Bounds of a compiled program's time by a chip's peaks, for each named scope: products, memory, collectives.
+"""Bounds of a compiled program's time by a chip's peaks, for each named scope: products, memory, links.
 
-    products       FLOPs at the peak of the matrix units; half of it for a product with a side of at most half a unit
-    memory         bytes of `hlo_memory` at the peak bandwidth of HBM
-    collectives    bytes along one ring of the links, plus the latency of each hop of each collective
+    products    FLOPs at the peak of the matrix units; half of it for each side of at most half a unit
+    memory      bytes of `hlo_memory` at the peak bandwidth of HBM
+    links       bytes along one ring of the links, plus the latency of each hop of each collective
 
 A step takes at least as long as the largest of the three, and their sum if nothing overlaps. None is a measurement.
 """
@@ -58,7 +58,7 @@ class Part:
         times = {
             "products": self.product_seconds,
             "memory": self.memory_seconds,
-            "collectives": self.collective_seconds,
+            "links": self.collective_seconds,
         }
         return max(times, key=lambda name: times[name])
 

@@ -2,8 +2,9 @@
 
 Only one block's scores are in memory at a time, and only blocks that hold entries are visited, so a chunk early in a
 sequence costs less than a late one. The backward pass recomputes the scores from the log of their normalizer, as in
-flash attention (arXiv 2205.14135). Letters in shapes: B batch, S cached slots, C chunk length, K key/value heads, G
-query heads per key/value head, E head width.
+flash attention (arXiv 2205.14135). On TPUs the kernels of `attention_kernel` can do the same. Letters in shapes: B
+batch, S cached slots, C chunk length, N near entries, W window, K key/value heads, G query heads per key/value head, E
+head width.
 """
 
 import functools
@@ -32,7 +33,7 @@ class AttentionMask(NamedTuple):
       start: the chunk's first slot; slots from there on are not read.
       width: W; a query attends to the W tokens before it through their entries of its own loop.
       recent: the segments of the window's tokens; None without a window.
-      last_loop: in loop T entries of its own loop are the final ones, and the window is not read.
+      last_loop: whether this is loop T, whose own entries are the final ones; the window is then not read.
       sweep: counted from 0; from sweep 1 on, tokens of the chunk further back than W are seen through the final entries
         of the sweep before. None: there is one sweep.
     """
@@ -175,7 +176,7 @@ def _blockwise_attention_backward(block, attention, residuals, out_bar):
 
 
 def _backward_in_blocks(query, earlier, near, alpha, mask, block, out_bar, log_total, product):
-    """The cotangents (of the queries, of the cached entries that are no views, of the near entries)."""
+    """The cotangents (of the queries, of the cached entries that are not views, of the near entries)."""
     scale = 1 / math.sqrt(query.shape[-1])
 
     def pull_back(kv, visible):

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-# Bytes of VMEM for a kernel. The default of 16 MiB is 0.2 too few for 4,096 float32 rows in the transition.
+# Bytes of VMEM for a kernel. The default of 16 MiB is 0.2 MiB too small for 4,096 float32 rows in the transition.
 VMEM = 20 * 2**20
 
 

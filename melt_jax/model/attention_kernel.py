@@ -104,7 +104,7 @@ def attention_backward(
     """The cotangents of the queries, the cached and the near entries.
 
     Args:
-      query: see `attention_forward`, as for the next five.
+      query, earlier, near, alpha, reach, block: see `attention_forward`.
       out_bar: the cotangent of the heads' results.
       log_total: from `attention_forward`.
       product: the sums of results · out_bar over E.
@@ -157,7 +157,7 @@ def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sum
     of_rows = functools.partial(_repeat, group)
     queries = of_rows(jnp.arange(reach.segments.shape[1], dtype=jnp.int32))
     rows = *(jax.vmap(of_rows)(x) for x in (reach.segments, reach.ends)), queries
-    # No query has the segment of the entries that fill up N, 0.
+    # The entries that fill up N have segment 0, which no query has.
     near_reach = jax.tree.map(lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, pad)]), tuple(reach.near))
     near = jax.tree.map(lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))), near)
     first = jnp.zeros((0,), jnp.int32)
@@ -366,7 +366,7 @@ def _column(x):
 
 
 def _dot(x, y, contracted):
-    """The product of two matrices over one dimension of each, in the accumulation dtype; float32 is exact."""
+    """The product of two matrices over one dimension of each, in the accumulation dtype, at full precision."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
     wide = accumulation_dtype(x.dtype)

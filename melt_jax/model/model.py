@@ -240,7 +240,7 @@ def join_layers(layers: DecoderLayer, others: LoopedTransformer, layer_sums: Any
 
 
 def unstack(model: LoopedTransformer) -> LoopedTransformer:
-    """The model with a list of layers in place of stacked weights; `run_chunk` then does not scan but unrolls.
+    """The model with a list of layers in place of stacked weights; `run_chunk` then has no scan over layers.
 
     Before a CPU multiplies with a slice of stacked weights, it copies the slice, in every layer and loop. With a list
     it reads each weight where it is, which matters in decoding: a token needs all weights for few products.

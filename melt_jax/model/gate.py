@@ -13,12 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from melt_jax.config import ModelConfig
 from melt_jax.model.layout import accumulation_dtype, einsum, upcast, whole_features
 
 EMA_KEEP = 0.8  # z of the `ema` variant
+LOGITS = "gate_logits"  # the `jax.checkpoint` name of a learned gate's values before the sigmoid
 
 
 class Gate(nnx.Module):
@@ -117,4 +119,5 @@ def update_latent(
 def _sigmoid_gate(w_z, u_z, b_z, u, latent):
     dot = lambda x, w: einsum("bcd,de->bce", x, w, accumulate=True)
     # z = σ(u W_z + h U_z + b_z)
-    return jax.nn.sigmoid(dot(u, w_z) + dot(whole_features(latent), u_z) + upcast(b_z)[None, None])
+    logits = dot(u, w_z) + dot(whole_features(latent), u_z) + upcast(b_z)[None, None]
+    return jax.nn.sigmoid(checkpoint_name(logits, LOGITS))

@@ -14,16 +14,17 @@ from jaxtyping import Array, Float, Int
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
 from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, EntryStack, blend, create_cache
-from melt_jax.model.gate import update_latent
+from melt_jax.model.gate import LOGITS, update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
 from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features
 from melt_jax.model.model import LoopedTransformer, is_unstacked
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(SAVED)
+_attention_and_gate = _policies.save_only_these_names(SAVED, LOGITS)  # in place of the gate's two products
 # For each `ModelConfig.remat`: the values of a layer, besides its inputs, that are kept for the backward pass.
 REMAT = {
-    "products": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
+    "products": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention_and_gate),
     "layer": _attention,
 }
 

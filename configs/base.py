@@ -31,9 +31,7 @@ def get_config() -> ConfigDict:
     # The computation of a step.
     config.chunk_size = 500  # C, tokens that run in parallel
     config.dtype = "bfloat16"  # of computation and teacher; optimizer state is float32; one of float32, bfloat16
-    config.remat = (
-        "products"  # backward keeps all but scores, products, or inputs of layers; one of none, products, layer
-    )  # backward keeps all but scores, products, or inputs of layers; one of none, products, layer
+    config.remat = "products"  # backward keeps all but scores, products, or layer inputs; one of none, products, layer
     config.attention = "blocks"  # attention is compiled by XLA or runs in kernels for TPUs; one of blocks, pallas
     config.attention_block = 512  # cached slots whose attention scores are in memory at a time
     config.unroll = False  # separate code for each of the T loops: less memory traffic, slower to compile

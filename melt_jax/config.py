@@ -247,7 +247,7 @@ class TrainConfig:
     student: StudentConfig
     chunk_size: Annotated[Count, "C, tokens that run in parallel"]
     dtype: Annotated[str, OneOf(CHOICES["dtype"]), "of computation and teacher; optimizer state is float32"]
-    remat: Annotated[str, OneOf(CHOICES["remat"]), "backward keeps all but scores, products, or inputs of layers"]
+    remat: Annotated[str, OneOf(CHOICES["remat"]), "backward keeps all but scores, products, or layer inputs"]
     attention: Annotated[str, OneOf(CHOICES["attention"]), "attention is compiled by XLA or runs in kernels for TPUs"]
     attention_block: Annotated[Count, "cached slots whose attention scores are in memory at a time"]
     unroll: Annotated[bool, "separate code for each of the T loops: less memory traffic, slower to compile"]

@@ -149,7 +149,7 @@ def for_inference(model: Tree, dtype: Any) -> Tree:
 
 def check_batch(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, batch: int, micro_batches: int) -> None:
     """Raises ShardingError if a batch cannot be split over the mesh and into micro-batches."""
-    groups = math.prod(mesh.shape[axis] for axis in BATCH)
+    groups = _groups(mesh)
     if batch % (groups * micro_batches):
         found = f"replica {mesh.shape['replica']} · fsdp {mesh.shape['fsdp']} · micro_batches {micro_batches}"
         raise ShardingError(f"data.batch: expected a multiple of {groups * micro_batches} ({found}), found {batch}")
@@ -161,6 +161,11 @@ def check_attention(mesh: jax.sharding.Mesh, attention: str) -> None:
     if attention == "pallas" and platform not in ("tpu", "cpu"):
         raise ShardingError(
             f"attention: expected 'blocks' on {platform}, because the kernel is for TPUs, found 'pallas'"
+        )
+    if attention == "pallas" and mesh.size > 1 and _groups(mesh) == 1:
+        raise ShardingError(
+            f"attention: expected 'blocks' with replica · fsdp = 1 and tensor {mesh.shape['tensor']}, because the"
+            " kernel needs a batch that is split over devices, found 'pallas'; use a smaller tensor"
         )
 
 
@@ -186,7 +191,20 @@ def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     """The `NamedSharding` of [batch, …] arrays."""
-    return jax.NamedSharding(mesh, jax.P(BATCH))
+    return jax.NamedSharding(mesh, jax.P(_batch_axes(mesh)))
+
+
+def _batch_axes(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...] | None:
+    """The entry of a `PartitionSpec` that splits the batch; None with one group.
+
+    Else the arrays of a single sequence, which broadcasting leaves as they are, would have two types: split over one
+    group, or not split.
+    """
+    return BATCH if _groups(mesh) > 1 else None
+
+
+def _groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.axis_names)
 
 
 def local_batch_indices(sharding: jax.NamedSharding, batch: int, process: int | None = None) -> np.ndarray:
@@ -251,21 +269,25 @@ def place_batch(batch: Tree, sharding: jax.NamedSharding, indices: np.ndarray, s
 
 def batch_groups() -> int:
     """The number of parts into which the current mesh splits a batch; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in BATCH if axis in mesh.axis_names)
+    return _groups(jax.sharding.get_abstract_mesh())
+
+
+def _batch_spec(*leading: None) -> Any:
+    """The spec, in the current mesh, of arrays whose dimension after the `leading` ones is the batch."""
+    return in_mesh(jax.P(*leading, _batch_axes(jax.sharding.get_abstract_mesh())))
 
 
 def group_batch(batch: Tree, parts: int) -> Tree:
     """Splits each device group's share of a batch into equal parts: [batch, …] → [groups, parts, rest, …]."""
     groups = batch_groups()
     shape = lambda x: (groups, parts, x.shape[0] // (groups * parts), *x.shape[1:])
-    return jax.tree.map(lambda x: jnp.reshape(x, shape(x), out_sharding=in_mesh(jax.P(BATCH))), batch)
+    return jax.tree.map(lambda x: jnp.reshape(x, shape(x), out_sharding=_batch_spec()), batch)
 
 
 def ungroup_batch(grouped: Tree) -> Tree:
     """Merges the groups of each part: [groups, parts, rest, …] → [parts, groups · rest, …], split over batch axes."""
     shape = lambda x: (x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
-    merge = lambda x: jnp.reshape(jnp.swapaxes(x, 0, 1), shape(x), out_sharding=in_mesh(jax.P(None, BATCH)))
+    merge = lambda x: jnp.reshape(jnp.swapaxes(x, 0, 1), shape(x), out_sharding=_batch_spec(None))
     return jax.tree.map(merge, grouped)
 
 
@@ -273,7 +295,7 @@ def gather_weights(model: Tree) -> Tree:
     """Gathers every weight over the batch axes, a copy per group: … → [groups, …]. One all-gather for each weight."""
 
     def gather(x):
-        spec = in_mesh(jax.P(BATCH, *_without_fsdp(x)))
+        spec = in_mesh(jax.P(_batch_axes(jax.sharding.get_abstract_mesh()), *_without_fsdp(x)))
         return jnp.broadcast_to(_gather(x), (batch_groups(), *x.shape), out_sharding=spec)
 
     return jax.tree.map(gather, model)

@@ -60,8 +60,17 @@ def test_kernel_is_refused_on_gpus():
     check_attention(_on("gpu"), "blocks")
 
 
-def _on(platform):
-    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+def test_kernel_needs_a_split_batch():
+    with pytest.raises(ShardingError, match=r"^attention: expected 'blocks' with replica · fsdp = 1 and tensor 4, "):
+        check_attention(_on("tpu", tensor=4), "pallas")
+    check_attention(_on("tpu", tensor=4), "blocks")
+    check_attention(_on("tpu", fsdp=2, tensor=4), "pallas")
+
+
+def _on(platform, fsdp=1, tensor=1):
+    devices = np.array([types.SimpleNamespace(platform=platform)])
+    shape = {"replica": 1, "fsdp": fsdp, "tensor": tensor}
+    return types.SimpleNamespace(devices=devices, axis_names=AXES, shape=shape, size=fsdp * tensor)
 
 
 def abstract_mesh(replica=1, fsdp=1, tensor=1):
@@ -148,5 +157,5 @@ def test_steps_do_not_depend_on_the_mesh():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     gaps = json.loads(done.stdout.splitlines()[-1])
-    assert len(gaps) == 4 and all(gap < 1e-12 for gap in gaps.values()), gaps
+    assert len(gaps) == 5 and all(gap < 1e-12 for gap in gaps.values()), gaps
     assert any(gap > 0 for gap in gaps.values())

@@ -66,7 +66,7 @@ class AttentionMask(NamedTuple):
 
     def reach(self) -> Reach:
         """The same masks, as the kernels take them."""
-        ends = jnp.where(self.segments == 0, 0, self._ends())
+        ends = (self.segments != 0) * self._ends()
         return Reach(self._segments(), self._near_reach(), ends, self.cached, jnp.max(self.start))
 
     def _near_reach(self):
@@ -86,7 +86,8 @@ class AttentionMask(NamedTuple):
 
     def _segments(self):
         """[B, C]: the segments of the tokens; each token of padding has one of its own, below 0."""
-        return jnp.where(self.segments == 0, -1 - self._queries()[None], self.segments)
+        # Not `where`, whose two cases would need the same split over a mesh.
+        return self.segments - (self.segments == 0) * (1 + self._queries())[None]
 
     def _ends(self):
         """[1 or B, 1 or C]: the slot from which on a query reads nothing of the cache."""

@@ -91,6 +91,9 @@ def main():
         for name in QUICK[phase] if "--quick" in sys.argv else MESHES:
             shape = MESHES[name]
             gaps[f"{phase}, {name}"] = gap(one_step(phase, make_mesh(MeshConfig(*shape)), "step", 2), want)
+        if phase == "alignment":
+            tensor = make_mesh(MeshConfig(*MESHES["tensor"]))
+            gaps["alignment, one sequence at a time"] = gap(one_step(phase, tensor, "step", BATCH), want)
         if phase == "alignment" or "--quick" not in sys.argv:
             gaps[f"{phase}, gathered at use"] = gap(one_step(phase, make_mesh(MeshConfig(2, 2, 2)), "layer", 2), want)
     scalar = dataclasses.replace(WINDOW, gate="scalar")

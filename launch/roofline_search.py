@@ -1,11 +1,11 @@
-"""Searches mesh, sequences, chunks, attention, remat, gather and so on for the least bound of a training step.
+"""Searches the settings with which the bounds of a training step come closest to the time of its products.
 
     python launch/roofline_search.py --chip=v5p --records=FILE                    a table of all candidates of a chip
     python launch/roofline_search.py --chip=v5e --records=FILE --only='chunk 500' only candidates that match
     python launch/roofline_search.py --chip=v6e --records=FILE --limit=3          compiles at most three more
 
-The bound is the sum of the roofline's three times: products, memory, links (launch/README.md). The goal is a sum
-of at most 1.5 times the products' time at the peak of the matrix units on v5p and v5e, 1.8 times on v6e. A candidate
+Candidates are compared by a ratio: the sum of the roofline's three times (products, memory, links; launch/README.md)
+over the products' time at the peak of the matrix units. The goal is at most 1.5 on v5p and v5e, 1.8 on v6e. A candidate
 takes minutes; FILE keeps each result, so an interrupted search resumes. It needs libtpu (pip install 'jax[tpu]') but no
 TPU.
 """

@@ -148,25 +148,21 @@ def _used_of(computations, computation, source, result=None):
     total = 0.0
     for user in _users(computation, source.name):
         positions = [i for i, name in enumerate(operand_names(user)) if name == source.name]
-
-        def of_user(user=user):
-            return result if user is computation.root else _used_of(computations, computation, user, result)
-
-        if user.opcode in _RENAMING:
-            used = of_user()
-        elif user.opcode in _CONVERTING:
-            used = None if _is_in_tuple(computation, user) else of_user()
-            used = used and used * buffer_bytes(source.shape) / buffer_bytes(user.shape)
+        used = None
+        if user.opcode in (*_RENAMING, *_CONVERTING, "fusion"):  # as much as is used of what they return
+            used = result if user is computation.root else _used_of(computations, computation, user, result)
+        if user.opcode in _CONVERTING and used is not None:
+            used *= buffer_bytes(source.shape) / buffer_bytes(user.shape)
+            if _is_in_tuple(computation, user):
+                return None
         elif user.opcode == "fusion":
             callee = computations[plain_attribute(user, "calls")]
-            each = [_used(computations, callee, i, of_user()) for i in positions]
+            each = [_used(computations, callee, i, used) for i in positions]
             used = None if None in each else sum(each)
         elif user.opcode in _SELECTING and positions == [0]:
             used = buffer_bytes(user.shape)
         elif user.opcode == "tuple" or (user.opcode in _IN_PLACE and positions == [0]):
             used = 0.0
-        else:
-            used = None
         if used is None:
             return None
         total += used

@@ -86,6 +86,16 @@ def chunk_rows(length: int) -> dict[str, str]:
     return rows
 
 
+def recipe_parts(transition: int, alignment: int) -> dict[str, str]:
+    """The whole recipe and less of it, in equally many steps."""
+    one_phase = f"phases=alignment transition.steps={transition} alignment.steps={transition + alignment}"
+    return {
+        "full": f"transition.steps={transition} alignment.steps={alignment}",
+        "no transition": one_phase,
+        "no transition, β = 0": f"{one_phase} alignment.beta=0.0",
+    }
+
+
 ONE_PHASE = "transition.steps=160 alignment.steps=160"  # the steps of both phases
 EXACT = "chunk_size=16 student.window=15"  # C = W + 1: training computes what decoding computes
 WARM_START = (  # about as many FLOPs as 30 steps of the transition
@@ -100,13 +110,14 @@ TABLES = {
         seeds=5,
     ),
     "gate_order": Experiment(
-        "the two learned gates, with three times the steps, with an exact window, and with both",
+        "the two learned gates, with three times the steps, with an exact window, with both, and token by token",
         {
             f"{gate}, {name}": f"student.gate={gate} phases=transition {overrides}"
             for name, overrides in (
                 ("480 steps", "transition.steps=480"),
                 ("W = 15", f"{EXACT} transition.steps=160"),
                 ("W = 15, 480 steps", f"{EXACT} transition.steps=480"),
+                ("C = 1", "chunk_size=1 transition.steps=160"),
             )
             for gate in ("elementwise", "scalar")
         },
@@ -122,6 +133,14 @@ TABLES = {
             "no transition": f"phases=alignment {ONE_PHASE}",
             "the last loop's KL only": "distillation.loops=last",
             "one chunk": "chunk_size=128",
+        },
+    ),
+    "recipe_order": Experiment(
+        "the recipe without its parts, with three times the steps and with an exact window",
+        {
+            f"{part}, {name}": f"{overrides} {common}".strip()
+            for name, common, steps in (("480 steps", "", (180, 300)), ("W = 15", EXACT, (60, 100)))
+            for part, overrides in recipe_parts(*steps).items()
         },
     ),
     "chunks": Experiment("chunk C, window W and sweeps s", chunk_rows(128)),

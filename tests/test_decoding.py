@@ -11,7 +11,7 @@ from melt_jax.analysis.hlo import analyse
 from melt_jax.command_line import load_config
 from melt_jax.config import ModelConfig, freeze
 from melt_jax.inference import generation
-from melt_jax.inference.generation import GenerationOptions, decode_block, prepare_prefill
+from melt_jax.inference.generation import GenerationOptions, decode_block, decoding_options, prepare_prefill
 from melt_jax.model.model import init_model, unstack
 from melt_jax.sharding import make_mesh
 from tests.helpers.topology import topology_devices
@@ -70,7 +70,8 @@ def test_decoding_on_a_cpu_moves_little_more(gate, count):
     inputs = prepare_prefill(model, prompts, 1023, 1)
     state = generation._initial_state(inputs.lengths)
     request = generation._request(options, range(len(prompts)))
-    text = decode_block.lower(model, inputs.cache, state, request, block=32).compile().as_text()
+    lowered = decode_block.lower(model, inputs.cache, state, request, block=32)
+    text = lowered.compile(decoding_options(len(prompts))).as_text()
     program = analyse(text, lambda name: 1 if name.count("while") == 1 else None)
     needed = decoding_bytes(model.config, len(prompts), inputs.cache.length, itemsize=4).total
     assert not program.unknown_loops

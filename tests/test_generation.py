@@ -179,7 +179,7 @@ class SimulatedMachine:
     def __init__(self):
         self.now, self.device_free = 0.0, 0.0
 
-    def compile(self, function, *args, **static):
+    def compile(self, function, *args, compiler_options=None, **static):
         self.now += 100
 
         def program(*args):

@@ -242,7 +242,9 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
         return add_block(state, kv, mask.over_cache(index * size, begin, size), begin)
 
     if size == slots:
-        return body(0, state)
+        if mask.segments.shape[1] == 1:  # decoding: the one block is never empty
+            return body(0, state)
+        return jax.lax.cond(jnp.max(mask.start) > 0, functools.partial(body, 0), lambda state: state, state)
     with jax.named_scope(BLOCKS):
         return jax.lax.fori_loop(0, (jnp.max(mask.start) + size - 1) // size, body, state)
 

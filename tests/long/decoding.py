@@ -41,11 +41,13 @@ def by_jax(model: LoopedTransformer, prompts: list[list[int]]) -> Run:
 def by_transformers(model: torch.nn.Module, prompts: list[list[int]]) -> Run:
     """A run of transformers; the prefill is timed alone and subtracted from the rest."""
 
+    inputs = torch.tensor(prompts)
+    settings = dict(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    settings["attention_mask"] = torch.ones_like(inputs)  # without a mask, token 0 of a prompt is padding
+
     def run(new):
         start = time.perf_counter()
-        out = model.generate(
-            torch.tensor(prompts), max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
+        out = model.generate(inputs, max_new_tokens=new, **settings)
         return time.perf_counter() - start, out[:, len(prompts[0]) :].tolist()
 
     first, _ = run(1)

@@ -28,9 +28,8 @@ from launch.tables import RESULTS, interval
 from melt_jax import command_line
 from melt_jax.analysis import figures
 from melt_jax.config import InputError
-from melt_jax.data.arithmetic import fresh_problems
 from melt_jax.files import read_json, write_text
-from melt_jax.inference.answers import exact_answers
+from melt_jax.inference.answers import exact_answers, fresh_problems
 from melt_jax.inference.loading import ModelChanges, open_for_inference
 from melt_jax.model.model import reconfigure
 

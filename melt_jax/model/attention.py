@@ -242,7 +242,7 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
         return add_block(state, kv, mask.over_cache(index * size, begin, size), begin)
 
     if size == slots:
-        if mask.segments.shape[1] == 1:  # decoding: the one block is never empty
+        if mask.segments.shape[1] == 1:  # decoding; the block is empty for the first token only
             return body(0, state)
         return jax.lax.cond(jnp.max(mask.start) > 0, functools.partial(body, 0), lambda state: state, state)
     with jax.named_scope(BLOCKS):

@@ -1,4 +1,4 @@
-"""Trains the embedded LoopLM into a MELT in phases of 60 and 180 steps, in five minutes on two CPU cores.
+"""Trains the embedded LoopLM into a MELT in phases of 60 and 180 steps, in about four minutes on two CPU cores.
 
     python -m melt_jax.train --config=configs/nano.py --workdir=runs/nano
 

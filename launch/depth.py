@@ -3,15 +3,17 @@
     python launch/depth.py --runs='runs/tables/questions/base_C_16_W_15/seed_*'    evaluates what is missing
     python launch/depth.py                                                         prints and draws the records
 
-The runs must have one config but for the seed; each is a workdir of `melt_jax.train` on the arithmetic task. They and
-their teacher answer the problems of the runs' evaluation with 1 to 8 loops. Each score is a line of
-configs/results/depth.csv. Run it in the repository's folder with the Python of the virtual environment that
-launch/setup.sh creates.
+Each run is a workdir of `melt_jax.train` on the arithmetic task; their configs differ in the seed only. They and their
+teacher answer the problems of the runs' evaluation with 1 to 8 loops. Each score is a line of
+configs/results/depth.csv, with a digest of the config. Run it in the repository's folder with the Python of the virtual
+environment that launch/setup.sh creates.
 """
 
 import csv
 import glob
+import hashlib
 import io
+import json
 import pathlib
 import sys
 from collections import defaultdict
@@ -35,8 +37,8 @@ from melt_jax.model.model import reconfigure
 
 MODEL = "alignment/model"  # of a workdir
 LOOPS = range(1, 9)
-COLUMNS = ("model", "seed", "loops", "answers")
-Records = dict[tuple[str, int, int], float]  # (model, seed, loops): fraction of exact answers
+COLUMNS = ("config", "model", "seed", "loops", "answers")
+Records = dict[tuple[str, str, int, int], float]  # (config, model, seed, loops): fraction of exact answers
 
 
 def read(path: pathlib.Path) -> Records:
@@ -44,12 +46,13 @@ def read(path: pathlib.Path) -> Records:
     if not path.exists():
         return {}
     rows = csv.DictReader(io.StringIO(path.read_text()))
-    return {(row["model"], int(row["seed"]), int(row["loops"])): float(row["answers"]) for row in rows}
+    return {(r["config"], r["model"], int(r["seed"]), int(r["loops"])): float(r["answers"]) for r in rows}
 
 
 def write(path: pathlib.Path, records: Records) -> None:
     """Writes all scores, completely or not at all."""
-    lines = [",".join(COLUMNS)] + [f"{m},{seed},{loops},{score:.6f}" for (m, seed, loops), score in records.items()]
+    lines = [",".join(COLUMNS)]
+    lines += [f"{config},{model},{seed},{loops},{score:.6f}" for (config, model, seed, loops), score in records.items()]
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -57,7 +60,7 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
     """The config of each run.
 
     Raises:
-      InputError: a folder is no finished run of the arithmetic task, or two runs differ in more than the seed.
+      InputError: a folder is no finished run of the arithmetic task, or two runs do not differ in the seed only.
     """
     configs = []
     for folder in folders:
@@ -67,9 +70,10 @@ def read_runs(folders: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
         if config["data"]["source"] != "arithmetic":
             raise InputError(f"{folder}: expected data.source arithmetic, found {config['data']['source']}")
         configs.append(config)
-        for key in ("teacher", "student", "chunk_size", "data", "evaluation"):
-            if config[key] != configs[0][key]:
-                raise InputError(f"{folder}: expected the {key} of {folders[0]}, found another one; match fewer runs")
+        if config | {"seed": 0} != configs[0] | {"seed": 0}:
+            raise InputError(f"{folder}: expected the config of {folders[0]} but for the seed; match fewer runs")
+    if len({config["seed"] for config in configs}) < len(configs):
+        raise InputError("--runs: expected one run per seed, found several; match fewer runs")
     return configs
 
 
@@ -77,9 +81,15 @@ def evaluate(folders: Sequence[pathlib.Path], path: pathlib.Path) -> None:
     """Adds the scores that are missing, each as soon as it is known.
 
     Raises:
-      InputError: see `read_runs`.
+      InputError: see `read_runs`; or the file has scores of other runs.
     """
     records, configs = read(path), read_runs(folders)
+    same = json.dumps(configs[0] | {"seed": 0}, sort_keys=True)
+    digest = hashlib.sha256(same.encode()).hexdigest()[:12]
+    if others := {config for config, *_ in records} - {digest}:
+        raise InputError(
+            f"{path}: expected scores of runs with the config {digest}, found {others.pop()}; move it away"
+        )
     models = [("teacher", 0, configs[0]["teacher"])]
     models += [("MELT", config["seed"], folder / MODEL) for folder, config in zip(folders, configs)]
     data, evaluation = configs[0]["data"], configs[0]["evaluation"]
@@ -87,17 +97,17 @@ def evaluate(folders: Sequence[pathlib.Path], path: pathlib.Path) -> None:
     for name, seed, checkpoint in models:
         model = open_for_inference(checkpoint, ModelChanges())
         for loops in LOOPS:
-            if (name, seed, loops) not in records:
+            if (key := (digest, name, seed, loops)) not in records:
                 answers = exact_answers(reconfigure(model, loops=loops), problems, configs[0]["chunk_size"])
-                records[name, seed, loops] = float(answers.answer_exact.mean())
+                records[key] = float(answers.answer_exact.mean())
                 write(path, records)
-                print(f"{name}, seed {seed}, {loops} loops: {records[name, seed, loops]:.1%}", flush=True)
+                print(f"{name}, seed {seed}, {loops} loops: {records[key]:.1%}", flush=True)
 
 
 def scores_by_loops(records: Records) -> dict[str, dict[int, list[float]]]:
     """{model: {loops: its scores over seeds}}."""
     scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (model, _, loops), score in records.items():
+    for (_, model, _, loops), score in records.items():
         scores[model][loops].append(score)
     return scores
 
@@ -108,7 +118,7 @@ def markdown(scores: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
     for model, by_loops in scores.items():
         cells = []
         for loops in LOOPS:
-            mean, half = interval(by_loops[loops])
+            mean, half = interval(by_loops[loops]) if loops in by_loops else (np.nan, np.nan)
             cells.append(f"{100 * mean:.1f}" if np.isnan(half) else f"{100 * mean:.1f} ± {100 * half:.1f}")
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -119,9 +129,9 @@ def draw(scores: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for model, by_loops in scores.items():
-        means, halves = np.array([interval(by_loops[loops]) for loops in LOOPS]).T * 100
-        axes.errorbar(LOOPS, means, yerr=np.nan_to_num(halves), marker="o", capsize=3, label=model)
-    axes.set(xlabel="loops", ylabel="exact answers, %", ylim=(0, 103), title="loops at run time; four in training")
+        means, halves = np.array([interval(values) for values in by_loops.values()]).T * 100
+        axes.errorbar(list(by_loops), means, yerr=np.nan_to_num(halves), marker="o", capsize=3, label=model)
+    axes.set(xlabel="loops", ylabel="exact answers, %", ylim=(0, 103))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

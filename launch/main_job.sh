@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job: turns an Ouro checkpoint into a MELT in two phases of distillation.
 #
-#     launch/main_job.sh                                       the embedded LoopLM, five minutes on two cores
+#     launch/main_job.sh                                       the embedded LoopLM, about four minutes on two cores
 #     launch/main_job.sh configs/ouro_1_4b.py ByteDance/Ouro-1.4B-Thinking gs://BUCKET/melt \
 #         --config.data.path=gs://BUCKET/traces
 #

@@ -345,8 +345,10 @@ def draw(experiment: Experiment, records: Sequence[dict[str, str]]) -> Figure:
 def print_tables(names: Sequence[str]) -> None:
     """Prints the recorded tables as markdown and draws each into configs/results/TABLE.png."""
     for name in names:
-        experiment, records = TABLES[name], read_csv(RESULTS / f"{name}.csv")
-        if not current(experiment, records):
+        experiment = TABLES[name]
+        rows = current(experiment, read_csv(RESULTS / f"{name}.csv"))
+        records = list(itertools.chain.from_iterable(rows.values()))
+        if not records:
             continue
         seconds = sum(numbers(records, "seconds"))
         print(f"{experiment.title}: {len(records)} of {len(experiment.runs())} runs, {seconds / 3600:.1f} core hours\n")

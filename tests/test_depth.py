@@ -20,13 +20,13 @@ def make_run(folder, **changes):
 
 
 def test_scores_are_read_as_written(tmp_path):
-    records = {("teacher", 0, 1): 0.25, ("MELT", 0, 1): 0.5, ("MELT", 1, 1): 0.75}
+    records = {("a", "teacher", 0, 1): 0.25, ("a", "MELT", 0, 1): 0.5, ("a", "MELT", 1, 1): 0.75}
     depth.write(tmp_path / "depth.csv", records)
     assert depth.read(tmp_path / "depth.csv") == records and depth.read(tmp_path / "none.csv") == {}
 
 
 def test_recorded_scores_are_not_measured_again(tmp_path, monkeypatch):
-    """Every other number of loops is, and recorded at once."""
+    """Every other number of loops is, and a file with scores of another config is refused."""
     asked = []
 
     class Scores:
@@ -35,19 +35,25 @@ def test_recorded_scores_are_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(depth, "open_for_inference", lambda checkpoint, changes: str(checkpoint))
     monkeypatch.setattr(depth, "reconfigure", lambda model, loops: (model, loops))
     monkeypatch.setattr(depth, "exact_answers", lambda model, *_: asked.append(model) or Scores)
-    run, path = make_run(tmp_path / "run"), tmp_path / "depth.csv"
-    depth.write(path, {("teacher", 0, loops): 1.0 for loops in depth.LOOPS} | {("MELT", 0, 3): 0.0})
-    depth.evaluate([run], path)
-    assert asked == [(str(run / depth.MODEL), loops) for loops in depth.LOOPS if loops != 3]
-    melt = depth.scores_by_loops(depth.read(path))["MELT"]
-    assert melt == {loops: [0.0 if loops == 3 else 0.5] for loops in depth.LOOPS}
+    runs, path = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)], tmp_path / "depth.csv"
+    depth.evaluate(runs[:1], path)
+    assert asked == [(model, loops) for model in ("teacher", str(runs[0] / depth.MODEL)) for loops in depth.LOOPS]
+    del asked[:]
+    depth.evaluate(runs, path)
+    assert asked == [(str(runs[1] / depth.MODEL), loops) for loops in depth.LOOPS]
+    scores = depth.scores_by_loops(depth.read(path))
+    assert scores == {name: dict.fromkeys(depth.LOOPS, [0.5] * n) for name, n in (("teacher", 1), ("MELT", 2))}
+    assert "| MELT | 50.0 ± 0.0 |" in depth.markdown(scores)
+    with pytest.raises(InputError, match=r"depth\.csv: expected scores of runs with the config .*; move it away"):
+        depth.evaluate([make_run(tmp_path / "c", chunk_size=8)], path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data": CONFIG["data"] | {"source": "tokens"}}, "expected data.source arithmetic, found tokens"),
-        ({"chunk_size": 8}, "expected the chunk_size of .*, found another one; match fewer runs"),
+        ({"chunk_size": 8}, "b: expected the config of .*a but for the seed; match fewer runs"),
+        ({}, "expected one run per seed, found several"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, changes, message):

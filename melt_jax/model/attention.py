@@ -242,10 +242,8 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
         return add_block(state, kv, mask.over_cache(index * size, begin, size), begin)
 
     with jax.named_scope(BLOCKS):
-        if size == slots and mask.segments.shape[1] == 1:
-            return body(0, state)  # decoding: empty for the first token of a sequence only
         if size == slots:
-            return jax.lax.cond(jnp.max(mask.start) > 0, functools.partial(body, 0), lambda state: state, state)
+            return body(0, state)
         return jax.lax.fori_loop(0, (jnp.max(mask.start) + size - 1) // size, body, state)
 
 

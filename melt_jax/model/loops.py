@@ -150,9 +150,11 @@ def _run_loops(
     config = model.config
     scan_layers = _scan(in_lists=is_unstacked(model))
     scan_loops = _scan(in_lists=isinstance(cache.per_loop, EntryList), unroll=config.loops if config.unroll else 1)
-    if is_unstacked(model) and x.shape[1] == 1:
-        # The scores of one token are small, and a block of the slots would be a copy.
-        config = dataclasses.replace(config, attention_block=max(1, cache.length))
+    if is_unstacked(model) and cache.length:
+        # The scores of one token are small, and a block of the slots would be a copy. A longer chunk has two blocks or
+        # more, because the loop over blocks skips those without entries.
+        block = cache.length if x.shape[1] == 1 else min(config.attention_block, -(-cache.length // 2))
+        config = dataclasses.replace(config, attention_block=block)
     stored = ChunkKV(cache.shared, cache.per_loop)
     run_layer = functools.partial(_run_layer, config, context, stored)
     if config.remat != "none":

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from melt_jax.model.attention import AttentionMask, blockwise_attention
-from melt_jax.model.cache import KV, ChunkKV, blend
+from melt_jax.model.cache import KV
 
 B, C, K, G, E = 2, 5, 2, 3, 4
 
 
-def plain_attention(query, earlier, own, alpha, mask):
+def plain_attention(query, earlier, own, mask):
     """Softmax attention with all scores computed at once."""
     slots = mask.cached.shape[1]
-    earlier = blend(earlier, alpha)
     keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(earlier, own))
     visible = jnp.concatenate([mask.over_cache(0, 0, slots), mask.near()], axis=-1)[:, None, None]
     scores = jnp.einsum("bckge,bske->bkgcs", query, keys, precision="highest") / E**0.5
@@ -22,7 +21,7 @@ def plain_attention(query, earlier, own, alpha, mask):
     return jnp.einsum("bkgcs,bske->bckge", weights, values, precision="highest")
 
 
-def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0, sweep=None):
+def inputs(slots, start, dtype=jnp.float32, seed=0, sweep=None):
     """Random arguments of `blockwise_attention`; entries from `start` on are large, so that reading one shows.
 
     With a sweep there are also a window of 2 and the entries of the sweep before.
@@ -30,16 +29,14 @@ def inputs(slots, start, which="shared", dtype=jnp.float32, seed=0, sweep=None):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     entries = lambda length: KV(normal(B, length, K, E), normal(B, length, K, E))
-    beyond = lambda kv: jax.tree.map(lambda x: x.at[:, np.max(start) :].set(100.0), kv)
-    shared, per_loop = (beyond(entries(slots)) if which in (name, "both") else None for name in ("shared", "per_loop"))
-    alpha = jnp.asarray(0.3, dtype) if which == "both" else None
+    earlier = jax.tree.map(lambda x: x.at[:, np.max(start) :].set(100.0), entries(slots))
     cached = np.sort(rng.integers(0, 3, (B, slots)), axis=1)[:, ::-1].astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2], [2, 2, 1, 0, 0]], np.int32)
     mask = AttentionMask(jnp.asarray(segments), jnp.asarray(cached), jnp.asarray(start, jnp.int32))
     if sweep is not None:
         recent = jnp.array([[0, 1], [2, 2]], jnp.int32)
         mask = mask._replace(width=2, recent=recent, sweep=jnp.asarray(sweep, jnp.int32))
-    return normal(B, C, K, G, E), ChunkKV(shared, per_loop), entries(C if sweep is None else 2 + 2 * C), alpha, mask
+    return normal(B, C, K, G, E), earlier, entries(C if sweep is None else 2 + 2 * C), mask
 
 
 @pytest.mark.parametrize("last_loop", [False, True])
@@ -62,15 +59,15 @@ def test_near_mask_follows_from_distances(sweep, last_loop):
 
 
 CASES = {
-    "one block": (8, 6, "shared", 512),
-    "whole blocks": (12, 8, "shared", 4),
-    "overlapping blocks": (13, 13, "per_loop", 4),
-    "a partly empty block": (13, 6, "both", 4),
-    "an empty cache": (12, 0, "shared", 4),
-    "a start per sequence": (13, (3, 11), "both", 4),
-    "no cache": (0, 0, "shared", 4),
-    "the first sweep": (13, 6, "shared", 4, 0),
-    "a later sweep": (13, (3, 11), "shared", 4, 1),
+    "one block": (8, 6, 512),
+    "whole blocks": (12, 8, 4),
+    "overlapping blocks": (13, 13, 4),
+    "a partly empty block": (13, 6, 4),
+    "an empty cache": (12, 0, 4),
+    "a start per sequence": (13, (3, 11), 4),
+    "no cache": (0, 0, 4),
+    "the first sweep": (13, 6, 4, 0),
+    "a later sweep": (13, (3, 11), 4, 1),
 }
 
 
@@ -79,12 +76,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_blockwise_attention_equals_plain_attention(name, kernel):
     """The kernel is interpreted here."""
-    slots, start, which, block, *sweep = CASES[name]
-    query, earlier, own, alpha, mask = inputs(slots, start, which, jnp.float64, 0, *sweep)
+    slots, start, block, *sweep = CASES[name]
+    query, earlier, own, mask = inputs(slots, start, jnp.float64, 0, *sweep)
     weight = np.random.default_rng(1).standard_normal((B, C, K, G, E))
 
     def outcome(function, *more):
-        run = lambda query, earlier, own: function(query, earlier, own, alpha, mask, *more)
+        run = lambda query, earlier, own: function(query, earlier, own, mask, *more)
         loss = lambda *args: jnp.sum(run(*args) * weight)
         return jax.jit(lambda *args: (run(*args), jax.grad(loss, (0, 1, 2))(*args)))(query, earlier, own)
 
@@ -108,9 +105,9 @@ def test_bfloat16_attention_differs_by_rounding(kernel):
 @pytest.mark.parametrize("kernel", ["blocks", "pallas"])
 def test_empty_blocks_are_not_visited(kernel):
     """A nan in an empty block changes nothing; if the block were only masked, the nan would spread."""
-    query, earlier, own, alpha, mask = inputs(16, 4)
+    query, earlier, own, mask = inputs(16, 4)
     with_nan = jax.tree.map(lambda x: x.at[:, 4:].set(jnp.nan), earlier)
-    outcome = lambda earlier: blockwise_attention(query, earlier, own, alpha, mask, 4, kernel)
+    outcome = lambda earlier: blockwise_attention(query, earlier, own, mask, 4, kernel)
     np.testing.assert_array_equal(outcome(with_nan), outcome(earlier))
 
 
@@ -118,10 +115,8 @@ def test_only_one_block_of_scores_is_kept():
     """The temporary memory of the forward pass does not grow with the cache."""
 
     def temporary(slots):
-        query, earlier, own, alpha, mask = inputs(slots, slots)
-        compiled = (
-            jax.jit(lambda *args: blockwise_attention(*args, alpha, mask, 64)).lower(query, earlier, own).compile()
-        )
+        query, earlier, own, mask = inputs(slots, slots)
+        compiled = jax.jit(lambda *args: blockwise_attention(*args, mask, 64)).lower(query, earlier, own).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(4096) <= 1.1 * temporary(512)

@@ -29,7 +29,7 @@ transition_first = pytest.mark.parametrize(
 
 
 def cache_bytes(cache):
-    return sum(x.nbytes for x in jax.tree.leaves((cache.shared, cache.per_loop)))
+    return sum(x.nbytes for x in jax.tree.leaves(cache.entries))
 
 
 def test_shared_bytes_do_not_depend_on_the_loops():
@@ -41,8 +41,8 @@ def test_shared_bytes_do_not_depend_on_the_loops():
         looplm = change(TINY, gate="none", loops=loops)
         assert cache_bytes(create_cache(looplm, 3, 7)) == 3 * 7 * bytes_per_token(looplm)
         assert bytes_per_token(looplm) == loops * bytes_per_token(TINY)
-        both = create_cache(change(TINY, loops=loops), 3, 7, transition=True)
-        assert cache_bytes(both) == 3 * 7 * (loops + 1) * bytes_per_token(TINY)
+        blends = create_cache(change(TINY, loops=loops), 3, 7, transition=True)
+        assert cache_bytes(blends) == cache_bytes(create_cache(looplm, 3, 7))
 
 
 def test_bytes_per_token_match_the_paper():
@@ -61,32 +61,31 @@ def random_kv(config, length, seed, lead=()):
     return KV(*(rng.standard_normal(shape, np.float32) for _ in range(2)))
 
 
+@pytest.mark.parametrize("per_loop", [False, True], ids=["shared", "per-loop"])
 @pytest.mark.parametrize("start", [3, (0, 5)], ids=["one start", "a start per sequence"])
-def test_write_changes_its_own_slots_only(start):
-    cache = create_cache(TINY, B, S, jnp.float32, transition=True)
-    old = ChunkKV(random_kv(TINY, S, 0), random_kv(TINY, S, 1, (TINY.loops,)))
+def test_write_changes_its_own_slots_only(start, per_loop):
+    lead = (TINY.loops,) if per_loop else ()
+    cache = create_cache(TINY, B, S, jnp.float32, transition=per_loop)
+    old = ChunkKV(random_kv(TINY, S, 0, lead))
     cache = cache.write(jax.tree.map(jnp.asarray, old), jnp.full((B, S), 7), 0)
-    new = ChunkKV(random_kv(TINY, CHUNK, 2), random_kv(TINY, CHUNK, 3, (TINY.loops,)))
+    new = ChunkKV(random_kv(TINY, CHUNK, 2, lead))
     write = jax.jit(lambda cache, *args: cache.write(*args))
     written = jax.device_get(write(cache, new, np.full((B, CHUNK), 9, np.int32), np.asarray(start, np.int32)))
     for b, first in enumerate(np.broadcast_to(start, B)):
         inside = (np.arange(S) >= first) & (np.arange(S) < first + CHUNK)
         np.testing.assert_array_equal(written.segments[b], np.where(inside, 9, 7))
-        for got, before, chunk, axis in (
-            *zip(written.shared, old.shared, new.shared, (1, 1)),
-            *zip(written.per_loop, old.per_loop, new.per_loop, (2, 2)),
-        ):
-            take = lambda x, axis=axis, b=b: np.moveaxis(np.take(x, b, axis=axis), axis, 0)
+        for got, before, chunk in zip(written.entries, old.entries, new.entries):
+            take = lambda x, b=b: np.moveaxis(x[..., b, :, :, :], -3, 0)
             np.testing.assert_array_equal(take(got)[inside], take(chunk))
             np.testing.assert_array_equal(take(got)[~inside], take(before)[~inside])
 
 
 @float64
 def test_blend_is_linear_in_alpha():
-    shared, per_loop = (jax.tree.map(np.float64, random_kv(TINY, 3, seed)) for seed in (0, 1))
-    for got, s, b in zip(blend(ChunkKV(shared, per_loop), 0.25), shared, per_loop):
+    shared, per_loop = (jax.tree.map(np.float64, random_kv(TINY, 3, *kv)) for kv in ((0,), (1, (TINY.loops,))))
+    for got, s, b in zip(blend(shared, per_loop, 0.25), shared, per_loop):
         np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, rtol=1e-14)
-    assert blend(ChunkKV(shared, None), None) is shared and blend(ChunkKV(None, per_loop), None) is per_loop
+    assert blend(shared, None, None) is shared and blend(None, per_loop, None) is per_loop
 
 
 @jax.jit
@@ -105,11 +104,11 @@ def test_entries_of_finished_chunks_never_change(gate, alpha):
     dirty = jax.tree.map(lambda x: x + x.dtype.type(1), cache)
     for start in range(0, 12, CHUNK):
         piece = tokens[:, start : start + CHUNK]
-        before = (cache.shared, cache.per_loop)
+        before = cache.entries
         cache, hidden = jax.device_get(one_chunk(model, piece, cache, start, alpha))
         dirty, dirty_hidden = one_chunk(model, piece, dirty, start, alpha)
         np.testing.assert_array_equal(hidden, dirty_hidden)
-        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves((cache.shared, cache.per_loop)), strict=True):
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(cache.entries), strict=True):
             changed = np.abs(np.moveaxis(new - old, -3, 0)).reshape(12, -1).max(1) > 0
             np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(start, start + CHUNK))
 
@@ -120,10 +119,8 @@ def outputs(model, tokens, alpha, segments=None, chunk=CHUNK):
     found = {"hidden": np.moveaxis(out.hidden, (1, 2), (0, 1))}
     found |= {"attention_output": np.moveaxis(out.attention_output, (2, 3), (0, 1))}
     found |= {"gate_openness": np.moveaxis(out.gate_openness, (2, 3), (0, 1))}
-    for name, kv in (("shared", out.cache.shared), ("per_loop", out.cache.per_loop)):
-        if kv is not None:
-            found |= {f"{name} {part}": np.moveaxis(x, (-4, -3), (0, 1)) for part, x in kv._asdict().items()}
-    return found
+    entries = out.cache.entries._asdict().items()
+    return found | {name: np.moveaxis(x, (-4, -3), (0, 1)) for name, x in entries}
 
 
 def assert_equal_where(same, one, other, alpha=None):

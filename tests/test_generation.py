@@ -50,7 +50,7 @@ def test_prefill_of_a_looplm_ignores_the_chunk():
     cache, other, _ = prefill(early_looplm(), PROMPTS, NEW, CHUNK)
     chex.assert_trees_all_close(other, hidden, atol=1e-11)
     seen = np.arange(whole.length) < np.array([len(p) for p in PROMPTS])[:, None]
-    for one, two in zip(jax.tree.leaves(whole.per_loop), jax.tree.leaves(cache.per_loop)):
+    for one, two in zip(jax.tree.leaves(whole.entries), jax.tree.leaves(cache.entries)):
         np.testing.assert_allclose(one[:, :, seen], two[:, :, seen], atol=1e-11)
 
 
@@ -209,7 +209,7 @@ def test_times_contain_the_device_and_no_compilation(monkeypatch):
 def test_cache_is_donated():
     model = make_model()
     cache, hidden, lengths = prefill(model, PROMPTS, NEW, CHUNK)
-    given = jax.tree.leaves(cache.shared)
+    given = jax.tree.leaves(cache.entries)
     request, state = generation._request(OPTIONS, range(len(PROMPTS))), generation._initial_state(lengths)
     state, _, _ = generation.first_tokens(model, hidden, state, request)
     decode_block(model, cache, state, request, block=32)

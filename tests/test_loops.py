@@ -9,7 +9,7 @@ import pytest
 
 from melt_jax import exit_loop, run_chunk
 from melt_jax.config import InputError
-from melt_jax.model.cache import create_cache
+from melt_jax.model.cache import ChunkKV, create_cache
 from melt_jax.model.model import reconfigure
 from tests.helpers.reference import run_reference
 from tests.helpers.tiny import TINY, jit_run, looplm, make_model, numpy_tensors, random_tokens, run
@@ -35,14 +35,13 @@ def assert_same_run(got, want):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transition_at_zero_is_the_looplm(name):
-    """This holds for any chunk length, although the shared KV entries differ."""
+    """This holds for any chunk length."""
     model, tokens = make_model(CONFIGS[name]), random_tokens(2, 10)
     want = run(looplm(model), tokens, chunk_size=10)
     for chunk in (1, 4, 10):
         out = run(model, tokens, chunk_size=chunk, alpha=0.0)
         assert_same_run(out, want)
-        assert_equal(out.cache.per_loop.keys, want.cache.keys)
-        assert np.abs(out.cache.shared.keys - want.cache.keys[-1]).max() > 0.1
+        assert_equal(out.cache.keys, want.cache.keys)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -51,7 +50,8 @@ def test_transition_at_one_is_melt(name):
     for chunk in (4, 10):
         out, want = run(model, tokens, chunk_size=chunk, alpha=1.0), run(model, tokens, chunk_size=chunk)
         assert_same_run(out, want)
-        assert_equal(out.cache.shared.keys, want.cache.keys)
+        for keys in out.cache.keys:
+            assert_equal(keys, want.cache.keys)
 
 
 def test_last_gate_in_one_chunk_is_the_looplm():
@@ -105,7 +105,7 @@ def decode(model, tokens, lengths, new, chunk):
     longest, lengths = max(lengths), np.array(lengths, np.int32)
     prompt = run(model, tokens[:, :longest], chunk_size=chunk).cache
     cache = create_cache(model.config, len(tokens), longest + new, model.dtype)
-    cache = cache.write(jax.tree.map(jnp.asarray, prompt.read(0, prompt.length)), jnp.asarray(prompt.segments), 0)
+    cache = cache.write(ChunkKV(jax.tree.map(jnp.asarray, prompt.entries)), jnp.asarray(prompt.segments), 0)
     states = []
     for step in range(new):
         following = tokens[np.arange(len(tokens)), lengths + step]
@@ -151,7 +151,7 @@ def test_alpha_needs_a_transition_cache():
 def test_forward_pass_keeps_bfloat16():
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_model(TINY))
     out = jax.eval_shape(lambda m: jit_run(m, random_tokens(1, 5), chunk_size=2), model)
-    assert {out.hidden.dtype, out.attention_output.dtype, out.cache.shared.keys.dtype} == {jnp.dtype("bfloat16")}
+    assert {out.hidden.dtype, out.attention_output.dtype, out.cache.entries.keys.dtype} == {jnp.dtype("bfloat16")}
     assert out.gate_openness.dtype == jnp.float32
 
 

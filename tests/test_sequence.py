@@ -46,13 +46,10 @@ def assert_reference(config, tokens, segments, chunk, alpha):
         want = run_reference(numpy_tensors(model), config, tokens[b], segments[b], bounds, alpha)
         real = segments[b] != 0
         got = {"hidden": out.hidden[:, b], "attention_output": out.attention_output[:, :, b]}
-        if out.cache.shared is not None:
-            got |= {f"shared_{name}": x[:, b] for name, x in out.cache.shared._asdict().items()}
-        if out.cache.per_loop is not None:
-            got |= {f"per_loop_{name}": x[:, :, b] for name, x in out.cache.per_loop._asdict().items()}
+        got |= {name: x[..., b, :, :, :] for name, x in out.cache.entries._asdict().items()}
         assert got.keys() == want.keys() - {"layer_output"}
         for name, x in got.items():
-            axis = {"hidden": 1, "shared_keys": 1, "shared_values": 1}.get(name, 2)
+            axis = x.ndim - (3 if name in ("keys", "values") else 2)
             x, y = (np.compress(real, tensor, axis=axis) for tensor in (x, want[name]))
             np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10, err_msg=name)
 

@@ -340,7 +340,7 @@ def generate(
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the KV entries of a cache, or of a cache of shapes and dtypes."""
-    entries = (cache.shared, cache.per_loop, cache.window and cache.window.kv)
+    entries = (cache.entries, cache.window and cache.window.kv)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(entries))
 
 

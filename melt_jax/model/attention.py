@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from melt_jax.model.attention_kernel import NearReach, Reach, attention_backward, attention_forward
-from melt_jax.model.cache import KV, ChunkKV, EntryView, blend, read_slots
+from melt_jax.model.cache import KV, EntryView, read_slots
 from melt_jax.model.layout import einsum, upcast
 
 BLOCKS = "cached_blocks"  # the scope of the work on cached entries
@@ -100,12 +100,11 @@ class AttentionMask(NamedTuple):
         return jnp.arange(self.segments.shape[1], dtype=jnp.int32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def blockwise_attention(
     query: Float[Array, "B C K G E"],
-    earlier: ChunkKV,
+    earlier: KV | EntryView,
     near: KV,
-    alpha: Float[Array, ""] | None,
     mask: AttentionMask,
     block: int,
     attention: str = "blocks",
@@ -114,10 +113,8 @@ def blockwise_attention(
 
     Args:
       query: the chunk's queries.
-      earlier: the cached entries of one layer, [B, S, K, E]: shared, per-loop, or both, blended by α. Each may be an
-        `EntryView`, whose gradient goes to its sums.
+      earlier: the cached entries of one layer, [B, S, K, E]. The gradient of an `EntryView` goes to its sums.
       near: the entries that `mask.near` covers, [B, N, K, E].
-      alpha: the transition's α, or None; not differentiated.
       mask: which tokens each query attends to.
       block: slots whose scores are in memory at a time; a shorter cache is one block.
       attention: `ModelConfig.attention`: "blocks" compiles it with XLA, "pallas" runs the kernels of
@@ -126,20 +123,20 @@ def blockwise_attention(
     Returns:
       The heads' results in the query's dtype; scores, softmax and sums are at least float32.
     """
-    return _blockwise_attention_forward(query, earlier, near, alpha, mask, block, attention)[0]
+    return _blockwise_attention_forward(query, earlier, near, mask, block, attention)[0]
 
 
-def _blockwise_attention_forward(query, earlier, near, alpha, mask, block, attention):
+def _blockwise_attention_forward(query, earlier, near, mask, block, attention):
     if _uses_kernel(attention, query, mask):
         with jax.named_scope(BLOCKS):
-            out, log_total = attention_forward(query, earlier, near, alpha, mask.reach(), block)
+            out, log_total = attention_forward(query, earlier, near, mask.reach(), block)
     else:
-        out, log_total = _forward_in_blocks(query, earlier, near, alpha, mask, block)
+        out, log_total = _forward_in_blocks(query, earlier, near, mask, block)
     out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
-    return out, (query, earlier, near, alpha, mask, out, log_total)
+    return out, (query, earlier, near, mask, out, log_total)
 
 
-def _forward_in_blocks(query, earlier, near, alpha, mask, block):
+def _forward_in_blocks(query, earlier, near, mask, block):
     """(The heads' results, the log of the normalizer [B, K, G, C, 1])."""
     with jax.named_scope("near_entries"):
         scores = _scores(query, near.keys, mask.near())
@@ -155,29 +152,27 @@ def _forward_in_blocks(query, earlier, near, alpha, mask, block):
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         return new_peak, total, mixed * _token_first(shrink) + _mix(weights, kv.values)
 
-    peak, total, mixed = _fold_blocks(add_block, state, earlier, alpha, mask, block)
+    peak, total, mixed = _fold_blocks(add_block, state, earlier, mask, block)
     return (mixed / _token_first(total)).astype(query.dtype), peak + jnp.log(total)
 
 
 def _blockwise_attention_backward(block, attention, residuals, out_bar):
-    query, earlier, near, alpha, mask, out, log_total = residuals
+    query, earlier, near, mask, out, log_total = residuals
     product = jnp.sum(upcast(out_bar) * upcast(out), axis=-1)
     product = jnp.moveaxis(product, 1, -1)[..., None]
     more = out_bar, log_total, product
     if _uses_kernel(attention, query, mask):
         with jax.named_scope(BLOCKS):
-            sums = ChunkKV(*map(_read_sums, earlier[:2]))
-            query_bar, sums, near_bar = attention_backward(
-                query, earlier, near, alpha, mask.reach(), block, *more, sums
-            )
-            earlier_bar = ChunkKV(*map(_write_sums, earlier[:2], sums[:2]))
+            sums = _read_sums(earlier)
+            query_bar, sums, near_bar = attention_backward(query, earlier, near, mask.reach(), block, *more, sums)
+            earlier_bar = _write_sums(earlier, sums)
     else:
-        query_bar, earlier_bar, near_bar = _backward_in_blocks(query, earlier, near, alpha, mask, block, *more)
-    return query_bar.astype(query.dtype), earlier_bar, near_bar, jax.tree.map(jnp.zeros_like, alpha), None
+        query_bar, earlier_bar, near_bar = _backward_in_blocks(query, earlier, near, mask, block, *more)
+    return query_bar.astype(query.dtype), earlier_bar, near_bar, None
 
 
-def _backward_in_blocks(query, earlier, near, alpha, mask, block, out_bar, log_total, product):
-    """The cotangents (of the queries, of the cached entries that are not views, of the near entries)."""
+def _backward_in_blocks(query, earlier, near, mask, block, out_bar, log_total, product):
+    """The cotangents (of the queries, of the cached entries or None for a view, of the near entries)."""
     scale = 1 / math.sqrt(query.shape[-1])
 
     def pull_back(kv, visible):
@@ -191,14 +186,12 @@ def _backward_in_blocks(query, earlier, near, alpha, mask, block, out_bar, log_t
     def add_block(state, kv, visible, begin):
         query_bar, earlier_bar = state
         more, kv_bar = pull_back(kv, visible)
-        parts = zip(earlier[:2], earlier_bar[:2], _unblend(kv_bar, earlier, alpha)[:2])
-        return query_bar + more, ChunkKV(*(_add_gradient(*part, begin) for part in parts))
+        return query_bar + more, _add_gradient(earlier, earlier_bar, kv_bar, begin)
 
     with jax.named_scope("near_entries"):
         query_bar, near_bar = pull_back(near, mask.near())
-    is_view = lambda x: isinstance(x, EntryView)
-    zeros = jax.tree.map(lambda x: None if is_view(x) else jnp.zeros_like(x), earlier, is_leaf=is_view)
-    query_bar, earlier_bar = _fold_blocks(add_block, (query_bar, zeros), earlier, alpha, mask, block)
+    zeros = None if isinstance(earlier, EntryView) else jax.tree.map(jnp.zeros_like, earlier)
+    query_bar, earlier_bar = _fold_blocks(add_block, (query_bar, zeros), earlier, mask, block)
     return query_bar, earlier_bar, near_bar
 
 
@@ -211,13 +204,13 @@ def _uses_kernel(attention, query, mask):
 
 
 def _read_sums(entries):
-    """The sums to which the gradient of one set of entries is added: those of a view, if any; zeros for arrays."""
+    """The sums to which the gradient of the entries is added: those of a view, if any; zeros for arrays."""
     sums = entries.sums if isinstance(entries, EntryView) else jax.tree.map(jnp.zeros_like, entries)
     return jax.tree.map(lambda ref: ref[...], sums)
 
 
 def _write_sums(entries, sums):
-    """Returns the gradient of one set of entries; None for a view, whose sums are set instead."""
+    """Returns the gradient of the entries; None for a view, whose sums are set instead."""
     if not isinstance(entries, EntryView):
         return sums
 
@@ -228,7 +221,7 @@ def _write_sums(entries, sums):
     return None
 
 
-def _fold_blocks(add_block, state, earlier, alpha, mask, block):
+def _fold_blocks(add_block, state, earlier, mask, block):
     """Folds `add_block(state, kv, visible, begin)` over the blocks of slots before the chunk's first slot."""
     slots = mask.cached.shape[1]
     if slots == 0:
@@ -237,9 +230,8 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
 
     def body(index, state):
         begin = jnp.minimum(index * size, slots - size)  # the last block may overlap the one before it
-        cut = lambda entries: read_slots(entries, begin, size)
-        kv = blend(jax.tree.map(cut, earlier, is_leaf=lambda x: isinstance(x, KV | EntryView)), alpha)
-        return add_block(state, kv, mask.over_cache(index * size, begin, size), begin)
+        visible = mask.over_cache(index * size, begin, size)
+        return add_block(state, read_slots(earlier, begin, size), visible, begin)
 
     with jax.named_scope(BLOCKS):
         if size == slots:
@@ -248,7 +240,7 @@ def _fold_blocks(add_block, state, earlier, alpha, mask, block):
 
 
 def _add_gradient(entries, total, kv_bar, begin):
-    """The gradient of one set of entries, plus that of the slots from `begin` on; None for a view, which adds it."""
+    """The gradient of the entries, plus that of the slots from `begin` on; None for a view, which adds it."""
     if isinstance(entries, EntryView):
         entries.add_gradient(begin, kv_bar)
         return None
@@ -257,14 +249,6 @@ def _add_gradient(entries, total, kv_bar, begin):
         total, jax.lax.dynamic_slice_in_dim(total, begin, x.shape[1], 1) + x.astype(total.dtype), begin, 1
     )
     return jax.tree.map(add, total, kv_bar)
-
-
-def _unblend(kv_bar, earlier, alpha):
-    """The transpose of `blend`: cotangents of the shared and of the per-loop entries from that of the blended ones."""
-    if earlier.shared is None or earlier.per_loop is None:
-        return ChunkKV(earlier.shared and kv_bar, earlier.per_loop and kv_bar)
-    scale = lambda factor: jax.tree.map(lambda x: (factor * upcast(x)).astype(x.dtype), kv_bar)
-    return ChunkKV(scale(alpha), scale(1 - alpha))
 
 
 def _scores(query, keys, visible):

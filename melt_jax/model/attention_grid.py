@@ -14,13 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-# Bytes of VMEM for a kernel. The default of 16 MiB is 0.2 MiB too small for 4,096 float32 rows in the transition.
+# Bytes of VMEM for a kernel. The default of 16 MiB is too small for 4,096 float32 rows.
 VMEM = 20 * 2**20
 
 
 def run_over_blocks(
     kernel: Callable[..., None],
-    scalars: tuple[Array, Array, Array],
+    scalars: tuple[Array, Array],
     whole: tuple[Array, ...],
     near: tuple[Array, ...],
     by_slot: tuple[Array, ...],
@@ -39,8 +39,7 @@ def run_over_blocks(
     Args:
       kernel: a function of references: the scalars; (whole, near, by_slot, totals), a tuple of tuples; (outputs,
         near_outputs, changed totals); the scratch.
-      scalars: (the number of live blocks of slots [1], α [1], the indices of the sets' leading dimensions,
-        concatenated).
+      scalars: (the number of live blocks of slots [1], the indices of the entries' leading dimensions).
       whole: arrays that are in VMEM all the time; the first is [1, R].
       near: `NearReach` of the near entries [1, N] each, their keys and values [N, E]; one block is in VMEM at a time.
       by_slot: the segments of the slots [1, S] and the entries [..., S, E]; a block of them is in VMEM at a time, and
@@ -69,9 +68,8 @@ def run_over_blocks(
     of_slots = block((1, size), lambda index, count, *others: (0, live(index, count)))
 
     def of_entries(x):
-        n = entries[0].ndim - 2
-        lead = range(n) if x.ndim - 2 == n else range(n, n + x.ndim - 2)  # per-loop entries have one more
-        place = lambda index, count, alpha, places: (*(places[i] for i in lead), live(index, count), 0)
+        lead = range(x.ndim - 2)
+        place = lambda index, count, places: (*(places[i] for i in lead), live(index, count), 0)
         return block((*[None] * len(lead), size, width), place)
 
     # The numbers of the first operand and of the first result that move by blocks of slots.

@@ -20,7 +20,6 @@ heads, G query heads per key/value head, E head width, R = G·C rows of queries.
 """
 
 import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from melt_jax.model.attention_grid import run_over_blocks
-from melt_jax.model.cache import KV, ChunkKV, EntryView, blend
+from melt_jax.model.cache import KV, EntryView
 from melt_jax.model.layout import accumulation_dtype
 
 LANES = 128  # of a TPU's vector registers
@@ -65,9 +64,8 @@ class Reach(NamedTuple):
 
 def attention_forward(
     query: Float[Array, "B C K G E"],
-    earlier: ChunkKV,
+    earlier: KV | EntryView,
     near: KV,
-    alpha: Float[Array, ""] | None,
     reach: Reach,
     block: int,
 ) -> tuple[Float[Array, "B C K G E"], Float[Array, "B K G C 1"]]:
@@ -75,9 +73,8 @@ def attention_forward(
 
     Args:
       query: the chunk's queries.
-      earlier: the cached entries, as arrays or as views, which are read in place.
+      earlier: the cached entries of one layer, [B, S, K, E]; a view is read in place.
       near: the entries near the chunk, [B, N, K, E].
-      alpha: the transition's α, or None.
       reach: the entries that each query sees; at least one near entry.
       block: entries whose scores are in VMEM at a time; on a TPU a multiple of 128, or at least S.
 
@@ -85,45 +82,40 @@ def attention_forward(
       (the heads' results, the log of the normalizer).
     """
     shape = query.shape
-    out, log_total = _over_heads(_fold, shape[3], (_rows(_head_first(query)),), earlier, near, alpha, reach, block)
+    out, log_total = _over_heads(_fold, shape[3], (_rows(_head_first(query)),), earlier, near, reach, block)
     return _token_first(_unrows(out, shape)), _unrows(log_total, shape)[..., None]
 
 
 def attention_backward(
     query: Float[Array, "B C K G E"],
-    earlier: ChunkKV,
+    earlier: KV | EntryView,
     near: KV,
-    alpha: Float[Array, ""] | None,
     reach: Reach,
     block: int,
     out_bar: Float[Array, "B C K G E"],
     log_total: Float[Array, "B K G C 1"],
     product: Float[Array, "B K G C 1"],
-    sums: ChunkKV,
-) -> tuple[Float[Array, "B C K G E"], ChunkKV, KV]:
+    sums: KV | None,
+) -> tuple[Float[Array, "B C K G E"], KV | None, KV]:
     """The cotangents of the queries, the cached and the near entries.
 
     Args:
-      query, earlier, near, alpha, reach, block: see `attention_forward`.
+      query, earlier, near, reach, block: see `attention_forward`.
       out_bar: the cotangent of the heads' results.
       log_total: from `attention_forward`.
       product: the sums of results · out_bar over E.
       sums: arrays to which the cotangents of the cached entries are added in place, shaped like the entries or, for a
-        view, like its whole stack; None for a set that needs none.
+        view, like its whole stack; None if they are not needed.
 
     Returns:
       (the query's cotangent, the sums after the addition, the near entries' cotangents); each in the dtype of its
       primal or sum.
     """
     inputs = _rows(_head_first(query)), _rows(_head_first(out_bar)), _rows(log_total[..., 0]), _rows(product[..., 0])
-    query_bar, near_bar, *totals = _over_heads(
-        _pull_back, query.shape[3], inputs, earlier, near, alpha, reach, block, sums
-    )
-    leads = (part.keys.ndim - 4 for part in sums[:2] if part)
+    query_bar, near_bar, sums = _over_heads(_pull_back, query.shape[3], inputs, earlier, near, reach, block, sums)
     # The kernel's results have sequences and heads first.
-    restore = lambda x, lead: jnp.swapaxes(jnp.moveaxis(x, (0, 1), (lead, lead + 1)), -3, -2)
-    parts = iter([jax.tree.map(lambda x, lead=lead: restore(x, lead), part) for part, lead in zip(totals, leads)])
-    sums = ChunkKV(*(part and next(parts) for part in sums[:2]))
+    restore = lambda x: jnp.swapaxes(jnp.moveaxis(x, (0, 1), (-4, -3)), -3, -2)
+    sums = jax.tree.map(restore, sums)
     near_bar = jax.tree.map(lambda x, like: jnp.swapaxes(x[:, :, : like.shape[1]], 1, 2), near_bar, near)
     return _token_first(_unrows(query_bar, query.shape)), sums, near_bar
 
@@ -151,7 +143,7 @@ def _unrows(x, shape):
     return jnp.reshape(x[:, :, : group * chunk], (x.shape[0], heads, group, chunk, *x.shape[3:]))
 
 
-def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sums=(None, None)):
+def _over_heads(function, group, inputs, earlier, near, reach, block, sums=None):
     """Runs a function of one head of one sequence over all of them; `inputs` are [B, K, R, …], results [B, K, …]."""
     size, (piece, pad) = min(block, reach.cached.shape[1]), _near_blocks(near.keys.shape[1], block)
     of_rows = functools.partial(_repeat, group)
@@ -160,17 +152,11 @@ def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sum
     # The entries that fill up N have segment 0, which no query has.
     near_reach = jax.tree.map(lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, pad)]), tuple(reach.near))
     near = jax.tree.map(lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))), near)
-    first = jnp.zeros((0,), jnp.int32)
-    views = [
-        EntryView(*x[:2], total) if isinstance(x, EntryView) else EntryView(x, first, total)
-        for x, total in zip(earlier, sums)
-        if x
-    ]
-    sets = jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), [(view.entries, view.sums) for view in views])
-    lead = [len(view.index) for view in views]
-    places = jnp.concatenate([*(view.index for view in views), jnp.zeros((1,), jnp.int32)])
+    view = earlier if isinstance(earlier, EntryView) else EntryView(earlier, jnp.zeros((0,), jnp.int32))
+    stacks = jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), (view.entries, sums))
+    lead = len(view.index)
+    places = jnp.pad(view.index, (0, 1))  # never empty
     count = jnp.reshape((reach.start + size - 1) // size, (1,))
-    alpha = jnp.zeros((1,), jnp.float32) if alpha is None else jnp.reshape(alpha, (1,))
 
     def run(*arguments, interpret):
         of_head = functools.partial(function, (piece, size), interpret)
@@ -179,7 +165,7 @@ def _over_heads(function, group, inputs, earlier, near, alpha, reach, block, sum
         return jax.vmap(of_sequence, (None, masks, lead, 0, 0))(*arguments)
 
     return jax.lax.platform_dependent(
-        (count, alpha, places), (rows, near_reach, reach.cached), sets, near, inputs,
+        (count, places), (rows, near_reach, reach.cached), stacks, near, inputs,
         tpu=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True),
     )  # fmt: skip
 
@@ -196,14 +182,14 @@ def _near_blocks(entries, block):
     return size, count * size - entries
 
 
-def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
+def _fold(sizes, interpret, scalars, masks, stacks, near, inputs):
     """(results [R, E], log of the normalizer [R]) of one head."""
     (query,), (of_rows, near_reach, cached) = inputs, masks
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
-    arrays = jax.tree.leaves([entries for entries, _ in sets])
+    entries, _ = stacks
     near_blocks = len(near.keys) // sizes[0]
 
-    def kernel(count, alpha, places, operands, results, peaks, totals, sums):
+    def kernel(count, places, operands, results, peaks, totals, sums):
         (*of_rows, query), (*near_reach, near_keys, near_values), (cached, *entries) = operands[:3]
         out, log_total = results[0]
         index = pl.program_id(0)
@@ -228,7 +214,7 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
 
         @pl.when((slot_block >= 0) & (slot_block < count[0]))
         def _():
-            kv = _read(entries, alpha, slot_block, sizes[1], slots)
+            kv = _read(entries, slot_block, sizes[1], slots)
             add(*kv, _cached_visible(slot_block, cached, of_rows))
 
         @pl.when(index == pl.num_programs(0) - 1)
@@ -241,7 +227,7 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
         scalars,
         (*map(_row, of_rows), query),
         (*map(_row, near_reach), *near),
-        (_row(cached), *arrays),
+        (_row(cached), *entries),
         sizes,
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype), jax.ShapeDtypeStruct((1, rows), wide)),
         scratch=[pltpu.VMEM((1, rows), wide), pltpu.VMEM((1, rows), wide), pltpu.VMEM((width, rows), wide)],
@@ -252,15 +238,14 @@ def _fold(sizes, interpret, scalars, masks, sets, near, inputs):
     return out, log_total[0]
 
 
-def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
-    """(cotangents of the queries [R, E], of the near entries, of each set of cached entries) of one head."""
+def _pull_back(sizes, interpret, scalars, masks, stacks, near, inputs):
+    """(cotangents of the queries [R, E], of the near entries, the sums after the addition or None) of one head."""
     (query, out_bar, log_total, product), (of_rows, near_reach, cached) = inputs, masks
     (rows, width), slots, wide = query.shape, cached.shape[0], accumulation_dtype(query.dtype)
-    arrays = jax.tree.leaves([entries for entries, _ in sets])
-    totals = jax.tree.leaves([sums for _, sums in sets])
+    entries, sums = stacks
     near_blocks = len(near.keys) // sizes[0]
 
-    def kernel(count, alpha, places, operands, results, query_sum):
+    def kernel(count, places, operands, results, query_sum):
         (
             (*of_rows, query, out_bar, log_total, product),
             (*near_reach, near_keys, near_values),
@@ -291,12 +276,10 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
 
         @pl.when((slot_block >= 0) & (slot_block < count[0]))
         def _():
-            kv = _read(entries, alpha, slot_block, sizes[1], slots)
+            kv = _read(entries, slot_block, sizes[1], slots)
             kv_bar = pull_back(*kv, _cached_visible(slot_block, cached, of_rows))
-            factors = (1,) if len(sets) == 1 else (alpha[0], 1 - alpha[0])
-            factors = [factor for factor, (_, sums) in zip(factors, sets) if sums]
-            for before, after, (factor, x) in zip(old, new, itertools.product(factors, kv_bar)):
-                after[...] = before[...] + (factor * x).astype(after.dtype)
+            for before, after, x in zip(old, new, kv_bar):
+                after[...] = before[...] + x.astype(after.dtype)
 
         @pl.when((index == 0) & (count[0] == 0))
         def _():
@@ -312,9 +295,9 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
         scalars,
         (*map(_row, of_rows), query, out_bar, _row(log_total), _row(product)),
         (*map(_row, near_reach), *near),
-        (_row(cached), *arrays),
+        (_row(cached), *entries),
         sizes,
-        totals=tuple(totals),
+        totals=tuple(sums or ()),
         outputs=(jax.ShapeDtypeStruct((rows, width), query.dtype),),
         near_outputs=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in near),
         scratch=[pltpu.VMEM((width, rows), wide)],
@@ -322,7 +305,7 @@ def _pull_back(sizes, interpret, scalars, masks, sets, near, inputs):
         products=5,
         interpret=interpret,
     )
-    return query_bar, KV(*near_bar), *(KV(*totals[i : i + 2]) for i in range(0, len(totals), 2))
+    return query_bar, KV(*near_bar), KV(*totals) if totals else None
 
 
 def _row(x):
@@ -330,10 +313,9 @@ def _row(x):
     return x[None]
 
 
-def _read(entries, alpha, index, size, slots):
-    """The keys and values [size, E] of a block, blended; zeros past the last slot, where its contents are undefined."""
-    read = [ref[...] for ref in entries]
-    keys, values = blend(ChunkKV(KV(*read[:2]), KV(*read[2:]) if read[2:] else None), alpha[0])
+def _read(entries, index, size, slots):
+    """The keys and values [size, E] of a block; zeros past the last slot, where its contents are undefined."""
+    keys, values = (ref[...] for ref in entries)
     if slots % size:
         inside = index * size + jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0) < slots
         keys, values = (jnp.where(inside, x, 0) for x in (keys, values))

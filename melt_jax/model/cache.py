@@ -1,9 +1,13 @@
-"""The key/value cache: one KV entry per token and layer for MELT, T entries for the LoopLM, both for the transition.
+"""The key/value cache: one KV entry per token and layer for MELT, T entries for the LoopLM and in the transition.
 
-A `Cache` has up to two sets of entries over the same slots:
+The entries of a `Cache` have one of two forms:
 
-    shared      [L, B, S, K, E]       the shared cache: projected from the token's last latent, read by all loops
-    per_loop    [T, L, B, S, K, E]    the per-loop cache: projected from u, the normed input, once per loop
+    shared      [L, B, S, K, E]       read by all loops: MELT's, projected from a token's last latent
+    per-loop    [T, L, B, S, K, E]    read by one loop each: the LoopLM's, projected from u, the normed input; in the
+                                      transition, blends of MELT's entry and the LoopLM's of the same loop
+
+Earlier chunks are read only after their last loop. So the transition blends their entries once, when it writes them,
+instead of keeping both kinds and blending whenever it reads.
 
 A MELT with a window also keeps the entries of the last W tokens as loops 1 … T − 1 read them. Loop T needs none: its
 entries are the final ones.
@@ -34,16 +38,14 @@ class KV(NamedTuple):
 
 
 class ChunkKV(NamedTuple):
-    """The KV entries that one chunk adds to a cache; None for a set that the cache lacks.
+    """The KV entries that one chunk adds to a cache.
 
     Attributes:
-      shared: of the last loop.
-      per_loop: of the LoopLM in every loop.
-      recent: as loops 1 … T − 1 read them, for the window.
+      entries: in the form of the cache's.
+      recent: as loops 1 … T − 1 read them, [T − 1, L, B, C, K, E], for the window; None without one.
     """
 
-    shared: KV | None
-    per_loop: KV | None
+    entries: KV
     recent: KV | None = None
 
 
@@ -186,82 +188,76 @@ class Cache(NamedTuple):
     """KV entries of S slots and the segment of each slot.
 
     Attributes:
-      shared: `KV` of [L, B, S, K, E], or None.
-      per_loop: `KV` of [T, L, B, S, K, E], or None.
+      entries: `KV` of [L, B, S, K, E] (shared) or [T, L, B, S, K, E] (per-loop), or the same as `EntryList` or
+        `EntryStack`.
       segments: [B, S]; 0 is an empty slot or padding, which no token attends to.
       window: of a MELT that has one.
     """
 
-    shared: KV | None
-    per_loop: KV | None
+    entries: Any
     segments: Int[Array, "B S"]
     window: Window | None = None
 
     def unstack(self) -> "Cache":
         """The cache with entry lists, for an unstacked model."""
-        return self._replace(
-            shared=self.shared and EntryList.of(self.shared), per_loop=self.per_loop and EntryList.of(self.per_loop)
-        )
+        return self._replace(entries=EntryList.of(self.entries))
 
-    def in_place(self, sums: ChunkKV | None = None) -> "Cache":
+    def in_place(self, sums: Any = None) -> "Cache":
         """The cache with stacked entries as `EntryStack`, which `run_chunk` reads in blocks, without copies of layers.
 
         Args:
           sums: refs to which the backward pass adds the gradients of the entries; None drops the gradients.
         """
-        sums = sums or ChunkKV(None, None)
-        stack = lambda entries, sums: EntryStack(entries, sums) if isinstance(entries, KV) else entries
-        return self._replace(shared=stack(self.shared, sums.shared), per_loop=stack(self.per_loop, sums.per_loop))
+        return self._replace(entries=EntryStack(self.entries, sums))
 
     def stop_gradient(self) -> "Cache":
         """The cache as a constant: neither entries nor window get a gradient, and no sums receive any."""
-        drop = lambda x: EntryStack(x.entries) if isinstance(x, EntryStack) else x
-        return jax.lax.stop_gradient(jax.tree.map(drop, self, is_leaf=lambda x: isinstance(x, EntryStack)))
+        entries = EntryStack(self.entries.entries) if isinstance(self.entries, EntryStack) else self.entries
+        return jax.lax.stop_gradient(self._replace(entries=entries))
 
     @property
     def keys(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
-        """The shared keys [L, B, S, K, E] of a cache that has them, else the per-loop keys [T, L, B, S, K, E]."""
-        return self._entries.keys
+        """The keys, [L, B, S, K, E] if they are shared, else [T, L, B, S, K, E]."""
+        return self.entries.keys
 
     @property
     def values(self) -> Float[Array | np.ndarray, "*lead B S K E"]:
         """The values, of the shape of `keys`."""
-        return self._entries.values
+        return self.entries.values
+
+    @property
+    def per_loop(self) -> bool:
+        """Whether each loop has entries of its own."""
+        if isinstance(self.entries, EntryList):
+            return isinstance(self.entries.items[0], EntryList)
+        return jax.tree.leaves(self.entries)[0].ndim == 6
 
     @property
     def length(self) -> int:
         """S, the number of slots."""
         return self.segments.shape[1]
 
-    @property
-    def _entries(self) -> KV:
-        entries = self.per_loop if self.shared is None else self.shared
-        assert entries is not None, "a cache has shared or per-loop entries"
-        return entries
-
-    def read(self, start: Int[Array, ""] | int, length: int) -> ChunkKV:
+    def read(self, start: Int[Array, ""] | int, length: int) -> KV:
         """The entries of slots start … start + length − 1."""
-        take = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis)
-        return ChunkKV(jax.tree.map(take(2), self.shared), jax.tree.map(take(3), self.per_loop))
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, x.ndim - 3), self.entries)
 
     def write(
-        self, entries: ChunkKV, segments: Int[Array, "B C"], start: Int[Array, ""] | Int[Array, " B"] | int
+        self, new: ChunkKV, segments: Int[Array, "B C"], start: Int[Array, ""] | Int[Array, " B"] | int
     ) -> "Cache":
         """The cache with a chunk's entries and segments in slots start … start + C − 1.
 
         `start` is one slot for the whole batch, or a slot per sequence.
         """
         with jax.named_scope("cache_write"):
-            return self._write(entries, segments, start)
+            return self._write(new, segments, start)
 
-    def _write(self, entries, segments, start):
-        shared = _write_entries(self.shared, entries.shared, start, 2)
-        per_loop = _write_entries(self.per_loop, entries.per_loop, start, 3)
+    def _write(self, new, segments, start):
         window = self.window
         if window is not None:
-            assert entries.recent is not None, "a window needs the entries of every loop"
-            window = window.advance(entries.recent, segments, start)
-        return Cache(shared, per_loop, _write_slots(self.segments, segments, start, 1, 0), window)
+            assert new.recent is not None, "a window needs the entries of every loop"
+            window = window.advance(new.recent, segments, start)
+        entries = _write_entries(self.entries, new.entries, start)
+        return Cache(entries, _write_slots(self.segments, segments, start, 1, 0), window)
 
 
 def create_cache(
@@ -279,7 +275,7 @@ def create_cache(
       batch: B.
       length: S, in tokens.
       dtype: of the entries.
-      transition: add per-loop entries to the shared ones.
+      transition: a per-loop cache for a MELT.
       batch_axes: the mesh axes that split the batch; under a mesh, heads are split over the tensor axis.
 
     Raises:
@@ -288,12 +284,11 @@ def create_cache(
     melt = config.gate != "none"
     if transition and not melt:
         raise InputError("gate: expected a gate variant for a transition, found 'none'; add a gate with `reconfigure`")
-    shape = (config.layers, batch, length, config.kv_heads, config.head_width)
-    zeros = lambda *lead: split_zeros((*lead, *shape), dtype, len(lead) + 1, batch_axes, -2)
-    shared = KV(zeros(), zeros()) if melt else None
-    per_loop = KV(zeros(config.loops), zeros(config.loops)) if transition or not melt else None
+    lead = (config.loops, config.layers) if transition or not melt else (config.layers,)
+    shape = (*lead, batch, length, config.kv_heads, config.head_width)
+    zeros = lambda: split_zeros(shape, dtype, len(lead), batch_axes, -2)
     segments = split_zeros((batch, length), jnp.int32, 0, batch_axes)
-    return Cache(shared, per_loop, segments, create_window(config, batch, dtype, batch_axes))
+    return Cache(KV(zeros(), zeros()), segments, create_window(config, batch, dtype, batch_axes))
 
 
 def create_window(config: ModelConfig, batch: int, dtype: DTypeLike, batch_axes: Any = None) -> Window | None:
@@ -317,20 +312,28 @@ def bytes_per_sequence(config: ModelConfig, itemsize: int = 2) -> int:
     return 2 * entries * config.layers * config.kv_heads * config.head_width * itemsize
 
 
-def blend(kv: ChunkKV, alpha: Float[Array, ""] | float | None) -> KV:
-    """The entries that attention reads: α·shared + (1 − α)·per_loop, or the set that is not None."""
-    if kv.shared is None or kv.per_loop is None:
-        only = kv.per_loop if kv.shared is None else kv.shared
+def blend(shared: KV | None, per_loop: KV | None, alpha: Float[Array, ""] | float | None) -> KV:
+    """The entries that attention reads: α·shared + (1 − α)·per_loop, or those that are not None.
+
+    Shared entries without an axis of loops count for every loop.
+    """
+    if shared is None or per_loop is None:
+        only = per_loop if shared is None else shared
         assert only is not None, "shared or per-loop entries are needed"
         return only
-    assert alpha is not None, "two sets of entries need an α"
-    mix = lambda s, p: (alpha * upcast(s) + (1 - alpha) * upcast(p)).astype(s.dtype)
-    return jax.tree.map(mix, kv.shared, kv.per_loop)
+    assert alpha is not None, "two kinds of entries need an α"
+
+    def mix(shared, per_loop):
+        every_loop = jnp.expand_dims(upcast(shared), tuple(range(per_loop.ndim - shared.ndim)))
+        return (alpha * every_loop + (1 - alpha) * upcast(per_loop)).astype(shared.dtype)
+
+    return jax.tree.map(mix, shared, per_loop)
 
 
-def _write_entries(old, new, start, slot_axis):
+def _write_entries(old, new, start):
     if isinstance(old, EntryList):
         return _write_slots(old, EntryList.of(new), start, 2, 0)
+    slot_axis = old.keys.ndim - 3
     return _write_slots(old, new, start, slot_axis, slot_axis - 1)
 
 

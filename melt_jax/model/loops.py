@@ -37,7 +37,7 @@ class ChunkOutput(NamedTuple):
       layer_input: the stream that enters each layer.
       attention_output: after W_O and before the sandwich norm.
       gate_openness: the gate's mean 1 − z, at least float32; ones for the LoopLM.
-      kv: the chunk's entries for the cache: shared ones from the last loop, per-loop ones of every loop.
+      kv: the chunk's entries for the cache.
       segments: to be written to the cache with the entries.
     """
 
@@ -61,14 +61,14 @@ class _Earlier(NamedTuple):
     """The entries that one layer reads in one loop, besides the chunk's own of that loop.
 
     Attributes:
-      cached: [B, S, K, E], of the cache.
+      cached: [B, S, K, E], of the cache; of an `EntryStack`, the index of its view.
       window: [B, W, K, E], of the window, or None.
       previous: [B, C, K, E], of the chunk itself after the sweep before, or None.
     """
 
-    cached: ChunkKV
+    cached: Any
     window: KV | None
-    previous: ChunkKV | None
+    previous: KV | None
 
 
 def run_chunk(
@@ -86,7 +86,8 @@ def run_chunk(
 
     A query of loop t attends causally to its chunk's entries as they are in loop t, to the entries of loop t of the W
     tokens before it, and to the cache's entries of all other earlier tokens: the final ones of a shared cache, those
-    of loop t of a per-loop cache, both blended in the transition.
+    of loop t of a per-loop cache. In the transition all of these are blends, α parts MELT's entry and 1 − α parts the
+    LoopLM's of loop t.
 
     With several sweeps the loops run again over the same tokens. From the second sweep on, tokens of the chunk further
     back than W are read through the final entries of the sweep before. A chunk of at most sweeps · (W + 1) tokens is
@@ -99,7 +100,7 @@ def run_chunk(
       start: the chunk's first slot, for the whole batch or per sequence.
       positions: for RoPE; by default the slots.
       segments: tokens attend only to their own segment; segment 0 is padding. Ones by default.
-      alpha: the transition's α, for a cache with both sets of entries.
+      alpha: the transition's α, for a MELT with a per-loop cache.
       layer_inputs: the stream that enters each layer, instead of the output of the layer before.
 
     Returns:
@@ -109,8 +110,8 @@ def run_chunk(
       InputError: α without a transition cache, or the reverse.
     """
     config, (batch, length) = model.config, tokens.shape
-    if (alpha is None) != (cache.shared is None or cache.per_loop is None):
-        raise InputError(f"alpha: expected a number for a transition cache, else None, found {alpha}")
+    if (alpha is not None) != (cache.per_loop and config.gate != "none"):
+        raise InputError(f"alpha: expected a number for a MELT with a per-loop cache, else None, found {alpha}")
     start = jnp.asarray(start, jnp.int32)
     slots = jnp.reshape(start, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
     if positions is None:
@@ -130,11 +131,11 @@ def run_chunk(
         return _run_loops(model, cache, context._replace(mask=mask._replace(sweep=sweep)), x, previous, layer_inputs)
 
     def next_entries(previous, sweep):
-        return run_sweep(previous, sweep).kv._replace(recent=None), None
+        return run_sweep(previous, sweep).kv.entries, None
 
-    empty = create_cache(config, batch, length, x.dtype, alpha is not None, batch_axes(x))
+    empty = create_cache(config, batch, length, x.dtype, alpha is not None, batch_axes(x)).entries
     sweeps = jnp.arange(config.sweeps_of(length), dtype=jnp.int32)
-    previous, _ = jax.lax.scan(next_entries, ChunkKV(empty.shared, empty.per_loop), sweeps[:-1])
+    previous, _ = jax.lax.scan(next_entries, empty, sweeps[:-1])
     return run_sweep(previous, sweeps[-1])
 
 
@@ -143,20 +144,20 @@ def _run_loops(
     cache: Cache,
     context: _Context,
     x: Float[Array, "B C D"],
-    previous: ChunkKV | None,
+    previous: KV | None,
     layer_inputs: Float[Array, "T L B C D"] | None,
 ) -> ChunkOutput:
     """One sweep: T loops over a chunk from its embeddings x; `previous` is the chunk's entries of the sweep before."""
     config = model.config
     scan_layers = _scan(in_lists=is_unstacked(model))
-    scan_loops = _scan(in_lists=isinstance(cache.per_loop, EntryList), unroll=config.loops if config.unroll else 1)
+    loops_in_lists = isinstance(cache.entries, EntryList) and cache.per_loop
+    scan_loops = _scan(loops_in_lists, unroll=config.loops if config.unroll else 1)
     if is_unstacked(model) and cache.length:
         # The scores of one token are small, and a block of the slots would be a copy. A longer chunk has two blocks or
         # more, because the loop over blocks skips those without entries.
         block = cache.length if x.shape[1] == 1 else min(config.attention_block, -(-cache.length // 2))
         config = dataclasses.replace(config, attention_block=block)
-    stored = ChunkKV(cache.shared, cache.per_loop)
-    run_layer = functools.partial(_run_layer, config, context, stored)
+    run_layer = functools.partial(_run_layer, config, context, cache.entries)
     if config.remat != "none":
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=REMAT[config.remat])
 
@@ -164,32 +165,31 @@ def _run_loops(
         index, layer, *rest = xs
         return run_layer(loop, y, (layer if model.layer_sums is None else model.layer_sums.send(layer, index), *rest))
 
+    final = _scanned(cache.entries), previous
+
     def run_loop(state, xs):
         x, latents, _ = state
-        loop, cached, window, previous_per_loop, given = xs
-        earlier = _Earlier(
-            ChunkKV(_scanned(cache.shared), cached), window, previous and ChunkKV(previous.shared, previous_per_loop)
-        )
-        x, (layer_input, latents, kv, attention_output, gate_openness) = scan_layers(
+        loop, final_of_loop, window, given = xs
+        cached, previous = final_of_loop if cache.per_loop else final
+        earlier = _Earlier(cached, window, previous)
+        x, (layer_input, latents, (shared, *more), attention_output, gate_openness) = scan_layers(
             functools.partial(run_nth_layer, loop),
             x,
             (jnp.arange(config.layers), model.layers, latents, earlier, given),
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(x, model.norm[...], config.rms_eps)
-        return (x, latents, kv.shared), (kv.per_loop, kv.recent, (x, layer_input, attention_output, gate_openness))
+        return (x, latents, shared), (more, (x, layer_input, attention_output, gate_openness))
 
-    latents, shared = _before_first_loop(config, cache, x)
+    latents, shared = _before_first_loop(config, x)
     loops = jnp.arange(1, config.loops + 1, dtype=jnp.int32)
     # Loop T does not read the window; zeros stand in for its entries.
     pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
     window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
-    (_, _, shared), (per_loop, recent, outputs) = scan_loops(
-        run_loop,
-        (x, latents, shared),
-        (loops, _scanned(cache.per_loop), window, previous and previous.per_loop, layer_inputs),
+    (_, _, shared), ((per_loop, recent), outputs) = scan_loops(
+        run_loop, (x, latents, shared), (loops, final if cache.per_loop else None, window, layer_inputs)
     )
-    kv = ChunkKV(shared, per_loop, jax.tree.map(lambda entries: entries[:-1], recent))
+    kv = ChunkKV(blend(shared, per_loop, context.alpha), jax.tree.map(lambda entries: entries[:-1], recent))
     hidden, layer_input, attention_output, gate_openness = outputs
     return ChunkOutput(hidden, layer_input, attention_output, gate_openness, kv, context.mask.segments)
 
@@ -209,14 +209,14 @@ def _scan_lists(step, state, xs):
     return state, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
-def _before_first_loop(config: ModelConfig, cache: Cache, x: Float[Array, "B C D"]):
+def _before_first_loop(config: ModelConfig, x: Float[Array, "B C D"]):
     """Zeros for h⁰ [L, B, C, D] and for the chunk's shared entries; None for a LoopLM."""
-    if cache.shared is None:
+    if config.gate == "none":
         return None, None
     batch, length, _ = x.shape
     split = batch_axes(x)
     latents = split_zeros((config.layers, *x.shape), x.dtype, 1, split, -1)
-    return latents, create_cache(config, batch, length, x.dtype, batch_axes=split).shared
+    return latents, create_cache(config, batch, length, x.dtype, batch_axes=split).entries
 
 
 def _scanned(entries: Any) -> Any:
@@ -224,58 +224,45 @@ def _scanned(entries: Any) -> Any:
     return entries.indices() if isinstance(entries, EntryStack) else entries
 
 
-def _of_layer(stored: Any, scanned: Any) -> Any:
-    """One layer's entries, from all layers' (`stored`) and the scan's slice of `_scanned(stored)`."""
-    return stored.view(scanned) if isinstance(stored, EntryStack) else scanned
-
-
-def _run_layer(
-    config: ModelConfig, context: _Context, stored: ChunkKV, loop: Int[Array, ""], y: Float[Array, "B C D"], xs
-):
+def _run_layer(config: ModelConfig, context: _Context, stored: Any, loop: Int[Array, ""], y: Float[Array, "B C D"], xs):
     """One layer in one loop, as a step of a scan; xs are (layer, its latent, its `_Earlier`, its input or None).
 
     `stored` are the entries of all layers.
     """
     layer, latent, earlier, given = xs
-    cached = ChunkKV(*(_of_layer(*pair) for pair in zip(stored[:2], earlier.cached[:2])))
-    earlier = earlier._replace(cached=cached)
+    cached = stored.view(earlier.cached) if isinstance(stored, EntryStack) else earlier.cached
     layer_input = y = y if given is None else whole_features(given)
     with jax.named_scope("gate"):
         u = layer.norm(y, "input_layernorm")
-        latent, kv, gate_openness = _chunk_kv(config, context.rope, layer, u, latent, earlier.cached, loop)
+        latent, shared, per_loop, gate_openness = _chunk_kv(config, context, layer, u, latent, loop)
     with jax.named_scope("attention"):
-        own = blend(kv, context.alpha)
+        own = blend(shared, per_loop, context.alpha)
         near = [own] if earlier.window is None else [earlier.window, own]
         if earlier.previous is not None:
-            near.append(blend(earlier.previous, context.alpha))
+            near.append(earlier.previous)
         near = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *near)
         mask = context.mask._replace(last_loop=loop == config.loops)
         query = layer.project_query(u, context.rope)
-        heads = blockwise_attention(
-            query, earlier.cached, near, context.alpha, mask, config.attention_block, config.attention
-        )
+        heads = blockwise_attention(query, cached, near, mask, config.attention_block, config.attention)
         y, attention_output = layer.add_attention(y, heads)
     with jax.named_scope("mlp"):
         y = layer.add_mlp(y)
-    kv = kv._replace(recent=None if earlier.window is None else own)
+    kv = shared, per_loop, None if earlier.window is None else own
     return y, (split_features(layer_input), latent, kv, split_features(attention_output), gate_openness)
 
 
 def _chunk_kv(
     config: ModelConfig,
-    rope: RopeTable,
+    context: _Context,
     layer: DecoderLayer,
     u: Float[Array, "B C D"],
     latent: Float[Array, "B C D"] | None,
-    earlier: ChunkKV,
     loop: Int[Array, ""],
-) -> tuple[Float[Array, "B C D"] | None, ChunkKV, Float[Array, "B C"]]:
-    """(hᵗ, the chunk's entries of this loop for each set of the cache, gate openness)."""
-    gate_openness = jnp.ones(u.shape[:-1], accumulation_dtype(u.dtype))
-    shared = per_loop = None
-    if latent is not None:
-        latent, gate_openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
-        shared = layer.project_kv(whole_features(latent), rope)
-    if earlier.per_loop is not None:
-        per_loop = layer.project_kv(u, rope)
-    return latent, ChunkKV(shared, per_loop), gate_openness
+) -> tuple[Float[Array, "B C D"] | None, KV | None, KV | None, Float[Array, "B C"]]:
+    """(hᵗ, MELT's entries of this loop, the LoopLM's, gate openness); None for what the model has not."""
+    if latent is None:
+        return None, None, layer.project_kv(u, context.rope), jnp.ones(u.shape[:-1], accumulation_dtype(u.dtype))
+    latent, gate_openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
+    shared = layer.project_kv(whole_features(latent), context.rope)
+    per_loop = None if context.alpha is None else layer.project_kv(u, context.rope)
+    return latent, shared, per_loop, gate_openness

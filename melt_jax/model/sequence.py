@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from melt_jax.config import InputError
-from melt_jax.model.cache import Cache, ChunkKV, create_cache
+from melt_jax.model.cache import Cache, create_cache
 from melt_jax.model.gradient_sums import GradientSums
 from melt_jax.model.layout import accumulation_dtype, batch_axes
 from melt_jax.model.loops import run_chunk
@@ -61,11 +61,11 @@ def run_sequence(
     segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
     positions = segment_positions(segments) if positions is None else jnp.asarray(positions)
     outputs, cache = run_chunks(model, split_chunks((tokens, positions, segments), chunk_size), alpha)
-    cut = lambda tree, axis: jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), tree)
+    cut = lambda x, axis: jax.lax.slice_in_dim(x, 0, length, axis=axis)
     hidden, _, attention_output, gate_openness = (
         cut(join_chunks(x, axis), axis) for x, axis in zip(outputs, (2, 3, 3, 3), strict=True)
     )
-    cache = Cache(cut(cache.shared, 2), cut(cache.per_loop, 3), cut(cache.segments, 1))
+    cache = Cache(cache.read(0, length), cut(cache.segments, 1))
     return SequenceOutput(hidden, attention_output, gate_openness, cache)
 
 
@@ -199,7 +199,7 @@ def _chunk_sums_backward(step, residuals, sums_bar):
     def body(carry, xs):
         entries_bar, window_bar, layers_bar, others_bar = carry
         start, window, chunk = xs
-        own_bar = Cache(entries_bar.shared, entries_bar.per_loop, cache.segments).read(start, chunk_size)
+        own_bar = cache._replace(entries=entries_bar).read(start, chunk_size)
         entry_sums, layer_sums = jax.tree.map(jax.new_ref, entries_bar), GradientSums(layers_bar)
 
         def chunk_step(layers, others, window_kv):
@@ -207,10 +207,10 @@ def _chunk_sums_backward(step, residuals, sums_bar):
             earlier = cache._replace(window=read).in_place(entry_sums)
             sums, new, segments = step(join_layers(layers, others, layer_sums), earlier, start, data, chunk)
             written = None if read is None else read.advance(new.recent, segments, start).kv
-            return sums, new._replace(recent=None), written
+            return sums, new.entries, written
 
-        (_, new_entries, _), pull_back = jax.vjp(chunk_step, layers, others, window and window.kv)
-        own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, new_entries)
+        (_, entries, _), pull_back = jax.vjp(chunk_step, layers, others, window and window.kv)
+        own_bar = jax.tree.map(lambda bar, new: bar.astype(new.dtype), own_bar, entries)
         # Zeros for the layers, whose gradients are in `layer_sums`.
         _, chunk_others_bar, window_bar = pull_back((sums_bar, own_bar, window_bar))
         with jax.named_scope("gradient_sums"):
@@ -220,7 +220,7 @@ def _chunk_sums_backward(step, residuals, sums_bar):
     zeros = lambda x: jnp.zeros_like(x, accumulation_dtype(x.dtype))
     weights_zeros = jax.tree.map(zeros, weights) if perturbation is None else perturbation
     window_zeros = None if cache.window is None else jax.tree.map(jnp.zeros_like, cache.window.kv)
-    totals = jax.tree.map(zeros, ChunkKV(cache.shared, cache.per_loop)), window_zeros, *split_layers(weights_zeros)
+    totals = jax.tree.map(zeros, cache.entries), window_zeros, *split_layers(weights_zeros)
     starts = _chunk_starts(count, chunk_size)
     (_, _, layers_bar, others_bar), _ = jax.lax.scan(body, totals, (starts, windows, chunks), reverse=True)
     weights_bar = join_layers(layers_bar, others_bar)

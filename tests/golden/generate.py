@@ -67,8 +67,8 @@ def looplm_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays) -> 
         "gate": gate,
         "exit_pdf": pdf,
         "final_logits": logits[-1],
-        "k": heads_first(run["per_loop_keys"]),
-        "v": heads_first(run["per_loop_values"]),
+        "k": heads_first(run["keys"]),
+        "v": heads_first(run["values"]),
         "attn_out": run["attention_output"],
         "layer_out": run["layer_output"],
         "expected_logits": np.einsum("bst,tbsv->bsv", pdf, logits),
@@ -80,7 +80,7 @@ def looplm_arrays(tensors: Tensors, config: ReferenceConfig, inputs: Arrays) -> 
         out[f"exit_step_{name}"] = step
         out[f"exit_logits_{name}"] = np.take_along_axis(logits, step[None, ..., None], 0)[0]
     prompt = run_sequences(tensors, config, inputs["prompt_ids"])
-    out |= {"prompt_k": heads_first(prompt["per_loop_keys"]), "prompt_v": heads_first(prompt["per_loop_values"])}
+    out |= {"prompt_k": heads_first(prompt["keys"]), "prompt_v": heads_first(prompt["values"])}
     return out | greedy(tensors, config, inputs["prompt_ids"], inputs["prompt_ids"].shape[1], NEW_TOKENS["ouro"])
 
 
@@ -142,8 +142,8 @@ def chunk_arrays(tensors: Tensors, run: Arrays, teacher: Arrays, inputs: Arrays)
     return {
         "hidden": hidden,
         "attn_out": run["attention_output"],
-        "k": heads_first(run["shared_keys"]),
-        "v": heads_first(run["shared_values"]),
+        "k": heads_first(run["keys"]),
+        "v": heads_first(run["values"]),
         "final_logits": reference.logits(tensors, hidden[-1]),
         "exit_pdf": reference.exit_pdf(reference.exit_logits(tensors, hidden)),
         "kd_per_loop": kd,

@@ -146,8 +146,8 @@ class ReferenceRun:
         return self.alpha * self.shared[layer, token] + (1 - self.alpha) * self.per_loop[loop, layer, token]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """hidden [T, S, D], attention_output and layer_output [T, L, S, D]; shared_keys, shared_values [L, S, K, E] of
-        the last loop (MELT); per_loop_keys, per_loop_values [T, L, S, K, E] (LoopLM and transition).
+        """hidden [T, S, D], attention_output and layer_output [T, L, S, D]; keys and values, the entries that later
+        chunks read: [L, S, K, E] for a MELT, [T, L, S, K, E] for a LoopLM and in the transition.
         """
         loops, depth, span = range(1, self.config.loops + 1), range(self.config.layers), range(len(self.segments))
         stack = lambda values: np.array([[[values[t, i, s] for s in span] for i in depth] for t in loops])
@@ -156,12 +156,10 @@ class ReferenceRun:
             "attention_output": stack(self.attended),
             "layer_output": stack(self.layer_out),
         }
-        if self.config.gate != "none":
-            entries = np.array([[self.shared[i, s] for s in span] for i in depth])
-            out |= {"shared_keys": entries[:, :, 0], "shared_values": entries[:, :, 1]}
-        if self.config.gate == "none" or self.alpha is not None:
-            entries = stack(self.per_loop)
-            out |= {"per_loop_keys": entries[:, :, :, 0], "per_loop_values": entries[:, :, :, 1]}
+        entries = stack(self.final)
+        if self.config.gate != "none" and self.alpha is None:
+            entries = entries[0]  # equal for all loops
+        out |= {"keys": entries[..., 0, :, :], "values": entries[..., 1, :, :]}
         return out
 
 

@@ -142,8 +142,8 @@ def chunk_arrays(tensors: Tensors, run: Arrays, teacher: Arrays, inputs: Arrays)
     return {
         "hidden": hidden,
         "attn_out": run["attention_output"],
-        "k": heads_first(run["keys"]),
-        "v": heads_first(run["values"]),
+        "k": heads_first(run["shared_keys"]),
+        "v": heads_first(run["shared_values"]),
         "final_logits": reference.logits(tensors, hidden[-1]),
         "exit_pdf": reference.exit_pdf(reference.exit_logits(tensors, hidden)),
         "kd_per_loop": kd,

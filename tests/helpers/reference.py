@@ -147,7 +147,8 @@ class ReferenceRun:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """hidden [T, S, D], attention_output and layer_output [T, L, S, D]; keys and values, the entries that later
-        chunks read: [L, S, K, E] for a MELT, [T, L, S, K, E] for a LoopLM and in the transition.
+        chunks read: [L, S, K, E] for a MELT, [T, L, S, K, E] for a LoopLM and in the transition; for a MELT also
+        shared_keys and shared_values [L, S, K, E], not blended.
         """
         loops, depth, span = range(1, self.config.loops + 1), range(self.config.layers), range(len(self.segments))
         stack = lambda values: np.array([[[values[t, i, s] for s in span] for i in depth] for t in loops])
@@ -157,8 +158,10 @@ class ReferenceRun:
             "layer_output": stack(self.layer_out),
         }
         entries = stack(self.final)
-        if self.config.gate != "none" and self.alpha is None:
-            entries = entries[0]  # equal for all loops
+        if self.config.gate != "none":
+            shared = np.array([[self.shared[i, s] for s in span] for i in depth])
+            out |= {"shared_keys": shared[:, :, 0], "shared_values": shared[:, :, 1]}
+            entries = shared if self.alpha is None else entries
         out |= {"keys": entries[..., 0, :, :], "values": entries[..., 1, :, :]}
         return out
 

@@ -215,23 +215,18 @@ def _blended_entries(
     """
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def project(_, xs):
-        index, layer, latent, inputs = xs
+    def of_layer(_, xs):
+        index, layer, latent, y = xs
         layer = layer if model.layer_sums is None else model.layer_sums.send(layer, index)
+        u = layer.norm(whole_features(y), "input_layernorm")
+        return None, layer.project_kv(_blend(whole_features(latent), u, alpha), rope)
 
-        def of_loop(y):
-            u = layer.norm(whole_features(y), "input_layernorm")
-            return layer.project_kv(_blend(whole_features(latent), u, alpha), rope)
+    def of_loop(_, inputs):
+        return jax.lax.scan(of_layer, None, (jnp.arange(model.config.layers), model.layers, latents, inputs))
 
-        return None, jax.vmap(of_loop)(inputs)
-
-    if model.config.loops == 1:
-        return jax.tree.map(lambda x: x[None], last)
     with jax.named_scope("gate"):
-        inputs = jnp.moveaxis(layer_input[:-1], 0, 1)
-        _, earlier = jax.lax.scan(project, None, (jnp.arange(model.config.layers), model.layers, latents, inputs))
-        join = lambda earlier, last: jnp.concatenate([jnp.moveaxis(earlier, 1, 0), last[None]])
-        return jax.tree.map(join, earlier, last)
+        _, earlier = jax.lax.scan(of_loop, None, layer_input[:-1], unroll=model.config.unroll)
+        return jax.tree.map(lambda earlier, last: jnp.concatenate([earlier, last[None]]), earlier, last)
 
 
 def _scan(in_lists: bool, unroll: int = 1) -> Callable[..., Any]:

@@ -218,8 +218,8 @@ def _blended_entries(
     def of_layer(_, xs):
         index, layer, latent, y = xs
         layer = layer if model.layer_sums is None else model.layer_sums.send(layer, index)
-        u = layer.norm(whole_features(y), "input_layernorm")
-        return None, layer.project_kv(_blend(whole_features(latent), u, alpha), rope)
+        stream = _blend(latent, layer.norm(y, "input_layernorm"), alpha)  # split like both, so that it is gathered once
+        return None, layer.project_kv(whole_features(stream), rope)
 
     def of_loop(_, inputs):
         return jax.lax.scan(of_layer, None, (jnp.arange(model.config.layers), model.layers, latents, inputs))

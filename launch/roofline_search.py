@@ -24,7 +24,7 @@ from launch.compile_table import SMALL, Records, StepFailedError, line
 TOPOLOGIES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:4x4", "tpu7x": "tpu7x:2x2x1"}
 DEVICES = {"v5e": 16, "v5p": 8, "v6e": 16, "tpu7x": 8}
 GOALS = {"v5e": 1.5, "v5p": 1.5, "v6e": 1.8, "tpu7x": None}
-TENSOR, AT_ONCE, CHUNKS = (1, 2, 4, 8), (1, 2, 4), (500, 1000, 2000)
+TENSOR, AT_ONCE, CHUNKS = (1, 2, 4, 8), (1, 2, 3, 4), (500, 1000, 2000)
 ATTENTION = (("pallas", 512), ("blocks", 512), ("blocks", 128))  # (`attention`, `attention_block`)
 UNROLL, REMAT, GATHER = (True, False), ("products", "layer"), ("step", "layer")
 OPTIONS = ("default", "overlap_vmem")

@@ -202,10 +202,12 @@ class Cache(NamedTuple):
     def in_place(self, sums: Any = None) -> "Cache":
         """The cache with stacked entries as `EntryStack`, which `run_chunk` reads in blocks, without copies of layers.
 
+        An `EntryList` stays as it is.
+
         Args:
           sums: refs to which the backward pass adds the gradients of the entries; None drops the gradients.
         """
-        return self._replace(entries=EntryStack(self.entries, sums))
+        return self if isinstance(self.entries, EntryList) else self._replace(entries=EntryStack(self.entries, sums))
 
     def stop_gradient(self) -> "Cache":
         """The cache as a constant: neither entries nor window get a gradient, and no sums receive any."""

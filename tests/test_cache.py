@@ -10,7 +10,7 @@ import pytest
 from melt_jax import ModelConfig, run_chunk
 from melt_jax.config import InputError
 from melt_jax.model.attention import AttentionMask
-from melt_jax.model.cache import KV, ChunkKV, bytes_per_token, create_cache
+from melt_jax.model.cache import KV, ChunkKV, blend, bytes_per_token, create_cache
 from melt_jax.model.gate import VARIANTS
 from melt_jax.model.model import reconfigure
 from tests.helpers.marks import slow
@@ -78,6 +78,14 @@ def test_write_changes_its_own_slots_only(start, per_loop):
             take = lambda x, b=b: np.moveaxis(x[..., b, :, :, :], -3, 0)
             np.testing.assert_array_equal(take(got)[inside], take(chunk))
             np.testing.assert_array_equal(take(got)[~inside], take(before)[~inside])
+
+
+@float64
+def test_blend_is_linear_in_alpha():
+    shared, per_loop = (jax.tree.map(np.float64, random_kv(TINY, 3, *kv)) for kv in ((0,), (1, (TINY.loops,))))
+    for got, s, b in zip(blend(shared, per_loop, 0.25), shared, per_loop):
+        np.testing.assert_allclose(got, 0.25 * s + 0.75 * b, rtol=1e-14)
+    assert blend(shared, None, None) is shared and blend(None, per_loop, None) is per_loop
 
 
 @jax.jit

@@ -45,8 +45,8 @@ def test_token_multiplies_each_matrix_once_per_loop(config, logits):
 
 
 def test_transition_and_gates_add_their_own_flops():
-    """The transition projects KV entries again, but for the last loop; gates without weights need no FLOPs."""
-    projections = 2 * 2 * OURO.width * OURO.kv_heads * OURO.head_width * (OURO.loops - 1) * OURO.layers
+    """The transition projects KV entries from h and from u; gate variants without weights need no FLOPs."""
+    projections = 2 * 2 * OURO.width * OURO.kv_heads * OURO.head_width * OURO.loops * OURO.layers
     assert forward_flops(MELT, 1, transition=True).total - forward_flops(MELT, 1).total == projections
     assert forward_flops(MELT, 1).gate == 3 * OURO.layers * 4 * OURO.width**2
     assert forward_flops(dataclasses.replace(OURO, gate="scalar"), 1).gate == 3 * OURO.layers * 4 * OURO.width

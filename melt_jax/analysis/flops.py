@@ -4,7 +4,7 @@ A multiply-add is 2 FLOPs and only matrix products count: norms, softmax, RoPE, 
 optimizer do not. For one token, with D width, H query heads, K key/value heads, E head width, F feed-forward width,
 V vocabulary, L layers, T loops, and `entries` the mean number of KV entries that a query sees, including its own:
 
-    projections   T · L · 2·D·E·(2·H + 2·K)     W_Q, W_K, W_V, W_O; see `forward_flops` for the transition
+    projections   T · L · 2·D·E·(2·H + 2·K)     W_Q, W_K, W_V, W_O; in the transition 4·K: entries of h and of u
     gate          (T − 1) · L · 4·D²            W_z, U_z; T times if the gate is applied at loop 1 too
     attention     T · L · 4·H·E·entries         scores and weighted values
     mlp           T · L · 6·D·F
@@ -85,7 +85,7 @@ def forward_flops(
         number of tokens so far for decoding.
       logits: number of loops whose logits are computed; all by default, as in training. Decoding computes 1; a prefill
         computes 1 for its last token only.
-      transition: whether entries are blended with the LoopLM's: all loops but the last then project them twice.
+      transition: whether per-loop entries are kept in addition to the shared ones.
       sweeps: times that the loops run; see `ModelConfig.sweeps_of`.
 
     Raises:
@@ -95,10 +95,10 @@ def forward_flops(
         raise ValueError("transition: expected a model with a gate, found gate='none' (a LoopLM)")
     D, H, K, E = config.width, config.heads, config.kv_heads, config.head_width
     passes = sweeps * config.loops * config.layers
-    blends = sweeps * (config.loops - 1) * config.layers if transition else 0
+    streams = 2 if transition else 1
     gated = sweeps * (config.loops - (config.first_loop == "copy")) * config.layers
     return ForwardFlops(
-        projections=2 * D * E * (passes * (2 * H + 2 * K) + blends * 2 * K),
+        projections=passes * 2 * D * E * (2 * H + 2 * K * streams),
         gate=gated * 2 * 2 * D * gate_columns(config),
         attention=passes * 4 * H * E * entries,
         mlp=passes * 6 * D * config.feed_forward,

@@ -6,6 +6,9 @@ The entries of a `Cache` have one of two forms:
     per-loop    [T, L, B, S, K, E]    read by one loop each: the LoopLM's, projected from u, the normed input; in the
                                       transition, blends of MELT's entry and the LoopLM's of the same loop
 
+Earlier chunks are read only after their last loop. So the transition blends their entries once, when it writes them,
+instead of keeping both kinds and blending whenever it reads.
+
 A MELT with a window also keeps the entries of the last W tokens as loops 1 … T − 1 read them. Loop T needs none: its
 entries are the final ones.
 
@@ -24,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
-from melt_jax.model.layout import split_zeros
+from melt_jax.model.layout import split_zeros, upcast
 
 
 class KV(NamedTuple):
@@ -309,6 +312,24 @@ def bytes_per_sequence(config: ModelConfig, itemsize: int = 2) -> int:
     """Bytes of a sequence's window, whatever its length: 2·(T − 1)·W·L·K·E numbers; 0 for the LoopLM."""
     entries = (config.loops - 1) * config.window if config.gate != "none" else 0
     return 2 * entries * config.layers * config.kv_heads * config.head_width * itemsize
+
+
+def blend(shared: KV | None, per_loop: KV | None, alpha: Float[Array, ""] | float | None) -> KV:
+    """The entries that attention reads: α·shared + (1 − α)·per_loop, or those that are not None.
+
+    Shared entries without an axis of loops count for every loop.
+    """
+    if shared is None or per_loop is None:
+        only = per_loop if shared is None else shared
+        assert only is not None, "shared or per-loop entries are needed"
+        return only
+    assert alpha is not None, "two kinds of entries need an α"
+
+    def mix(shared, per_loop):
+        every_loop = jnp.expand_dims(upcast(shared), tuple(range(per_loop.ndim - shared.ndim)))
+        return (alpha * every_loop + (1 - alpha) * upcast(per_loop)).astype(shared.dtype)
+
+    return jax.tree.map(mix, shared, per_loop)
 
 
 def _write_entries(old, new, start):

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
-from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, EntryStack, create_cache
+from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, EntryStack, blend, create_cache
 from melt_jax.model.gate import LOGITS, update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
-from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, upcast, whole_features
+from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features
 from melt_jax.model.model import LoopedTransformer, is_unstacked
 
 _policies = jax.checkpoint_policies
@@ -86,8 +86,8 @@ def run_chunk(
 
     A query of loop t attends causally to its chunk's entries as they are in loop t, to the entries of loop t of the W
     tokens before it, and to the cache's entries of all other earlier tokens: the final ones of a shared cache, those
-    of loop t of a per-loop cache. In the transition each of these is a blend: α parts MELT's entry, 1 − α parts the
-    LoopLM's of loop t. Projections and RoPE are linear, so it is projected from the blend of h and u.
+    of loop t of a per-loop cache. In the transition all of these are blends, α parts MELT's entry and 1 − α parts the
+    LoopLM's of loop t.
 
     With several sweeps the loops run again over the same tokens. From the second sweep on, tokens of the chunk further
     back than W are read through the final entries of the sweep before. A chunk of at most sweeps · (W + 1) tokens is
@@ -172,61 +172,26 @@ def _run_loops(
         loop, final_of_loop, window, given = xs
         cached, previous = final_of_loop if cache.per_loop else final
         earlier = _Earlier(cached, window, previous)
-        x, (layer_input, latents, own, attention_output, gate_openness) = scan_layers(
+        x, (layer_input, latents, (shared, *more), attention_output, gate_openness) = scan_layers(
             functools.partial(run_nth_layer, loop),
             x,
             (jnp.arange(config.layers), model.layers, latents, earlier, given),
         )
         with jax.named_scope("final_norm"):
             x = rms_norm(x, model.norm[...], config.rms_eps)
-        outputs = own if keep_entries else None, (x, layer_input, attention_output, gate_openness)
-        return (x, latents, None if latents is None else own), outputs
+        return (x, latents, shared), (more, (x, layer_input, attention_output, gate_openness))
 
-    latents, last = _before_first_loop(config, x)
-    keep_entries = latents is None or cache.window is not None
+    latents, shared = _before_first_loop(config, x)
     loops = jnp.arange(1, config.loops + 1, dtype=jnp.int32)
     # Loop T does not read the window; zeros stand in for its entries.
     pad = lambda entries: jnp.concatenate([entries, jnp.zeros_like(entries[:1])])
     window = None if cache.window is None else jax.tree.map(pad, cache.window.kv)
-    (_, latents, last), (every, outputs) = scan_loops(
-        run_loop, (x, latents, last), (loops, final if cache.per_loop else None, window, layer_inputs)
+    (_, _, shared), ((per_loop, recent), outputs) = scan_loops(
+        run_loop, (x, latents, shared), (loops, final if cache.per_loop else None, window, layer_inputs)
     )
+    kv = ChunkKV(blend(shared, per_loop, context.alpha), jax.tree.map(lambda entries: entries[:-1], recent))
     hidden, layer_input, attention_output, gate_openness = outputs
-    recent = None if cache.window is None else jax.tree.map(lambda entries: entries[:-1], every)
-    if context.alpha is not None:
-        entries = _blended_entries(model, context.rope, context.alpha, layer_input, latents, last)
-    else:
-        entries = every if latents is None else last
-    kv = ChunkKV(entries, recent)
     return ChunkOutput(hidden, layer_input, attention_output, gate_openness, kv, context.mask.segments)
-
-
-def _blended_entries(
-    model: LoopedTransformer,
-    rope: RopeTable,
-    alpha: Float[Array, ""],
-    layer_input: Float[Array, "T L B C D"],
-    latents: Float[Array, "L B C D"],
-    last: KV,
-) -> KV:
-    """A chunk's entries [T, L, B, C, K, E] as later chunks read them in the transition.
-
-    Those of loop t blend h of loop T with u of loop t, so loop T's are the entries `last`, which it has read itself.
-    """
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_layer(_, xs):
-        index, layer, latent, y = xs
-        layer = layer if model.layer_sums is None else model.layer_sums.send(layer, index)
-        stream = _blend(latent, layer.norm(y, "input_layernorm"), alpha)  # split like both, so that it is gathered once
-        return None, layer.project_kv(whole_features(stream), rope)
-
-    def of_loop(_, inputs):
-        return jax.lax.scan(of_layer, None, (jnp.arange(model.config.layers), model.layers, latents, inputs))
-
-    with jax.named_scope("gate"):
-        _, earlier = jax.lax.scan(of_loop, None, layer_input[:-1], unroll=model.config.unroll)
-        return jax.tree.map(lambda earlier, last: jnp.concatenate([earlier, last[None]]), earlier, last)
 
 
 def _scan(in_lists: bool, unroll: int = 1) -> Callable[..., Any]:
@@ -245,7 +210,7 @@ def _scan_lists(step, state, xs):
 
 
 def _before_first_loop(config: ModelConfig, x: Float[Array, "B C D"]):
-    """Zeros for h⁰ [L, B, C, D] and for a MELT's entries of the chunk, [L, B, C, K, E]; None for a LoopLM."""
+    """Zeros for h⁰ [L, B, C, D] and for the chunk's shared entries; None for a LoopLM."""
     if config.gate == "none":
         return None, None
     batch, length, _ = x.shape
@@ -269,9 +234,9 @@ def _run_layer(config: ModelConfig, context: _Context, stored: Any, loop: Int[Ar
     layer_input = y = y if given is None else whole_features(given)
     with jax.named_scope("gate"):
         u = layer.norm(y, "input_layernorm")
-        latent, stream, gate_openness = _kv_stream(config, context, layer, u, latent, loop)
-        own = layer.project_kv(stream, context.rope)
+        latent, shared, per_loop, gate_openness = _chunk_kv(config, context, layer, u, latent, loop)
     with jax.named_scope("attention"):
+        own = blend(shared, per_loop, context.alpha)
         near = [own] if earlier.window is None else [earlier.window, own]
         if earlier.previous is not None:
             near.append(earlier.previous)
@@ -282,25 +247,22 @@ def _run_layer(config: ModelConfig, context: _Context, stored: Any, loop: Int[Ar
         y, attention_output = layer.add_attention(y, heads)
     with jax.named_scope("mlp"):
         y = layer.add_mlp(y)
-    return y, (split_features(layer_input), latent, own, split_features(attention_output), gate_openness)
+    kv = shared, per_loop, None if earlier.window is None else own
+    return y, (split_features(layer_input), latent, kv, split_features(attention_output), gate_openness)
 
 
-def _kv_stream(
+def _chunk_kv(
     config: ModelConfig,
     context: _Context,
     layer: DecoderLayer,
     u: Float[Array, "B C D"],
     latent: Float[Array, "B C D"] | None,
     loop: Int[Array, ""],
-) -> tuple[Float[Array, "B C D"] | None, Float[Array, "B C D"], Float[Array, "B C"]]:
-    """(hᵗ or None for a LoopLM, the stream that keys and values are projected from, gate openness)."""
+) -> tuple[Float[Array, "B C D"] | None, KV | None, KV | None, Float[Array, "B C"]]:
+    """(hᵗ, MELT's entries of this loop, the LoopLM's, gate openness); None for what the model has not."""
     if latent is None:
-        return None, u, jnp.ones(u.shape[:-1], accumulation_dtype(u.dtype))
+        return None, None, layer.project_kv(u, context.rope), jnp.ones(u.shape[:-1], accumulation_dtype(u.dtype))
     latent, gate_openness = update_latent(config.gate, config.first_loop, layer.kv_gate, u, latent, loop)
-    stream = whole_features(latent)
-    return latent, stream if context.alpha is None else _blend(stream, u, context.alpha), gate_openness
-
-
-def _blend(latent: Float[Array, "B C D"], u: Float[Array, "B C D"], alpha: Float[Array, ""]) -> Float[Array, "B C D"]:
-    """The transition's stream of keys and values, α·h + (1 − α)·u."""
-    return (alpha * upcast(latent) + (1 - alpha) * upcast(u)).astype(u.dtype)
+    shared = layer.project_kv(whole_features(latent), context.rope)
+    per_loop = None if context.alpha is None else layer.project_kv(u, context.rope)
+    return latent, shared, per_loop, gate_openness

@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     config.teacher = "checkpoints/ouro_1_4b"
     config.data.source = "records"
     config.data.path = "data/train"
-    config.mesh.tensor = 4
-    config.micro_batches = 8  # each of the four groups of four chips runs one sequence at a time
+    config.mesh.tensor = 2
+    config.micro_batches = 4  # each of the eight groups of two chips runs one sequence at a time
     return config

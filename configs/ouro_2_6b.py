@@ -18,4 +18,6 @@ def get_config() -> ConfigDict:
     config = ouro_1_4b.get_config()
     config.teacher = "checkpoints/ouro_2_6b"
     config.model.layers = 48
+    config.mesh.tensor = 4
+    config.micro_batches = 8
     return config

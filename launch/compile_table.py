@@ -22,9 +22,9 @@ from typing import Any
 SMALL, LARGE = "configs/ouro_1_4b.py", "configs/ouro_2_6b.py"
 TOPOLOGIES = (  # config, topology, phase, sequences, tensor, micro-batches
     (SMALL, "v5e:4x4", "alignment", 4, 4, 1),
-    (SMALL, "v5e:4x4", "transition", 4, 8, 2),
-    (SMALL, "v6e:4x4", "alignment", 8, 4, 2),
-    (SMALL, "v6e:4x4", "transition", 8, 4, 2),
+    (SMALL, "v5e:4x4", "transition", 4, 4, 1),
+    (SMALL, "v6e:4x4", "alignment", 8, 2, 1),
+    (SMALL, "v6e:4x4", "transition", 8, 2, 1),
     (SMALL, "v5p:2x2x2", "alignment", 8, 1, 1),
     (SMALL, "v5p:2x2x2", "transition", 8, 1, 1),
     (SMALL, "tpu7x:2x2x1", "alignment", 8, 1, 1),

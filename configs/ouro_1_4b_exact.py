@@ -15,13 +15,13 @@ chunks: GB per chip, FLOPs / necessary, and the chip-hours of the phase at the s
 those at their sum (launch/README.md has the whole table):
 
                               this recipe                   chunks of 500
-    v6e:4x4   transition      18.5 GB  1.10  44 to 71 h     15.6 GB  1.08  13 to 30 h
-    v6e:4x4   alignment       11.1 GB  1.10  19 to 35 h     10.6 GB  1.09   6 to 16 h
+    v6e:4x4   transition      22.6 GB  1.10  32 to 48 h     21.4 GB  1.08  10 to 20 h
+    v6e:4x4   alignment       16.3 GB  1.10  19 to 28 h     14.7 GB  1.09   7 to 12 h
 
 FLOPs are the same, but products with 128 rows run at half rate on v6e, and short chunks move more in memory, because
 every chunk reads the weights and adds to the sums of their gradients. Several sequences at once reduce both: with
-`micro_batches` 2 the alignment runs four, in 24.2 GB and 11 to 21 chip-hours. A run may change `micro_batches` when it
-resumes.
+`mesh.tensor` 4 and `micro_batches` 2 the alignment runs four, in 24.2 GB and 11 to 21 chip-hours. A run may change both
+when it resumes.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,8 @@ A distillation (MELT, arXiv 2605.07721) has curves of the KL to the teacher, the
 with the transition's α, and the gradient norms; pretraining (Ouro, arXiv 2510.25741) has cross-entropy and exit
 probabilities instead. An unfinished run is drawn up to its last logged step. --gates draws the gate openness of every
 loop and layer at the last logged step of each phase instead. Several workdirs are drawn into one figure, a color for
-each, with the last loop alone; the command also prints the config keys in which the runs differ.
+each, with the last loop alone; the command also prints the config keys in which the runs differ. A point is the mean of
+the steps since the point before. Logarithmic axes end four decades below their largest value.
 """
 
 import collections
@@ -31,6 +32,7 @@ from melt_jax.config import InputError
 from melt_jax.files import Path, PathLike, absolute, as_path, parse_json, read_json
 
 GRAY = "0.55"
+DECADES = 4  # of a logarithmic axis: at the start of a transition the KL is zero up to rounding
 GROUP_COLORS = {"backbone": "0.25", "gate": "tab:red", "alpha": GRAY}
 
 
@@ -56,7 +58,7 @@ PANELS = (
     Panel("cross-entropy, nats per token", ("cross_entropy",), log=True),
     Panel("gate openness, mean of 1 − z; dashed: α", ("gate_openness", "alpha"), limits=(-0.03, 1.03)),
     Panel("exit probability", ("exit_probability",), limits=(-0.03, 1.03)),
-    Panel("attention alignment, ‖o student − o teacher‖²", ("alignment",), log=True),
+    Panel("attention alignment, scaled as alignment.reduction says", ("alignment",), log=True),
     Panel("exit entropy, nats", ("exit_entropy",)),
     Panel("gradient norm before clipping", ("gradient_norm",), log=True),
 )
@@ -265,7 +267,10 @@ def dress(axes: Axes, panel: Panel, phases: dict[str, tuple[int, int]]) -> None:
     axes.set_title(panel.title, fontsize=10, loc="left")
     if panel.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bottom, top = axes.get_ylim()
+        bottom = max(bottom, top / 10**DECADES)
+        axes.set_ylim(bottom, top)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 * bottom else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     if panel.limits:

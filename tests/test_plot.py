@@ -70,6 +70,14 @@ def test_pretraining_has_its_own_panels(tmp_path):
     assert titles == ["cross-entropy, nats per token", "exit probability", "gradient norm before clipping"]
 
 
+def test_logarithmic_axes_show_four_decades_at_most(tmp_path):
+    write_run(tmp_path, (2,))
+    with (tmp_path / "transition/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "kd/loop1": 1e-12}) + "\n")
+    bottom, top = plot.draw(plot.read_run(tmp_path)).axes[0].get_ylim()
+    assert 1 < top < 10 and bottom == pytest.approx(top / 10**4)
+
+
 def test_unfinished_run_is_drawn_so_far(tmp_path):
     write_run(tmp_path, (2,))
     with (tmp_path / "transition/metrics.jsonl").open("a") as file:
@@ -142,7 +150,7 @@ def test_comparison_draws_each_run_once(tmp_path):
     norm = [line for line in panels["gradient norm before clipping"].lines if line.get_label() == "long"]
     assert set(norm[0].get_ydata()) == {1.0}  # the backbone's
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["long", "short"]
-    alignment = panels["attention alignment, ‖o student − o teacher‖²"].lines
+    alignment = panels["attention alignment, scaled as alignment.reduction says"].lines
     assert [line.get_label() for line in alignment if not line.get_label().startswith("_")] == ["long"]
     assert all(axes.get_xlim() == (0, 80) for axes in figure.axes)
 

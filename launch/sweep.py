@@ -1,16 +1,19 @@
 """Trains a recipe once for every combination of some overrides, one run after another, and prints the results.
 
-    python launch/sweep.py --config=configs/nano.py --workdir=runs/beta alignment.beta=0,0.005,0.1 seed=0,1,2
+    python launch/sweep.py --config=configs/nano.py --workdir=runs/beta --config.evaluation.baselines=False \
+        alignment.beta=0,0.005,0.1 seed=0,1,2
 
 Each run has its own folder, named after its overrides. All combinations are checked before the first run starts. Rerun
 the command to resume the sweep; complete runs are not trained again. `--config.KEY=VALUE` overrides a key in all runs.
+A value that contains commas stands in brackets: "phases=('transition',),('transition','alignment')". The command ends
+with a table of the models after each phase; `results.json` in a run's folder has the scores of each loop, too.
 `--print` prints one command per run, for a scheduler, and trains nothing. The exit status is 1 if a run failed. Run it
 in the repository's folder with the Python of the virtual environment that launch/setup.sh creates.
 """
 
 import itertools
-import json
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # the repository 
 
 from melt_jax import command_line
 from melt_jax.config import InputError, freeze
+from melt_jax.files import Path, as_path, read_json
+from melt_jax.inference.results import table
 
 Overrides = list[tuple[str, str]]
 
@@ -35,12 +40,13 @@ def combinations(swept: Sequence[str]) -> list[Overrides]:
     keys, values = [], []
     for argument in swept:
         key, _, listed = argument.partition("=")
-        if not (key and all(listed.split(","))):
+        found = re.split(r",(?![^(\[]*[)\]])", listed)  # at commas outside brackets
+        if not (key and all(found)):
             raise InputError(f"overrides: expected key=value or key=value,value, found {argument!r}")
         if key in keys:
             raise InputError(f"overrides: expected each key once, found {key} twice")
         keys.append(key)
-        values.append(listed.split(","))
+        values.append(found)
     return [list(zip(keys, choice)) for choice in itertools.product(*values)]
 
 
@@ -49,7 +55,7 @@ def run_name(choice: Overrides) -> str:
     return ",".join(f"{key}={value}" for key, value in choice).replace("/", "_") or "base"
 
 
-def run_command(config: str, folder: pathlib.Path, overrides: Overrides) -> list[str]:
+def run_command(config: str, folder: Path, overrides: Overrides) -> list[str]:
     """The command that trains one run."""
     command = [sys.executable, "-m", "melt_jax.train", f"--config={config}", f"--workdir={folder}"]
     return command + [f"--config.{key}={value}" for key, value in overrides]
@@ -68,7 +74,7 @@ def check_choices(config: str, choices: Sequence[Overrides], fixed: Overrides) -
             raise InputError(f"{run_name(choice)}: {error}") from error
 
 
-def sweep(commands: dict[pathlib.Path, list[str]]) -> int:
+def sweep(commands: dict[Path, list[str]]) -> int:
     """Runs {folder: command} in order, prints the results, and returns the number of runs that failed."""
     failed = 0
     for folder, command in commands.items():
@@ -76,10 +82,13 @@ def sweep(commands: dict[pathlib.Path, list[str]]) -> int:
         if status := subprocess.run(command).returncode:
             failed += 1
             print(f"failed with status {status}: {folder}", flush=True)
+    rows = {}
     for folder in commands:
         results = folder / "results.json"
-        if results.exists():
-            print(folder.name, json.dumps(json.loads(results.read_text())))
+        measured = read_json(results) if results.exists() else {}
+        rows |= {f"{folder.name}, {name}": row for name, row in measured.items() if name.startswith("after ")}
+    if rows:
+        print(table(rows))
     return failed
 
 
@@ -95,7 +104,7 @@ def main(argv: list[str]) -> None:
     options, fixed = flags.FLAGS, command_line.config_overrides()
     choices = combinations(argv[1:])
     check_choices(options.config, choices, fixed)
-    folders = [pathlib.Path(options.workdir) / run_name(choice) for choice in choices]
+    folders = [as_path(options.workdir, "--workdir") / run_name(choice) for choice in choices]
     commands = {folder: run_command(options.config, folder, fixed + choice) for folder, choice in zip(folders, choices)}
     if options["print"].value:
         print(*map(shlex.join, commands.values()), sep="\n")

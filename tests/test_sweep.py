@@ -18,13 +18,14 @@ NANO = "configs/nano.py"
 
 def test_prints_a_command_for_every_combination():
     """The script runs without PYTHONPATH, as documented; `--config.KEY` applies to all runs."""
-    command = [sys.executable, "launch/sweep.py", f"--config={NANO}", "--workdir=runs/w", "--print"]
+    workdir = "gs://bucket/w"
+    command = [sys.executable, "launch/sweep.py", f"--config={NANO}", f"--workdir={workdir}", "--print"]
     command += ["--config.log_every=5", "alignment.beta=0,1", "seed=3"]
     done = subprocess.run(command, cwd=ROOT, env={"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     train = ["-m", "melt_jax.train", f"--config={NANO}"]
     assert [shlex.split(line)[1:] for line in done.stdout.splitlines()] == [
-        [*train, f"--workdir=runs/w/alignment.beta={beta},seed=3"]
+        [*train, f"--workdir={workdir}/alignment.beta={beta},seed=3"]
         + ["--config.log_every=5", f"--config.alignment.beta={beta}", "--config.seed=3"]
         for beta in (0, 1)
     ]
@@ -42,6 +43,14 @@ def test_combinations_reject_other_forms(swept, message):
     with pytest.raises(InputError) as error:
         sweep.combinations(swept)
     assert str(error.value) == message
+
+
+def test_commas_in_brackets_belong_to_the_value():
+    choices = sweep.combinations(["phases=('transition',),('transition','alignment')"])
+    assert [freeze(load_config(NANO, choice)).phases for choice in choices] == [
+        ("transition",),
+        ("transition", "alignment"),
+    ]
 
 
 def test_seed_can_be_swept():
@@ -63,8 +72,10 @@ def test_failed_runs_are_counted(tmp_path, capfd):
     commands = {tmp_path / name: [sys.executable, "-c", f"raise SystemExit({status})"] for name, status in
                 (("a", 0), ("b", 75), ("c", 1))}  # fmt: skip
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/results.json").write_text(json.dumps({"after alignment": {"exact": 1.0}}))
+    row = dict(answers=0.5, problems=4, comparison=None, loops=3, cache_bytes_per_token=16, cache_bytes_per_sequence=0)
+    (tmp_path / "a/results.json").write_text(json.dumps({"teacher": row, "after alignment": row}))
     assert sweep.sweep(commands) == 2
     printed = capfd.readouterr().out.splitlines()
     assert printed[2] == f"failed with status 75: {tmp_path / 'b'}"
-    assert printed[-1] == 'a {"after alignment": {"exact": 1.0}}'
+    assert printed[-1].split() == ["a,", "after", "alignment", "3", "50.0%", "of", "4", "–", "–", "16", "0"]
+    assert "teacher" not in printed[-2]

@@ -65,7 +65,9 @@ def as_path(path: PathLike, name: str = "path") -> Path:
     if not re.match(r"gs://[^/]", text):
         raise InputError(f"{text}: expected gs://BUCKET/PATH, found no bucket")
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{text}: expected the package gcsfs, found none; pip install 'melt_jax[gcs]'")
+        raise InputError(
+            f"{text}: expected the package gcsfs, found none; run pip install -e '.[gcs]' in the repository"
+        )
     _configure_gcsfs()
     return epath.Path(text)
 

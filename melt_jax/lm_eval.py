@@ -1,6 +1,6 @@
 """Evaluates a model folder on tasks of lm-evaluation-harness.
 
-    pip install 'melt_jax[eval]'
+    pip install -e '.[eval]'
     python -m melt_jax.lm_eval --model_args=checkpoint=MELT-1.6B,batch_size=32 --tasks=arc_easy,wikitext
     python -m melt_jax.lm_eval --model_args=checkpoint=DIR,window=8 --tasks=my_task --include_path=FOLDER --limit=10
 
@@ -77,7 +77,8 @@ def evaluate() -> dict[str, Any]:
         from lm_eval.evaluator import simple_evaluate
     except ModuleNotFoundError as error:
         raise InputError(
-            f"lm_eval: expected lm-evaluation-harness, found no package {error.name}; pip install 'melt_jax[eval]'"
+            f"lm_eval: expected lm-evaluation-harness, found no package {error.name}; run pip install -e '.[eval]' in"
+            " the repository"
         ) from error
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import simple_parse_args_string

@@ -76,7 +76,7 @@ def test_paths_keep_their_text():
 
 def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"gs://bucket/a: expected the package gcsfs, found none; pip install"):
+    with pytest.raises(InputError, match=r"gs://bucket/a: expected the package gcsfs, found none; run pip install"):
         as_path("gs://bucket/a")
 
 

@@ -1,5 +1,6 @@
 """The command for lm-evaluation-harness and its model, on local tasks of the embedded LoopLM."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -156,6 +157,14 @@ def test_inputs_too_long_are_counted(model, monkeypatch, capsys):
         model.generate_until(requests((PROMPT, {"max_gen_toks": 16})), disable_tqdm=True)
 
 
+def test_answers_without_the_end_of_thinking_are_counted(model, monkeypatch, capsys):
+    monkeypatch.setattr(model, "settings", dataclasses.replace(model.settings, think_end_token="</think>"))
+    for new_tokens, unfinished in ((2, True), (24, False)):
+        model.generate_until(requests((PROMPT, {"until": [], "max_gen_toks": new_tokens})), disable_tqdm=True)
+        warning = "warning: 1 of 1 answers end without </think>"
+        assert (warning in capsys.readouterr().err) == unfinished
+
+
 @pytest.mark.slow
 def test_samples_depend_on_seed_and_number_only(model):
     """Equal requests give different samples; neither the other requests nor the batch change them."""
@@ -247,7 +256,7 @@ def test_missing_harness_is_one_line(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match=r"lm_eval: expected lm-evaluation-harness, .*pip install 'melt_jax\[eval\]'"):
+    with pytest.raises(InputError, match=r"lm_eval: expected lm-evaluation-harness, .*pip install -e '.\[eval\]'"):
         run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_choice")
 
 

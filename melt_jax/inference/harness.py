@@ -101,6 +101,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"max_length: expected at most {positions}, the model's, found {self.max_length}")
         self.chunk_size = settings.chunk_size or default_chunk(self._folder, self.model.config)
         self._cut: list[int] = []  # for each request that was too long, the number of its tokens that were dropped
+        self._unfinished: set[tuple[str, int]] = set()  # the samples whose thinking did not end
 
     # ---- what the harness asks of every model
 
@@ -218,6 +219,7 @@ class HarnessModel(TemplateLM):
                     answers[group, context, number] = text
                     bar.update()
         self._report_cut("prompts", len(answers))
+        self._report_unfinished(len(answers))
         return [answers[key] for key in keys]
 
     def _answer(
@@ -267,8 +269,9 @@ class HarnessModel(TemplateLM):
         indices = [_random_index(context, number) for _, context, number in batch]
         with self._in_mesh():
             generate(self._decoder, [ids for ids, _, _ in batch], options, indices, on_tokens=all_done)
-        texts = [postprocess_generated_text(finder.finish(), stops, end or None) for finder in finders]
-        return [self._without_special(text) for text in texts]
+        texts = [finder.finish() for finder in finders]
+        self._unfinished |= {(context, number) for (_, context, number), text in zip(batch, texts) if end not in text}
+        return [self._without_special(postprocess_generated_text(text, stops, end or None)) for text in texts]
 
     def _without_special(self, text: str) -> str:
         for special in self.text.special_tokens:
@@ -303,6 +306,15 @@ class HarnessModel(TemplateLM):
                 file=sys.stderr,
             )
         self._cut = []
+
+    def _report_unfinished(self, total: int) -> None:
+        if self._unfinished:
+            print(
+                f"warning: {len(self._unfinished)} of {total} answers end without {self.settings.think_end_token}, so"
+                " they are scored with their thinking; a larger max_gen_toks leaves more room for it",
+                file=sys.stderr,
+            )
+        self._unfinished = set()
 
 
 def _sampling(options: dict[str, Any], settings: HarnessSettings) -> Sampling:

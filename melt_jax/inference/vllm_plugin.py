@@ -1,6 +1,6 @@
 """A plugin of vLLM that serves published MELTs with the chunk that they were trained with.
 
-    pip install --no-deps melt_jax
+    pip install --no-deps .
     vllm serve MELT-1.6B --trust-remote-code
 
 vLLM runs the PyTorch code of the model's folder by its transformers backend; on TPUs, tpu-inference runs that of

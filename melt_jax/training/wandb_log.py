@@ -35,7 +35,8 @@ def wandb_run(config: TrainConfig, workdir: Path) -> Iterator[None]:
         return
     if importlib.util.find_spec("wandb") is None:
         raise InputError(
-            "run.wandb: expected the package wandb, found none; pip install 'melt_jax[wandb]' or set run.wandb to ''"
+            "run.wandb: expected the package wandb, found none; run pip install -e '.[wandb]' in the repository, or set"
+            " run.wandb to ''"
         )
     if jax.process_index() > 0:
         yield

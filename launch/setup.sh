@@ -1,15 +1,17 @@
 # Creates the virtual environment .venv with the packages of requirements.txt and, if the machine has a TPU, libtpu and
-# the packages for buckets. The first run takes some minutes. The other scripts of this folder source this one;
+# the packages for buckets, or if it has NVIDIA GPUs, JAX's CUDA packages. The first run takes some minutes. The other scripts of this folder source this one;
 # launch/test.sh sets extra=test to add the test tools.
 #
 # Starts over if requirements.txt has changed or an earlier setup was interrupted.
 # Needs: Python 3.11 or later with venv, and a package index.
 # PYTHON=… is the interpreter that creates .venv (default: python3).
+# CUDA=cuda12 installs the packages for drivers older than 580 (default: cuda13).
 # PYTHON_RUN=… is an interpreter that has all packages; it is used instead of .venv.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 pip_install() { PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 has_tpu() { compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; }
+has_gpu() { compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
 
 if [ -n "${PYTHON_RUN:-}" ]; then
     python=$PYTHON_RUN
@@ -26,6 +28,7 @@ else
         pip_install --upgrade pip
         pip_install -e .
         if has_tpu; then pip_install -e '.[gcs]' 'jax[tpu]'; fi
+        if has_gpu; then pip_install "jax[${CUDA:-cuda13}]"; fi
         cp requirements.txt .venv/installed.txt # last: without this file the next run starts over
     fi
     if [ "${extra:-}" = test ] && ! cmp -s pyproject.toml .venv/installed_test.toml; then
@@ -34,6 +37,6 @@ else
         cp pyproject.toml .venv/installed_test.toml
     fi
     # The test tools include libtpu, which prints errors on machines without a TPU.
-    if ! has_tpu && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null; then export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"; fi
+    if ! has_tpu && ! has_gpu; then export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"; fi
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

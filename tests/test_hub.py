@@ -242,6 +242,11 @@ def check_card(text):
     assert rows["exact answers"] == "99.5% of 256 problems" and rows["licence"] == "apache-2.0"
 
 
+def test_card_of_the_main_job_has_the_last_phases_records(run_folder):
+    convert(run_folder / "alignment/model", run_folder / "melt", "published")
+    check_card(model_card(run_folder / "melt", "org/name", str(run_folder / "melt")))
+
+
 def test_card_without_records(tmp_path):
     """It states what the folder holds, and that the rest is not recorded."""
     text = model_card(NANO, "org/name", str(NANO))

@@ -26,8 +26,8 @@ def model_card(
     Args:
       folder: the exported model, in published form.
       name: of its repository, "org/name".
-      source: the model that was exported, as the user named it. If it is the `model` folder of a phase, the card states
-        the records of its run: teacher, recipe and measurements.
+      source: the model that was exported, as the user named it. If it is the `model` folder of a phase, or the folder
+        that launch/main_job.sh publishes, the card states the records of its run: teacher, recipe and measurements.
       base_model: name of the LoopLM on the hub; None: the run's teacher, if that is a model of the hub, or the one
         that config.json states as the model's origin.
       license_name: of the weights, as the hub spells it.
@@ -78,16 +78,22 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 
 
 def run_records(source: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config of the run, results of the model) of a phase's `model` folder; empty if they are missing.
+    """(config of the run, results of the model) of a model folder of a run; empty if they are missing.
+
+    Args:
+      source: the `model` folder of a phase, or the folder `melt` of a workdir: the last phase's model, published.
 
     Raises:
       InputError: a record is no JSON object.
     """
-    phase_folder = absolute(source).parent
-    workdir, phase = phase_folder.parent, phase_folder.name
+    folder = absolute(source)
+    published = folder.name == "melt"
+    workdir = folder.parent if published else folder.parent.parent
     files = (workdir / "config.json", workdir / "results.json")
     run, results = (read_json(file) if file.is_file() else {} for file in files)
-    if phase not in run.get("phases", ()):
+    phases = run.get("phases") or [""]
+    phase = phases[-1] if published else folder.parent.name
+    if phase not in phases:
         return {}, {}
     return run, results.get(f"after {phase}") or {}
 

@@ -3,7 +3,7 @@
     python -m melt_jax.train --config=configs/hard.py --workdir=runs/hard
 
 The steps of a problem leave out every second value (`data.hops`), which the loops must compute. Expected: the MELT
-answers 68 to 73 % of 256 problems after the alignment (three seeds) and 14 to 26 % after the transition. The teacher
+answers 66 to 75 % of 256 problems after the alignment (three seeds) and 16 to 23 % after the transition. The teacher
 answers 100 %; the teacher with a single shared KV entry that every loop overwrites, untrained, answers none.
 """
 

@@ -9,7 +9,7 @@
 # workdir (a folder, in a bucket or not), then overrides of the config.
 # Needs: Python 3.11 or later. Sets up .venv first.
 #
-# Publishes the MELT in <workdir>/melt, with weights of the LoopLM's dtype.
+# Publishes the model of the last phase in <workdir>/melt, with weights of the LoopLM's dtype.
 # Rerun the command to resume an interrupted job.
 # On several hosts that share the folders, run the same command on each; process 0 converts and publishes.
 set -euo pipefail
@@ -21,6 +21,10 @@ shift $(($# < 3 ? $# : 3))
 
 "$python" -m melt_jax.convert --input="$published" --output="$workdir/teacher" --to=orbax --keep_existing
 "$python" -m melt_jax.train --config="$config" --workdir="$workdir" --config.teacher="$workdir/teacher" "$@"
-"$python" -m melt_jax.convert --input="$workdir/alignment/model" --output="$workdir/melt" --to=published \
+phase=alignment # or the last one of --config.phases
+for argument; do
+    if [[ $argument == --config.phases=* ]]; then phase=$(grep -o '[a-z_]*' <<<"${argument#*=}" | tail -1); fi
+done
+"$python" -m melt_jax.convert --input="$workdir/$phase/model" --output="$workdir/melt" --to=published \
     --dtype_of="$workdir/teacher" --overwrite
 echo "MELT published in $workdir/melt"

@@ -159,6 +159,8 @@ def test_main_job_publishes_in_the_looplms_dtype(repository):
     assert train.endswith("--config.teacher=runs/a b/teacher --config.seed=3") and "configs/ouro_1_4b.py" in train
     assert last.endswith("--input=runs/a b/alignment/model --output=runs/a b/melt --to=published"
                          " --dtype_of=runs/a b/teacher --overwrite")  # fmt: skip
+    _, _, calls = run("main_job.sh", "a.py", "ouro", "runs/b", "--config.phases=('warm_start','transition')")
+    assert "--input=runs/b/transition/model --output=runs/b/melt" in calls.splitlines()[-1]
 
 
 def test_test_tools_are_added_once(repository):

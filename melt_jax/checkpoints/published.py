@@ -231,7 +231,7 @@ def load_model(
     window: int | None = None,
     sweeps: int | None = None,
 ) -> LoopedTransformer:
-    """A model from a published folder.
+    """Loads a model in published form; `melt_jax.checkpoints.orbax.open_model` reads both forms.
 
     Args:
       folder: holds config.json and one or several safetensors files.

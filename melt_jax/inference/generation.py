@@ -347,7 +347,10 @@ def cache_bytes(cache: Cache) -> int:
 def generate_tokens(
     model: LoopedTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefill_chunk: int
 ) -> Int[np.ndarray, "B new"]:
-    """Greedy continuations of `max_new_tokens` tokens each, without a stop token; prompts may differ in length."""
+    """Greedy continuations of `max_new_tokens` tokens each; no token ends one early, and prompts may differ in length.
+
+    `prefill_chunk` is C of the prompts. A MELT's result depends on it: use the chunk of its training.
+    """
     return np.array(generate(model, prompts, GenerationOptions(max_new_tokens, prefill_chunk)).tokens, np.int32)
 
 

@@ -35,7 +35,7 @@ class ChunkOutput(NamedTuple):
     Attributes:
       hidden: the normed stream at the end of each loop.
       layer_input: the stream that enters each layer.
-      attention_output: after W_O and before the sandwich norm.
+      attention_output: after W_O and before the second norm.
       gate_openness: the gate's mean 1 − z, at least float32; ones for the LoopLM.
       kv: the chunk's entries for the cache.
       segments: to be written to the cache with the entries.

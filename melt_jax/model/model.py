@@ -134,7 +134,7 @@ class LoopedTransformer(nnx.Module):
 
 
 def exit_loop(pdf: Float[Array | np.ndarray, "*batch T"], threshold: float) -> Int[Array, "*batch"]:
-    """The first loop, counted from 0, at which the cumulative probability reaches the threshold.
+    """The first loop, counted from 0, at which the sum of the exit distribution `pdf` reaches the threshold.
 
     A threshold of 1 or more gives the last loop, whatever the rounding error of the sum.
     """

@@ -25,7 +25,7 @@ class SequenceOutput(NamedTuple):
 
     Attributes:
       hidden: the normed stream at the end of each loop.
-      attention_output: after W_O and before the sandwich norm.
+      attention_output: after W_O and before the second norm.
       gate_openness: the gate's mean 1 − z, at least float32.
       cache: `Cache` of S slots.
     """
@@ -51,7 +51,7 @@ def run_sequence(
       model: a LoopLM or a MELT.
       tokens: token ids.
       chunk_size: C; the last chunk may be shorter. With S or more, the sequence is a single chunk.
-      alpha: the transition's blend of shared and per-loop entries, in [0, 1]; None outside the transition.
+      alpha: the share of MELT's entries in the transition, in [0, 1]; None outside the transition.
       positions: for RoPE; by default counted from the first token of each segment.
       segments: a different id for each packed document; 0 is padding. Ones by default.
     """

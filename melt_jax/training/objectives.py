@@ -190,8 +190,9 @@ def alignment_loss(
 ) -> Float[Array, ""]:
     """L_KD + β·L_align of phase 2 (arXiv 2605.07721); differentiable in the student's weights only.
 
-    L_align is the mean over layers, loops and scored tokens of ‖o_student − o_teacher‖², reduced as in `Distillation`.
-    Each sequence is one document.
+    L_align is the mean over layers, loops and scored tokens of ‖o_student − o_teacher‖². With `reduction`
+    "relative" it is divided by the mean of ‖o_teacher‖² over the scored tokens of the same sequence, layer and loop.
+    `loss_mask` is 1 where the prediction that is made at a token is scored. Each sequence is one document.
     """
     batch = whole_documents(tokens, loss_mask)
     sums = distillation_sums(student, teacher, batch, Distillation(chunk_size, reduction))

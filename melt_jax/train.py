@@ -59,6 +59,7 @@ from melt_jax.training.processes import (
     broadcast_from_process_0,
     initialize_distributed,
     is_communication_error,
+    record_failure,
     text_from_process_0,
     wait_for_abort,
 )
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         if is_communication_error(error):
             wait_for_abort(error, lost_seconds)
+        record_failure(error)
         if isinstance(error, SaveError):
             command_line.exit_at_once(error)
         if jax.process_count() == 1 or isinstance(error, InputError):
@@ -119,7 +121,11 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
 
     # ---- check everything before anything is allocated
     named = freeze(config_dict)
-    named = dataclasses.replace(named, teacher=text_from_process_0(hub.pinned, named.teacher))
+    named = dataclasses.replace(
+        named,
+        teacher=text_from_process_0(hub.pinned, named.teacher),
+        tokenizer=text_from_process_0(hub.pinned, named.tokenizer, hub.TOKENIZER),
+    )
     config = with_local_folders(named)
     pretraining = config.phases == ("pretraining",)
     looplm = config.model if pretraining else open_folder(config.teacher).config
@@ -156,7 +162,15 @@ def _run(
 ) -> LoopedTransformer:
     # ---- the teacher, which is read once: in float32, if training starts from its weights
     pretraining = config.phases == ("pretraining",)
-    ended = [name for name in config.phases if broadcast_from_process_0(is_complete(workdir / name / "model"))]
+    written = [name for name in config.phases if broadcast_from_process_0(is_complete(workdir / name / "model"))]
+    ended = config.phases[: config.phases.index(written[-1]) + 1 if written else 0]
+    for name in config.phases[len(ended) + 1 :]:
+        if broadcast_from_process_0((workdir / name / "checkpoints").exists()):
+            missing = workdir / config.phases[len(ended)] / "model"
+            raise InputError(
+                f"{missing}: expected the model from which {name} started, found none; restore it, or remove"
+                f" {workdir / name} to train both phases again"
+            )
     stored = teacher = None
     results = Results(workdir / "results.json")
     if not pretraining:
@@ -170,7 +184,7 @@ def _run(
             results.measure("single shared KV entry, untrained", untrained, teacher, config)
 
     # ---- phases that an earlier run has ended; their evaluation may be missing
-    for name in ended:
+    for name in written:
         _delete_checkpoints(name, config, workdir / name)
         results.measure(f"after {name}", lambda name=name: read_model(workdir / name, mesh), teacher, config)
 

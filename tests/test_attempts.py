@@ -82,6 +82,10 @@ def test_killed_attempt_keeps_its_last_record(now, tmp_path):
     with Attempt(tmp_path, Console(quiet=True)) as second:
         assert second.goodput().attempts == 2
     assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["0001.json", "0002.json"]
+    (tmp_path / "attempts/0001.json").unlink()
+    with Attempt(tmp_path, Console(quiet=True)):
+        pass
+    assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["0002.json", "0003.json"]
 
 
 def test_commit_is_that_of_the_sources():

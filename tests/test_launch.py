@@ -41,6 +41,14 @@ def test_slurm_requeues_on_restart_statuses(tmp_path, status, again):
     assert ("scontrol requeue 7" in calls) == again
 
 
+def test_slurm_job_ends_on_a_recorded_failure(tmp_path):
+    """One process fails and JAX aborts the others, so srun's status, the largest, is 134."""
+    srun = 'echo "process 0: SaveError: disk full" >"$MELT_FAILED"; exit 134'
+    left, output, calls = run(tmp_path, ["bash", "launch/slurm.sbatch", "--workdir=a"], srun=srun, scontrol="exit 0")
+    (ROOT / "slurm-7.failed").unlink()
+    assert left == 1 and "SaveError: disk full" in output and "requeue" not in calls
+
+
 def test_preempted_queued_resource_is_requested_again(tmp_path):
     """The machines are preempted during training, then the run stalls once, then it completes."""
     (tmp_path / "states").write_text("\nWAITING_FOR_RESOURCES\nACTIVE\nSUSPENDED\nSUSPENDED\nACTIVE\nACTIVE\nACTIVE\n")
@@ -72,7 +80,9 @@ def test_jobset_restarts_on_the_same_statuses():
     (job,) = spec["replicatedJobs"]
     rules = job["template"]["spec"]["podFailurePolicy"]["rules"]
     assert [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule] == [[PREEMPTED, STALLED, 134]]
-    assert spec["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    restart, fail = spec["failurePolicy"]["rules"]
+    assert restart == {"action": "RestartJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert fail == {"action": "FailJobSet"}
 
 
 @pytest.mark.parametrize("statuses, left", [((0, 0), 0), ((75, 75), 75), ((0, 1), 1), ((76, 134), 76)])
@@ -157,10 +167,8 @@ def test_main_job_publishes_in_the_looplms_dtype(repository):
     first, train, last = (line for line in calls.splitlines() if "melt_jax" in line)
     assert first.endswith("--input=ouro --output=runs/a b/teacher --to=orbax --keep_existing")
     assert train.endswith("--config.teacher=runs/a b/teacher --config.seed=3") and "configs/ouro_1_4b.py" in train
-    assert last.endswith("--input=runs/a b/alignment/model --output=runs/a b/melt --to=published"
+    assert last.endswith("--input=runs/a b --output=runs/a b/melt --to=published"
                          " --dtype_of=runs/a b/teacher --overwrite")  # fmt: skip
-    _, _, calls = run("main_job.sh", "a.py", "ouro", "runs/b", "--config.phases=('warm_start','transition')")
-    assert "--input=runs/b/transition/model --output=runs/b/melt" in calls.splitlines()[-1]
 
 
 def test_test_tools_are_added_once(repository):

@@ -15,6 +15,7 @@ from melt_jax.training.processes import (
     broadcast_from_process_0,
     broadcast_text_from_process_0,
     is_communication_error,
+    record_failure,
     text_from_process_0,
     wait_for_abort,
 )
@@ -203,3 +204,12 @@ except InputError as error:
     for process in start_processes(2, "-c", program):
         output = process.communicate(timeout=900)[0]  # Gloo prints a line first
         assert output.endswith("\n\nT × L\n" + "a" * 1000 + "\nprocess 0\nno such model\n")
+
+
+def test_failures_are_recorded_for_the_launcher(tmp_path, monkeypatch):
+    record_failure(SaveError("disk full"))  # without the variable, nothing is written
+    monkeypatch.setenv("MELT_FAILED", str(tmp_path / "failed"))
+    record_failure(SaveError("disk full"))
+    record_failure(ValueError("a defect"))
+    lines = (tmp_path / "failed").read_text().splitlines()
+    assert lines == ["process 0: SaveError: disk full", "process 0: ValueError: a defect"]

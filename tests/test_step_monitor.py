@@ -242,9 +242,15 @@ class TestWatchdog:
             assert (tmp_path / "stall-process0.txt").exists() == reported
         assert "(none so far; no later step was dispatched)" in (tmp_path / "stall-process0.txt").read_text()
 
+    def test_first_step_may_take_any_time(self, tmp_path, now):
+        dog = Watchdog("transition", tmp_path, run_config(stall_seconds=1.0, stall_first_seconds=0.0))
+        now[0] = 1e9
+        dog.check()
+        assert not (tmp_path / "stall-process0.txt").exists()
+
     def test_thread_writes_all_stacks(self, tmp_path):
         report = tmp_path / "stall-process0.txt"
-        with Watchdog("transition", tmp_path, run_config(stall_seconds=0.05)):
+        with Watchdog("transition", tmp_path, run_config(stall_seconds=0.05, stall_first_seconds=0.05)):
             wait_for(lambda: report.exists() and "in _poll" in report.read_text())
         assert "in wait_for" in report.read_text()
 

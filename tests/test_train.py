@@ -10,6 +10,7 @@ import time
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 from configs import nano
@@ -17,7 +18,7 @@ from melt_jax import train
 from melt_jax.checkpoints.orbax import open_model, save_model
 from melt_jax.checkpoints.published import save_published
 from melt_jax.compile import make_program
-from melt_jax.config import ConfigError, freeze
+from melt_jax.config import ConfigError, InputError, freeze
 from melt_jax.data import stream
 from melt_jax.inference import scoring
 from melt_jax.sharding import make_mesh
@@ -291,5 +292,34 @@ def test_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
     train.run(config, tmp_path / "run")
     prepare(1)
     config.data.path = str(tmp_path / "data")
-    with pytest.raises(ConfigError, match=r":\n  - manifest of data.path: expected sha256 \w+, found sha256 \w+$"):
+    with pytest.raises(ConfigError, match=r":\n  - contents of data.path: expected sha256 \w+, found sha256 \w+$"):
         train.run(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_run_is_resumed_with_its_token_file(teacher, tmp_path):
+    tokens = np.arange(4 * 32).reshape(4, 32) % 64
+    np.save(tmp_path / "tokens.npy", tokens)
+    config = alignment_run(teacher, 1)
+    config.data.source, config.data.path = "tokens", str(tmp_path / "tokens.npy")
+    train.run(config, tmp_path / "run")
+    np.save(tmp_path / "tokens.npy", tokens[::-1])
+    with pytest.raises(ConfigError, match=r":\n  - contents of data.path: expected sha256 \w+, found sha256 \w+$"):
+        train.run(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_missing_model_of_an_earlier_phase_trains_nothing_again(teacher, tmp_path):
+    """A complete run needs its last model only; an unfinished later phase cannot start from another model."""
+    config = tiny_run(teacher)
+    config.evaluation.sequences, config.evaluation.baselines = 0, False
+    for phase in (config.transition, config.alignment):
+        phase.steps = 2
+    weights = train.run(config, tmp_path)
+    shutil.rmtree(tmp_path / "transition/model")
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("transition", "alignment")]
+    chex.assert_trees_all_equal(train.run(config, tmp_path), weights)
+    assert [(tmp_path / name / "metrics.jsonl").read_text() for name in ("transition", "alignment")] == logs
+    shutil.rmtree(tmp_path / "alignment/model")
+    with pytest.raises(InputError, match="transition/model: expected the model from which alignment started, found no"):
+        train.run(config, tmp_path)

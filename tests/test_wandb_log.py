@@ -77,5 +77,5 @@ def test_missing_package_is_one_line(teacher, tmp_path, monkeypatch):  # noqa: F
     config.run.wandb = "melt"
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
-    with pytest.raises(InputError, match=r"run.wandb: expected the package wandb, .*melt_jax\[wandb\]"):
+    with pytest.raises(InputError, match=r"run.wandb: expected the package wandb, .*-e .\.\[wandb\]"):
         train.run(config, tmp_path)

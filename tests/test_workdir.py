@@ -9,6 +9,7 @@ import pytest
 
 from configs import nano
 from melt_jax.config import ConfigError, freeze
+from melt_jax.training.plan import disk_bytes
 from melt_jax.training.workdir import LOCK, claim_workdir
 from tests.helpers.tiny import TINY
 
@@ -46,6 +47,19 @@ def test_block_releases_the_workdir(tmp_path):
         with pytest.raises(ConfigError, match=r"found process \d+ on "):
             claim(tmp_path / "new/run")
     assert claim(tmp_path / "new/run")
+
+
+def test_other_files_do_not_count_as_written(tmp_path, monkeypatch):
+    """Only checkpoints and models of the run's phases count as written."""
+    needed = disk_bytes(RUN, TINY)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=needed - 1))
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/weights").write_bytes(bytes(1000))
+    with pytest.raises(ConfigError, match="GB of free disk space"):
+        claim(tmp_path)
+    (tmp_path / "transition/checkpoints").mkdir(parents=True)
+    (tmp_path / "transition/checkpoints/weights").write_bytes(bytes(1000))
+    assert claim(tmp_path)
 
 
 def test_full_disk_is_reported_before_the_run(tmp_path, monkeypatch):

@@ -159,11 +159,13 @@ def evaluation_batch(config: TrainConfig, rows: np.ndarray | None = None) -> Bat
 
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
-    """{key: sha256 of the manifest} of the prepared data of a run; empty for other sources."""
-    if config.data.source != "records":
+    """{key: sha256} of the data of a run: of prepared data the manifest's, of a token file its own; else empty."""
+    if config.data.source == "arithmetic":
         return {}
-    paths = {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
-    return {key: sha256(as_path(path) / MANIFEST) for key, path in paths.items() if path}
+    paths = {"data.path": as_path(config.data.path)}
+    if config.evaluation.path:
+        paths["evaluation.path"] = as_path(config.evaluation.path)
+    return {key: sha256(path / MANIFEST if path.is_dir() else path) for key, path in paths.items()}
 
 
 def dataset_size(data: DataConfig) -> int | None:

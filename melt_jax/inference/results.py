@@ -50,8 +50,8 @@ class Results:
         """
         evaluation = config.evaluation
         settings = dataclasses.asdict(evaluation) | {"chunk_size": config.chunk_size}
-        if manifest := stream.fingerprints(config).get("evaluation.path"):
-            settings["manifest"] = manifest
+        if digest := stream.fingerprints(config).get("evaluation.path"):
+            settings["contents"] = digest
         del settings["sample"], settings["baselines"]
         measured = self._rows.get(name, {}).get("settings") == settings
         if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(measured):

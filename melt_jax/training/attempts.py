@@ -125,6 +125,12 @@ def read_attempts(workdir: Path) -> list[dict[str, Any]]:
     return attempts
 
 
+def _next_number(folder: Path) -> int:
+    """One more than the largest number in the name of a file; files may be missing."""
+    names = [path.stem for path in folder.glob("*.json")] if folder.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=0) + 1
+
+
 class Attempt:
     """One attempt of a run, as a context manager. At its end it prints the goodput of all attempts.
 
@@ -136,7 +142,7 @@ class Attempt:
     def __init__(self, workdir: Path, console: Console) -> None:
         self._console, self._writes = console, jax.process_index() == 0
         self._earlier = read_attempts(workdir) if self._writes else []
-        self._path = workdir / "attempts" / f"{len(self._earlier) + 1:04}.json"
+        self._path = workdir / "attempts" / f"{_next_number(workdir / 'attempts'):04}.json"
         self._started = self._since = clock()
         self._category = "loading"
         self._seconds: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)

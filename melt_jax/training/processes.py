@@ -103,6 +103,16 @@ def broadcast_text_from_process_0(text: str) -> str:
     return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
 
 
+def record_failure(error: BaseException) -> None:
+    """Adds an error that a restart would repeat to the file `MELT_FAILED`, if that variable is set.
+
+    When a process ends, JAX aborts the others, so a launcher cannot see by their statuses that the run failed.
+    """
+    if path := os.environ.get("MELT_FAILED"):
+        with open(path, "a") as file:
+            file.write(f"process {jax.process_index()}: {type(error).__name__}: {error}\n")
+
+
 def text_from_process_0(work: Callable[..., str], *args: object) -> str:
     """The text `work(*args)` of process 0, in every process; the others wait. Every process must call it.
 

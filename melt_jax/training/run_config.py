@@ -23,8 +23,8 @@ RESUMABLE_KEYS = {
 def keep_config(config: TrainConfig, workdir: Path) -> None:
     """Writes the config to the workdir, or compares it with the config of the run already there.
 
-    The teacher is compared by the digest of its weights, and prepared data by its manifest's. Process 0 computes the
-    digest at every start, in a second or two per GB.
+    The teacher is compared by the digest of its weights, prepared data by its manifest's, and a token file by its own.
+    Process 0 computes them at every start, in a second or two per GB.
 
     Raises:
       ConfigError: in every process: a key that is not in `RESUMABLE_KEYS`, the teacher or the data has changed.
@@ -39,14 +39,15 @@ def _config_error(config: TrainConfig, workdir: Path) -> str:
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if "pretraining" not in config.phases:
         new["teacher weights"] = f"sha256 {run_outside(weights_digest, hub.local_folder(config.teacher))}"
-    if digest := stream.fingerprints(config).get("data.path"):
-        new["manifest of data.path"] = f"sha256 {digest}"
+    digest = stream.fingerprints(config).get("data.path")
+    if digest:
+        new["contents of data.path"] = f"sha256 {digest}"
     old = read_json(path) if path.exists() else new
     before, now = (
         dict(_flatten({key: value for key, value in values.items() if key not in RESUMABLE_KEYS}))
         for values in (old, new)
     )
-    moved = {"data.path"} if "manifest of data.path" in new else set()  # prepared data is compared by its manifest
+    moved = {"data.path"} if digest else set()  # compared by its contents
     changed = [key for key in sorted({*before, *now} - moved) if before.get(key) != now.get(key)]
     if changed:
         lines = [f"  - {key}: expected {before.get(key)}, found {now.get(key)}" for key in changed]

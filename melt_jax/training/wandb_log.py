@@ -45,6 +45,9 @@ def wandb_run(config: TrainConfig, workdir: Path) -> Iterator[None]:
     try:
         yield
         status = 0
+    except SystemExit:
+        status = 0  # preempted: the run resumes
+        raise
     finally:
         run, _run = _run, None
         run.finish(exit_code=status)

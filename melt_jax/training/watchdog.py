@@ -2,6 +2,7 @@
 
 import collections
 import faulthandler
+import math
 import os
 import sys
 import tempfile
@@ -63,8 +64,9 @@ class Watchdog:
         while self._steps and self._steps[0][1].is_ready():
             self._finished, self._since = self._steps.popleft()[0], time.monotonic()
         # The first step after a start includes its compilation.
-        first = self._finished is None
-        allowed = max(self._run.stall_first_seconds, self._run.stall_seconds) if first else self._run.stall_seconds
+        allowed = self._run.stall_seconds
+        if self._finished is None:
+            allowed = max(allowed, self._run.stall_first_seconds or math.inf)
         if time.monotonic() - self._since > allowed and self._reported != self._since:
             self._reported = self._since
             self._report(allowed)

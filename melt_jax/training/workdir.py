@@ -57,7 +57,9 @@ def disk_error(config: TrainConfig, model: ModelConfig, workdir: pathlib.Path) -
     """A message if the disk has too little room for the run's checkpoints and models; empty otherwise."""
     if (workdir / config.phases[-1] / "model").exists():  # the run has ended
         return ""
-    needed, free = disk_bytes(config, model) - folder_bytes(workdir), shutil.disk_usage(workdir).free
+    folders = [workdir / name / part for name in config.phases for part in ("checkpoints", "model")]
+    written = sum(folder_bytes(folder) for folder in folders if folder.exists())
+    needed, free = disk_bytes(config, model) - written, shutil.disk_usage(workdir).free
     if needed <= free:
         return ""
     return (

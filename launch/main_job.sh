@@ -21,10 +21,6 @@ shift $(($# < 3 ? $# : 3))
 
 "$python" -m melt_jax.convert --input="$published" --output="$workdir/teacher" --to=orbax --keep_existing
 "$python" -m melt_jax.train --config="$config" --workdir="$workdir" --config.teacher="$workdir/teacher" "$@"
-phase=alignment # or the last one of --config.phases
-for argument; do
-    if [[ $argument == --config.phases=* ]]; then phase=$(grep -o '[a-z_]*' <<<"${argument#*=}" | tail -1); fi
-done
-"$python" -m melt_jax.convert --input="$workdir/$phase/model" --output="$workdir/melt" --to=published \
+"$python" -m melt_jax.convert --input="$workdir" --output="$workdir/melt" --to=published \
     --dtype_of="$workdir/teacher" --overwrite
 echo "MELT published in $workdir/melt"

@@ -10,9 +10,9 @@
 A published folder holds config.json, one or several safetensors files and tokenizer files. The Orbax form has the same
 config.json and tokenizer files, and stores the weights under `params/`. --gate=elementwise or scalar turns a LoopLM
 into a MELT with new gates (normal with standard deviation 0.02, biases zero, drawn from --seed); --gate=none removes
-a MELT's gates. The output folder appears when it is complete. --input may name a model of the Hugging Face Hub
-(`melt_jax.checkpoints.hub`). --push uploads the output to the hub, with a model card; to upload a folder that exists,
-add --keep_existing.
+a MELT's gates. The output folder appears when it is complete. --input may name the workdir of a run, for the model of
+its last phase, or a model of the Hugging Face Hub (`melt_jax.checkpoints.hub`). --push uploads the output to the hub,
+with a model card; to upload a folder that exists, add --keep_existing.
 
 In a run of several processes, process 0 converts, and the others wait and fail if it fails.
 """
@@ -32,18 +32,21 @@ from melt_jax import command_line
 from melt_jax.checkpoints import hub
 from melt_jax.checkpoints.folder import KINDS, chosen_dtype, not_finite_errors, override
 from melt_jax.checkpoints.model_card import LICENSE, model_card
-from melt_jax.checkpoints.orbax import PARAMS, open_folder, write_params
+from melt_jax.checkpoints.orbax import PARAMS, open_folder, weights_digest, write_params
 from melt_jax.checkpoints.published import write_weights
 from melt_jax.checkpoints.published_config import add_model_code, published_config, raise_errors, write_config
 from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
+from melt_jax.digests import write_digests
 from melt_jax.files import (
     PathLike,
     absolute,
     as_path,
     atomic_folder,
     copy_companions,
+    file_sizes,
     folder_bytes,
     is_complete,
+    read_json,
     read_on_disk,
     write_text,
 )
@@ -90,7 +93,9 @@ class Upload:
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("input", None, "Model to read: a folder in either form, or a model of the hub.", required=True)
+    flags.DEFINE_string(
+        "input", None, "Model to read: a folder in either form, a run's workdir, or a model of the hub.", required=True
+    )
     flags.DEFINE_string("output", None, "Folder to write.", required=True)
     flags.DEFINE_enum("to", None, FORMS, "Form of the output.", required=True)
     flags.DEFINE_enum("gate", None, GATES, "Gate of the output's model. Default: the input's.")
@@ -101,7 +106,7 @@ def define_flags() -> None:
     flags.DEFINE_string("dtype_of", None, "Instead of --dtype: a model folder whose dtype the weights get.")
     flags.DEFINE_integer("seed", 0, "Seed of new gates.")
     flags.DEFINE_bool("overwrite", False, "Replace the output if it is a folder of that form written by melt_jax.")
-    flags.DEFINE_bool("keep_existing", False, "Convert nothing if the output exists.")
+    flags.DEFINE_bool("keep_existing", False, "Convert nothing if the output exists and is the input's conversion.")
     flags.DEFINE_string("push", None, "Upload the output to this repository of the hub, org/name.")
     flags.DEFINE_string("base_model", None, "Model card: the LoopLM on the hub. Default: the run's teacher.")
     flags.DEFINE_string("license", LICENSE, "Model card: license of the weights, as the hub spells it.")
@@ -138,17 +143,18 @@ def convert(
     """Converts a model folder and prints a summary. Every process of a run must call it; process 0 does the work.
 
     Args:
-      source: model to read: a folder in either form, or a model of the hub.
+      source: model to read: a folder in either form, a run's workdir, or a model of the hub.
       output: folder to write.
       form: of the output, "orbax" or "published".
       changes: to the model.
-      existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form.
+      existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form and, unless
+        gates or dtype differ, the input's weights.
       upload: of the output, which must be in published form.
 
     Raises:
       InputError: the input is not a model folder, the changes contradict it, the output would replace the input or a
-        folder that melt_jax did not write in that form, the kept output is not a model folder of that form, or the hub
-        cannot be reached or refuses. In other processes: process 0 failed.
+        folder that melt_jax did not write in that form, the kept output is not a model folder of that form or has other
+        weights, or the hub cannot be reached or refuses. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
     output = as_path(output, "--output")
@@ -160,8 +166,9 @@ def _convert_and_upload(name, output, form, changes, existing, upload):
         raise InputError(f"form: expected one of {', '.join(FORMS)}, found {form!r}")
     if upload is not None and form != "published":
         raise InputError(f"--push: expected --to=published, found {form}; the hub gets published folders")
+    name = _model_of_run(name)
     if existing == "keep" and is_complete(output):
-        _check_kept(output, form)
+        _check_kept(name, output, form)
     else:
         _convert(name, hub.local_folder(name, argument="--input"), output, form, changes, existing)
     if upload is not None:
@@ -235,6 +242,7 @@ def _upload(source, output, upload):
     card = output / "README.md"
     if not card.exists():
         write_text(card, model_card(output, upload.name, source, upload.base_model, upload.license))
+        write_digests(output, KINDS["published"], file_sizes(output))
     try:
         with read_on_disk(output, ("*",)) as on_disk:
             commit = hub.upload(on_disk, upload.name, upload.private)
@@ -243,10 +251,26 @@ def _upload(source, output, upload):
     print(f"uploaded {output} as {upload.name}: {commit}")
 
 
-def _check_kept(output, form):
-    kept = open_folder(output)
+def _model_of_run(name):
+    """The model folder of the last phase, if the text names the workdir of a run; else the text."""
+    if hub.repository(name) is None and (config := as_path(name, "--input") / "config.json").is_file():
+        if phases := read_json(config).get("phases"):
+            return os.fspath(config.parent / phases[-1] / "model")
+    return name
+
+
+def _check_kept(name, output, form):
+    """Checks the form of an output that is kept, and that it can come from the input."""
+    kept, hint = open_folder(output), "remove it, or use another output"
     if kept.form != form:
-        raise InputError(f"{output}: expected a model folder in {form} form, found {kept.form} form; remove it")
+        raise InputError(f"{output}: expected a model folder in {form} form, found {kept.form} form; {hint}")
+    if origin := hub.repository(name):
+        found = kept.raw.get("_name_or_path")
+        if found and found != origin.name:
+            raise InputError(f"{output}: expected weights of {origin.name}, found those of {found}; {hint}")
+    elif is_complete(as_path(name)) and (source := open_folder(name)).config.gate == kept.config.gate:
+        if source.dtype == kept.dtype and weights_digest(name) != weights_digest(output):
+            raise InputError(f"{output}: expected the weights of {name}, found others; {hint}")
     print(f"{output}: exists and is kept, {kept.form}, gate {kept.config.gate}")
 
 

@@ -143,6 +143,14 @@ def test_existing_outputs_are_kept_or_overwritten(converted, tmp_path, capsys):
     convert(converted / "melt", output, "published", existing="keep")
     assert "exists and is kept" in capsys.readouterr().out
     assert weights_digest(output) == weights_digest(converted / "ouro")
+    convert(converted / "ouro", output, "published", existing="keep")
+    other = tmp_path / "other"
+    shutil.copytree(converted / "ouro", other)
+    edit_tensors(sorted(other.glob("*.safetensors"))[0], lambda x: x.update({name: 2 * x[name] for name in x}))
+    kept = weights_digest(output)
+    with pytest.raises(InputError, match=f"{output}: expected the weights of {other}, found others; remove it"):
+        convert(other, output, "published", existing="keep")
+    assert weights_digest(output) == kept
     convert(converted / "melt", output, "published", existing="overwrite")
     assert weights_digest(output) == weights_digest(converted / "melt")
 

@@ -247,6 +247,20 @@ def test_card_of_the_main_job_has_the_last_phases_records(run_folder):
     check_card(model_card(run_folder / "melt", "org/name", str(run_folder / "melt")))
 
 
+def test_workdir_stands_for_its_last_model(run_folder, tmp_path):
+    convert(run_folder, tmp_path / "melt", "published")
+    assert weights_digest(tmp_path / "melt") == weights_digest(run_folder / "alignment/model")
+
+
+def test_uploaded_folder_can_be_overwritten(run_folder, tmp_path, monkeypatch):
+    """Its card belongs to it."""
+    monkeypatch.setattr("melt_jax.checkpoints.hub.upload", lambda *_: "commit")
+    convert(run_folder, tmp_path / "melt", "published", upload=Upload("org/name"))
+    assert (tmp_path / "melt/README.md").exists()
+    convert(run_folder, tmp_path / "melt", "published", existing="overwrite")
+    assert not (tmp_path / "melt/README.md").exists()
+
+
 def test_card_without_records(tmp_path):
     """It states what the folder holds, and that the rest is not recorded."""
     text = model_card(NANO, "org/name", str(NANO))

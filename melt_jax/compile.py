@@ -55,6 +55,7 @@ from melt_jax.sharding import (
     batch_sharding,
     check_attention,
     check_batch,
+    check_kernel,
     for_inference,
     make_mesh,
     partition,
@@ -200,6 +201,7 @@ def _training_program(config: TrainConfig, student: ModelConfig, mesh, phase: st
     data, teacher = config.data, _looplm(student)
     check_batch(mesh, data.batch, config.micro_batches)
     check_attention(mesh, config.attention)
+    check_kernel(config, student)
     optimizer = make_optimizer(config.phase(phase), config.optimizer, abstract_model(student))
     state = jax.eval_shape(lambda params: init_state(params, optimizer), _placed(abstract_model(student), mesh))
     state = jax.tree.map(lambda x: x if x.sharding else _whole(mesh, x.shape, x.dtype), state)  # counters
@@ -229,6 +231,7 @@ def _evaluation_program(config: TrainConfig, student: ModelConfig, mesh, phase: 
     length, count = config.data.length, scoring.rows_at_a_time(config)
     check_batch(mesh, config.data.batch, config.micro_batches)
     check_attention(mesh, config.attention)
+    check_kernel(config, student)
     models = student, _looplm(student)
     stored = (_placed(abstract_model(model), mesh) for model in models)
     weights = [jax.eval_shape(lambda model: scoring.scoring_weights(model, config), model) for model in stored]

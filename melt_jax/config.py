@@ -308,22 +308,6 @@ def _run_sets_the_computation(values):
             yield f"model.{name}: expected {default!r}, because the key {name} sets it, found {value!r}"
 
 
-def _kernel_fits_in_vmem(values):
-    if values["attention"] != "pallas":
-        return
-    group = max(1, values["model.heads"] // values["model.kv_heads"])
-    chunk, block = values["chunk_size"], values["attention_block"]
-    rows = chunk * group  # queries per KV head
-    if rows > 4096:
-        most = f"{4096 // group} (4096 queries per KV head)"
-        yield f"chunk_size: expected at most {most} with attention 'pallas', found {chunk}"
-        return
-    # A block's float32 scores, slots × rows padded to 128, take at most 2 MB of VMEM.
-    most = min(512, 2**19 // (-(-rows // 128) * 128) // 128 * 128)
-    if block % 128 or block > most:
-        yield f"attention_block: expected a multiple of 128 up to {most} with attention 'pallas', found {block}"
-
-
 def _first_loop_fits_the_gate(values):
     yield from first_loop_errors(values["student.gate"], values["student.first_loop"], "student.")
 
@@ -386,7 +370,6 @@ CHECKS = (
     _teacher_is_given,
     _pretraining_makes_a_looplm,
     _run_sets_the_computation,
-    _kernel_fits_in_vmem,
     _first_loop_fits_the_gate,
     _gathered_weights_are_recomputed,
     _micro_batches_divide_the_batch,

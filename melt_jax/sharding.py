@@ -169,6 +169,22 @@ def check_attention(mesh: jax.sharding.Mesh, attention: str) -> None:
         )
 
 
+def check_kernel(config: TrainConfig, model: ModelConfig) -> None:
+    """Raises ShardingError if the attention kernel's blocks do not fit in a TPU's VMEM."""
+    if config.attention != "pallas":
+        return
+    rows = config.chunk_size * model.group  # queries per KV head
+    if rows > 4096:
+        most = f"{4096 // model.group} (4096 queries per KV head)"
+        raise ShardingError(f"chunk_size: expected at most {most} with attention 'pallas', found {config.chunk_size}")
+    # A block's float32 scores, slots × rows padded to 128, take at most 2 MB of VMEM.
+    block, most = config.attention_block, min(512, 2**19 // (-(-rows // 128) * 128) // 128 * 128)
+    if block % 128 or block > most:
+        raise ShardingError(
+            f"attention_block: expected a multiple of 128 up to {most} with attention 'pallas', found {block}"
+        )
+
+
 def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
     """Every mismatch between the devices and a run's mesh, batch and weights."""
     try:
@@ -179,6 +195,7 @@ def mesh_errors(config: TrainConfig, model: ModelConfig) -> list[str]:
         functools.partial(check_batch, mesh, config.data.batch, config.micro_batches),
         functools.partial(weight_shardings, abstract_model(model), mesh),
         functools.partial(check_attention, mesh, config.attention),
+        functools.partial(check_kernel, config, model),
     )
     errors = []
     for check in checks:

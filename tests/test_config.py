@@ -191,13 +191,6 @@ CONTRADICTIONS = {
     "model.attention: expected 'blocks'": [{"model__attention": "pallas"}],
     "model.attention_block: expected 512": [{"model__attention_block": 64}],
     "model.unroll: expected False": [{"model__unroll": True}],
-    "attention_block: expected a multiple of 128 up to 512": [
-        {"attention": "pallas", "attention_block": block} for block in (500, 1024)
-    ],
-    "attention_block: expected a multiple of 128 up to 256": [{"attention": "pallas", "model__kv_heads": 4}],
-    "chunk_size: expected at most 1024 (4096 queries per KV head)": [
-        {"attention": "pallas", "chunk_size": 1025, "model__kv_heads": 4}
-    ],
     "student.first_loop: expected 'copy'": [
         {"student__gate": gate, "student__first_loop": "gated"} for gate in GATES[2:]
     ],

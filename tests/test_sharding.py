@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from melt_jax.config import MeshConfig
+from configs import base
+from melt_jax.config import MeshConfig, freeze
 from melt_jax.model.model import abstract_model
 from melt_jax.sharding import (
     AXES,
@@ -19,6 +20,7 @@ from melt_jax.sharding import (
     batch_sharding,
     check_attention,
     check_batch,
+    check_kernel,
     device_slice,
     local_batch_indices,
     make_mesh,
@@ -58,6 +60,30 @@ def test_kernel_is_refused_on_gpus():
     with pytest.raises(ShardingError, match=r"^attention: expected 'blocks' on gpu, .* found 'pallas'$"):
         check_attention(_on("gpu"), "pallas")
     check_attention(_on("gpu"), "blocks")
+
+
+@pytest.mark.parametrize(
+    "chunk, block, kv_heads, message",
+    [
+        (500, 500, 16, "attention_block: expected a multiple of 128 up to 512 with attention 'pallas', found 500"),
+        (500, 1024, 16, "attention_block: expected a multiple of 128 up to 512 with attention 'pallas', found 1024"),
+        (500, 512, 4, "attention_block: expected a multiple of 128 up to 256 with attention 'pallas', found 512"),
+        (1025, 128, 4, r"chunk_size: expected at most 1024 \(4096 queries per KV head\) .*, found 1025"),
+        (500, 512, 16, None),
+        (500, 256, 4, None),
+    ],
+)
+def test_kernel_fits_the_models_heads(chunk, block, kv_heads, message):
+    """The heads are those of the model that is trained; a run with a teacher ignores the config's."""
+    config = base.get_config()
+    config.teacher, config.attention, config.chunk_size, config.attention_block = "x", "pallas", chunk, block
+    config = freeze(config)
+    model = dataclasses.replace(config.model, kv_heads=kv_heads)
+    if message is None:
+        check_kernel(config, model)
+    else:
+        with pytest.raises(ShardingError, match=f"^{message}$"):
+            check_kernel(config, model)
 
 
 def test_kernel_needs_a_split_batch():

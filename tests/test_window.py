@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from melt_jax.config import InputError
 from melt_jax.model.cache import bytes_per_sequence, bytes_per_token, create_cache
 from melt_jax.model.loops import run_chunk
 from melt_jax.model.model import reconfigure
@@ -136,3 +137,10 @@ def test_entries_do_not_depend_on_the_cuts(seed):
         cache, start = cache.write(out.kv, out.segments, start), start + length
     _, _, keys, values = outcome(melt(window), 1)
     assert_same((cache.keys, cache.values), (keys, values))
+
+
+def test_cache_without_the_models_window_is_refused():
+    """A cache of another model, or one that `run_sequence` returns, lacks the entries that the window needs."""
+    cache = create_cache(melt().config, 2, 8, jnp.float32)
+    with pytest.raises(InputError, match=r"^cache: expected one with a window of 3, from `create_cache`, found none$"):
+        run_chunk(melt(3), jnp.asarray(random_tokens(2, 4)), cache, 0)

@@ -293,9 +293,14 @@ def create_cache(
     return Cache(KV(zeros(), zeros()), segments, create_window(config, batch, dtype, batch_axes))
 
 
+def has_window(config: ModelConfig) -> bool:
+    """Whether a cache of this model has a window; a LoopLM, W = 0 and T = 1 need none."""
+    return config.gate != "none" and config.window > 0 and config.loops > 1
+
+
 def create_window(config: ModelConfig, batch: int, dtype: DTypeLike, batch_axes: Any = None) -> Window | None:
-    """An empty window for B sequences; None for a LoopLM, W = 0 or T = 1, which need none."""
-    if config.gate == "none" or not config.window or config.loops == 1:
+    """An empty window for B sequences; None if the model has none."""
+    if not has_window(config):
         return None
     shape = (config.loops - 1, config.layers, batch, config.window, config.kv_heads, config.head_width)
     zeros = lambda: split_zeros(shape, dtype, 2, batch_axes, -2)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from melt_jax.config import InputError, ModelConfig
 from melt_jax.model.attention import SAVED, AttentionMask, blockwise_attention
-from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, EntryStack, blend, create_cache
+from melt_jax.model.cache import KV, Cache, ChunkKV, EntryList, EntryStack, blend, create_cache, has_window
 from melt_jax.model.gate import LOGITS, update_latent
 from melt_jax.model.layers import DecoderLayer, RopeTable, rms_norm, rope_table
 from melt_jax.model.layout import accumulation_dtype, batch_axes, split_features, split_zeros, whole_features
@@ -107,9 +107,11 @@ def run_chunk(
       `ChunkOutput`. The cache is unchanged; `cache.write(out.kv, out.segments, start)` adds the chunk.
 
     Raises:
-      InputError: α without a transition cache, or the reverse.
+      InputError: α without a transition cache, or the reverse; a cache with entries but without the model's window.
     """
     config, (batch, length) = model.config, tokens.shape
+    if cache.length and cache.window is None and has_window(config):
+        raise InputError(f"cache: expected one with a window of {config.window}, from `create_cache`, found none")
     if (alpha is not None) != (cache.per_loop and config.gate != "none"):
         raise InputError(f"alpha: expected a number for a MELT with a per-loop cache, else None, found {alpha}")
     start = jnp.asarray(start, jnp.int32)

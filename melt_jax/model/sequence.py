@@ -54,6 +54,9 @@ def run_sequence(
       alpha: the share of MELT's entries in the transition, in [0, 1]; None outside the transition.
       positions: for RoPE; by default counted from the first token of each segment.
       segments: a different id for each packed document; 0 is padding. Ones by default.
+
+    Returns:
+      `SequenceOutput`; its cache has no window, so a model with a window cannot continue from it.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     length = tokens.shape[1]

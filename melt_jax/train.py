@@ -56,6 +56,7 @@ from melt_jax.training.optimizer import make_optimizer
 from melt_jax.training.plan import plan
 from melt_jax.training.preemption import PREEMPTED, exit_if_preempted, exit_on_sigterm
 from melt_jax.training.processes import (
+    all_processes_fail,
     broadcast_from_process_0,
     initialize_distributed,
     is_communication_error,
@@ -93,9 +94,10 @@ def main(argv: list[str]) -> None:
         record_failure(error)
         if isinstance(error, SaveError):
             command_line.exit_at_once(error)
-        if jax.process_count() == 1 or isinstance(error, InputError):
+        if jax.process_count() == 1 or (isinstance(error, InputError) and all_processes_fail()):
             raise
-        traceback.print_exc()
+        if not isinstance(error, InputError):
+            traceback.print_exc()
         command_line.exit_at_once(error)  # a normal exit waits for the other processes, which wait for this one
 
 

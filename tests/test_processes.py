@@ -125,29 +125,36 @@ def test_comparison_of_runs_is_bitwise(monkeypatch, tmp_path):
 
 
 FAILS = """
+import sys
 import jax
 from melt_jax import command_line, train
+from melt_jax.config import InputError
 from melt_jax.training.processes import wait_for_process_0
 
 def run(config, workdir):
-    if jax.process_index() == 0:
-        raise RuntimeError("planted")
+    if jax.process_index() == 0 or sys.argv[1] == "all":
+        raise (RuntimeError if sys.argv[1] == "defect" else InputError)("planted")
     wait_for_process_0()
 
 train.run = run
 train.define_flags()
-command_line.run(train.main)
+command_line.run(lambda argv: train.main(argv[:1]), positional=True)
 """
 
 
 @pytest.mark.slow
-def test_a_failed_process_waits_for_no_other(tmp_path):
-    """Its own error is its last line, and JAX ends the others, which wait for it."""
-    flags = ("--config=configs/nano.py", f"--workdir={tmp_path}")
+@pytest.mark.parametrize("kind", ["defect", "input", "all"])
+def test_a_failed_process_waits_for_no_other(tmp_path, kind):
+    """Its own error is its last line, and JAX ends the others, which wait for it; if all fail, each ends by itself."""
+    flags = (kind, "--config=configs/nano.py", f"--workdir={tmp_path}")
     started = start_processes(2, "-c", FAILS, *flags, stderr=subprocess.STDOUT, **several_devices(1))
     first, other = (process.communicate(timeout=1800)[0] for process in started)
     assert started[0].returncode == 1 and first.strip().endswith(": planted") and "barrier" not in first.lower()
-    assert started[1].returncode != 0 and "planted" not in other
+    assert ("Traceback" in first) == (kind == "defect")
+    if kind == "all":
+        assert started[1].returncode == 1 and other.strip().endswith(": planted")
+    else:
+        assert started[1].returncode not in (0, 1) and "planted" not in other
 
 
 def test_broken_communication_is_told_from_other_errors(monkeypatch):

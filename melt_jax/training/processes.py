@@ -23,6 +23,7 @@ WAIT_SECONDS = 24 * 3600  # how long others wait for process 0; if it dies, JAX 
 LOST_SECONDS = 100  # JAX's own default
 # Statuses of failed communication, with which JAX's errors begin; those of bad input and of too little memory differ.
 BROKEN = r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): "
+FAILURE_SECONDS = 10  # between the same error in the first and in the last process
 VERDICT_SECONDS = 30  # how much longer than `run.lost_seconds` JAX may take to end a process
 
 
@@ -111,6 +112,15 @@ def record_failure(error: BaseException) -> None:
     if path := os.environ.get("MELT_FAILED"):
         with open(path, "a") as file:
             file.write(f"process {jax.process_index()}: {type(error).__name__}: {error}\n")
+
+
+def all_processes_fail() -> bool:
+    """Whether every process of the run calls this within `FAILURE_SECONDS`, because all have the same error."""
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key="melt_jax failure", timeout_ms=FAILURE_SECONDS * 1000)
+    except Exception:
+        return False
+    return True
 
 
 def text_from_process_0(work: Callable[..., str], *args: object) -> str:

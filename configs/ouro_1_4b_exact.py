@@ -12,7 +12,7 @@ vLLM does not serve a window; transformers and `melt_jax.generate` do.
 
 A step has been compiled for these chips; the recipe has never been run. The price by the compiler, beside the paper's
 chunks: GB per chip, FLOPs / necessary, and the chip-hours of the phase at the slowest of products, memory and links, to
-those at their sum (launch/README.md has other meshes):
+those at their sum (launch/README.md has the whole table):
 
                               this recipe                   chunks of 500
     v6e:4x4   transition      22.6 GB  1.10  32 to 48 h     21.4 GB  1.08  10 to 20 h

@@ -16,7 +16,9 @@ CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments
 
 
 def plan(config: TrainConfig, model: ModelConfig, workdir: Path) -> Iterator[str]:
-    """The lines to print: data, unless it is generated, and disk. Too little of either is not an error.
+    """The lines to print: data, unless it is generated, disk, and whether the model is not evaluated.
+
+    Too little data or disk is not an error.
 
     Args:
       config: the run's config.
@@ -28,6 +30,8 @@ def plan(config: TrainConfig, model: ModelConfig, workdir: Path) -> Iterator[str
         yield data_line(config, sequences)
     if jax.process_index() == 0:
         yield disk_line(config, model, workdir)
+    if not (config.evaluation.problems or config.evaluation.sequences):
+        yield "no evaluation: evaluation.problems and evaluation.sequences are 0"
 
 
 def data_line(config: TrainConfig, sequences: int) -> str:

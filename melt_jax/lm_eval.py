@@ -85,14 +85,20 @@ def evaluate() -> dict[str, Any]:
 
     from melt_jax.inference.harness import HarnessModel, HarnessSettings
 
+    if FLAGS.limit is not None and FLAGS.limit <= 0:
+        raise InputError(f"--limit: expected more than 0, found {FLAGS.limit:g}")
+    if FLAGS.limit is not None and FLAGS.samples is not None:
+        raise InputError("--limit, --samples: expected one of them, found both")
+    if FLAGS.repeats is not None and FLAGS.repeats < 1:
+        raise InputError(f"--repeats: expected at least 1, found {FLAGS.repeats}")
     for name in ("include_path", "use_cache"):
         if in_bucket(as_path(FLAGS[name].value or ".")):
             raise InputError(
                 f"--{name}: expected a folder on a disk, which the harness needs, found {FLAGS[name].value}"
             )
     settings = read_settings(simple_parse_args_string(FLAGS.model_args), HarnessSettings)
-    gen_kwargs, samples = _read_gen_kwargs(simple_parse_args_string), _read_json("samples")
-    tasks = _open_tasks()  # before the model, whose loading takes longer
+    gen_kwargs, samples = _read_gen_kwargs(simple_parse_args_string), _read_samples()
+    tasks = _open_tasks(samples)  # before the model, whose loading takes longer
     model = HarnessModel(settings)
     cache = FLAGS.use_cache and os.path.join(FLAGS.use_cache, model.fingerprint())
     tracker = EvaluationTracker(output_path=FLAGS.output_path)
@@ -142,7 +148,8 @@ def read_settings(values: dict[str, Any], settings: type) -> Any:
             errors.append(f"{name}: expected one of {', '.join(choices)}, found {values[name]!r}")
     if errors:
         raise InputError("\n".join(f"--model_args: {error}" for error in errors))
-    values = {name: float(v) if _type_name(known[name]) == "a number" else v for name, v in values.items()}
+    is_number = lambda name, value: value is not None and _type_name(known[name]) == "a number"
+    values = {name: float(v) if is_number(name, v) else v for name, v in values.items()}
     pick: Any = lambda names: {name: values[name] for name in names if name in values}
     mesh = MeshConfig(**{"replica": 1, "fsdp": 1, "tensor": 1} | axes) if (axes := pick(AXES)) else None
     return settings(**pick(plain), mesh=mesh, changes=ModelChanges(**pick(changes)))
@@ -175,8 +182,19 @@ def _read_gen_kwargs(parse: Any) -> dict[str, Any] | None:
     return _read_json("gen_kwargs") if text and text.lstrip().startswith("{") else text and parse(text)
 
 
-def _open_tasks() -> Any:
-    """The harness's task manager, which applies --repeats to the tasks that it loads."""
+def _read_samples() -> dict[str, list[int]] | None:
+    samples = _read_json("samples")
+    good = isinstance(samples, dict) and all(
+        isinstance(indices, list) and indices and all(isinstance(i, int) and i >= 0 for i in indices)
+        for indices in samples.values()
+    )
+    if samples is not None and not good:
+        raise InputError(f'--samples: expected {{"task": [0, 3], …}}, found {FLAGS.samples}')
+    return samples
+
+
+def _open_tasks(samples: dict[str, list[int]] | None) -> Any:
+    """The harness's task manager, which applies --repeats to the tasks that it loads, and checks --samples."""
     from lm_eval.tasks import TaskManager
 
     class Tasks(TaskManager):
@@ -184,6 +202,11 @@ def _open_tasks() -> Any:
             loaded = super().load(task_list)
             for name, task in loaded["tasks"].items():
                 _set_repeats(name, task)
+            for name, indices in (samples or {}).items():
+                if name not in loaded["tasks"]:
+                    raise InputError(f"--samples: expected {', '.join(loaded['tasks'])}, found {name}")
+                if max(indices) >= (count := len(loaded["tasks"][name].eval_docs)):
+                    raise InputError(f"--samples: expected indices below {count} for {name}, found {max(indices)}")
             return loaded
 
     tasks = Tasks(include_path=FLAGS.include_path)
@@ -202,12 +225,18 @@ def _set_repeats(name: str, task: Any) -> None:
     if FLAGS.repeats is not None:
         task.set_config(key="repeats", value=FLAGS.repeats)
     filters = task.get_config("filter_list") or [{"filter": [{"function": "take_first"}]}]
-    first_only = any(part["function"] == "take_first" for entry in filters for part in entry["filter"])
+    first_only = all(_takes_first(entry["filter"]) for entry in filters)
     if task.get_config("repeats") > 1 and first_only:
         raise InputError(
             f"--repeats: expected a task that scores all {task.get_config('repeats')} answers to a prompt, found"
             f" {name}, which takes the first; launch/benchmarks has tasks that average them"
         )
+
+
+def _takes_first(steps: list[dict[str, Any]]) -> bool:
+    """Whether a task's filter drops all answers but the first before any step that can read them all."""
+    reading = ("take_first", "take_first_k", "majority_vote", "custom")
+    return next((step["function"] for step in steps if step["function"] in reading), "") == "take_first"
 
 
 def _save(tracker: Any, results: dict[str, Any]) -> None:

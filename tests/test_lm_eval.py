@@ -289,3 +289,54 @@ def test_harness_is_imported_by_its_command_alone():
     root = pathlib.Path(command.__file__).parent
     users = [path.name for path in root.rglob("*.py") if "lm_eval" in path.read_text().replace("melt_jax.lm_eval", "")]
     assert sorted(users) == ["harness.py", "lm_eval.py"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--limit=0"], "--limit: expected more than 0, found 0"),
+        (["--limit=5", '--samples={"arithmetic_answer": [0]}'], "--limit, --samples: expected one of them, found both"),
+        (["--repeats=0"], "--repeats: expected at least 1, found 0"),
+        (["--samples=[1]"], r"--samples: expected .*, found \[1\]"),
+        (['--samples={"arithmetic": [0]}'], "--samples: expected arithmetic_answer, found arithmetic"),
+        (
+            ['--samples={"arithmetic_answer": [99999]}'],
+            r"--samples: expected indices below \d+ for arithmetic_",
+        ),
+        (["--gen_kwargs=temperature=x,do_sample=true"], "generation_kwargs: temperature: expected a number, found 'x'"),
+    ],
+)
+def test_bad_flags_are_one_line(monkeypatch, offline, flags, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_answer", *flags)
+
+
+def test_values_of_none_stay_none():
+    assert command.read_settings({"checkpoint": "x", "guidance": None}, HarnessSettings).changes.guidance is None
+
+
+def test_cached_sampling_must_be_declared(model, monkeypatch):
+    """The harness caches answers without `do_sample` by their prompt alone."""
+    monkeypatch.setattr(model.cache_hook, "dbdict", {})
+    with pytest.raises(InputError, match="generation_kwargs: expected do_sample with temperature 1 and --use_cache, "):
+        model.generate_until(requests((PROMPT, {"temperature": 1.0, "max_gen_toks": 2})), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    "steps, first",
+    [
+        (["regex", "take_first"], True),
+        (["take_first", "majority_vote"], True),
+        (["regex", "majority_vote", "take_first"], False),
+        (["take_first_k", "majority_vote", "take_first"], False),
+        (["custom"], False),
+    ],
+)
+def test_filters_that_read_all_answers_are_known(steps, first):
+    assert command._takes_first([{"function": step} for step in steps]) == first
+
+
+def test_template_without_system_role_is_named(model):
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(InputError, match="the chat template rejects a prompt: expected the role user or assistant"):
+        model.apply_chat_template(messages)

@@ -140,7 +140,13 @@ class HarnessModel(TemplateLM):
         thinking = self.settings.enable_thinking
         if not self.settings.allow_special_tokens:
             chat_history = self.text.protect(chat_history)
-        return self.text.render(chat_history, add_generation_prompt, thinking, unfinished=not add_generation_prompt)
+        try:
+            return self.text.render(chat_history, add_generation_prompt, thinking, unfinished=not add_generation_prompt)
+        except Exception as error:  # a template may raise anything
+            raise InputError(
+                f"{self.text.folder}: the chat template rejects a prompt: {error}; a template without a system"
+                " role needs a task without description, and no --system_instruction"
+            ) from error
 
     def get_model_info(self) -> dict[str, Any]:
         """Settings and the model's config, for the harness's results."""
@@ -227,6 +233,12 @@ class HarnessModel(TemplateLM):
     ) -> Iterator[tuple[tuple[str, int], str]]:
         """Yields ((context, number of the sample), answer), the longest prompts first."""
         sampling, stops, new_tokens = _sampling(options, self.settings), *_limits(options, self.settings)
+        sampled = bool(options.get("do_sample"))
+        if sampling.temperature and not sampled and self.cache_hook.dbdict is not None:
+            raise InputError(
+                f"generation_kwargs: expected do_sample with temperature {sampling.temperature:g} and --use_cache,"
+                " because the harness would store one sample for all, found none; add --gen_kwargs=do_sample=true"
+            )
         if new_tokens >= self.max_length:
             raise InputError(
                 f"max_gen_toks: expected less than {self.max_length}, the positions, found {new_tokens}; set"
@@ -250,7 +262,7 @@ class HarnessModel(TemplateLM):
             padded = batch + [batch[-1]] * (rows - len(batch))
             texts = self._generate(padded, make_options, stops)
             for (_, context, number), text in zip(batch, texts):
-                if sampling.temperature:
+                if sampled:
                     self.cache_hook.add_partial("generate_until", self._sample_key(context, options, number), text)
                 else:
                     self.cache_hook.add_partial("generate_until", (context, options), text)
@@ -270,7 +282,10 @@ class HarnessModel(TemplateLM):
         with self._in_mesh():
             generate(self._decoder, [ids for ids, _, _ in batch], options, indices, on_tokens=all_done)
         texts = [finder.finish() for finder in finders]
-        self._unfinished |= {(context, number) for (_, context, number), text in zip(batch, texts) if end not in text}
+        if self.settings.enable_thinking:
+            self._unfinished |= {
+                (context, number) for (_, context, number), text in zip(batch, texts) if end not in text
+            }
         return [self._without_special(postprocess_generated_text(text, stops, end or None)) for text in texts]
 
     def _without_special(self, text: str) -> str:
@@ -317,13 +332,21 @@ class HarnessModel(TemplateLM):
         self._unfinished = set()
 
 
+def _normalized(options: dict[str, Any], settings: HarnessSettings) -> dict[str, Any]:
+    """A task's generation_kwargs with the harness's defaults."""
+    for name, value in options.items():
+        if name not in ("until", "do_sample") and not isinstance(value, int | float | None):
+            raise InputError(f"generation_kwargs: {name}: expected a number, found {value!r}")
+    return dict(normalize_gen_kwargs(options, settings.max_gen_toks))
+
+
 def _sampling(options: dict[str, Any], settings: HarnessSettings) -> Sampling:
     """How a task's generation_kwargs select tokens.
 
     Raises:
       InputError: they hold a key that this model does not know, or a value out of range.
     """
-    values: dict[str, Any] = dict(normalize_gen_kwargs(options, settings.max_gen_toks))
+    values = _normalized(options, settings)
     if unknown := sorted(set(values) - set(KNOWN)):
         raise InputError(
             f"generation_kwargs: expected {', '.join(KNOWN)}, found {', '.join(unknown)}; remove them from the task or"
@@ -340,7 +363,7 @@ def _sampling(options: dict[str, Any], settings: HarnessSettings) -> Sampling:
 
 def _limits(options: dict[str, Any], settings: HarnessSettings) -> tuple[list[str], int]:
     """The stop strings and the largest number of new tokens in a task's generation_kwargs."""
-    values: dict[str, Any] = dict(normalize_gen_kwargs(options, settings.max_gen_toks))
+    values = _normalized(options, settings)
     return [stop for stop in values["until"] if stop], values["max_gen_toks"]
 
 

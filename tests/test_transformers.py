@@ -237,15 +237,25 @@ def test_gradients_reach_earlier_chunks(exported):
     np.testing.assert_allclose(slope, quotient, rtol=1e-3)
 
 
+def test_loss_is_divided_by_the_trainers_count(exported):
+    """`Trainer` gives the number of labels of all micro-batches of a step."""
+    model, tokens = open_exported(exported / "melt_tiny"), torch.arange(3, 9)[None]
+    mean = model(tokens, labels=tokens).loss
+    total = model(tokens, labels=tokens, num_items_in_batch=20).loss
+    np.testing.assert_allclose(total.detach(), mean.detach() * 5 / 20, rtol=1e-6)
+
+
 def test_bad_input_is_refused(exported):
     """Each error says what was expected and found."""
     model, tokens = open_exported(exported / "melt_tiny"), torch.arange(3, 9)[None]
     foreign = {_cache_name(): transformers.DynamicCache()}
+    wrong = {_cache_name(): type(model(tokens, use_cache=True)[_cache_name()])(window=3)}
     opened = lambda **changes: lambda: open_exported(exported / "melt_tiny", **changes)
     for error, call in (
         ("attention_mask: expected", lambda: model(tokens, attention_mask=torch.ones(1, 1, 6, 6))),
         ("expected increasing positions", lambda: model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))),
         ("expected a MeltCache or None, found DynamicCache", lambda: model(tokens, **foreign)),
+        ("cache: expected the model's window 0, found 3", lambda: model(tokens, **wrong)),
         ("gate: expected one of .*, found 'x'", opened(gate="x")),
         ("window: expected an integer, 0 or more, found -1", opened(window=-1)),
     ):

@@ -123,7 +123,8 @@ class MeltCache(Cache):
         for layer, entries in zip(self.layers, own):
             new = [torch.stack(tensors) for tensors in zip(*entries)]
             old = [x[..., :0, :] for x in new] if layer.recent is None else layer.recent
-            layer.recent = tuple(torch.take_along_dim(torch.cat(pair, 3), index, 3) for pair in zip(old, new))
+            joined_pairs = (torch.cat(pair, 3) for pair in zip(old, new))
+            layer.recent = tuple(torch.take_along_dim(x, index.to(x.device), 3) for x in joined_pairs)
         self.recent = joined.gather(1, last)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -185,7 +186,8 @@ class ChunkEntries:
         if self.previous is not None:
             parts.append(self.previous[layer_idx])
         keys, values = parts[0] if len(parts) == 1 else (torch.cat(tensors, 2) for tensors in zip(*parts))
-        return keys, values, self.masks[last_loop]
+        mask = self.masks[last_loop]
+        return keys, values, None if mask is None else mask.to(keys.device)
 
     def final(self) -> list[tuple[Tensor, Tensor]]:
         """The chunk's entries of each layer after this sweep."""

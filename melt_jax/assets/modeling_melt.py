@@ -239,7 +239,7 @@ class OuroModel(OuroPreTrainedModel):
           output_hidden_states: also returns the embeddings and the output of each loop, T + 1 tensors.
 
         Raises:
-          ValueError: the mask has heads or queries, the cache is of another class, or sequences are packed.
+          ValueError: the mask has heads or queries, the cache is of another class or window, or sequences are packed.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config._attn_implementation == "vllm":
@@ -248,6 +248,11 @@ class OuroModel(OuroPreTrainedModel):
         cache = MeltCache(self.config.window) if cache is None else cache
         if not isinstance(cache, MeltCache):
             raise ValueError(f"cache: expected a MeltCache or None, found {type(cache).__name__}; leave it out")
+        if cache.window != self.config.window:
+            raise ValueError(
+                f"cache: expected the model's window {self.config.window}, found {cache.window}; create it by"
+                f" MeltCache({self.config.window})"
+            )
         loops = self.run_sequence(x, attention_mask, position_ids, cache)
         default = lambda value, name: getattr(self.config, name) if value is None else value
         output = BaseModelOutputWithPast(
@@ -280,7 +285,7 @@ class OuroModel(OuroPreTrainedModel):
         for first in range(0, packed.shape[1], size):
             chunk, at, indices = (tensor[:, first : first + size] for tensor in (packed, positions, ordinals))
             parts.append(self.run_chunk(chunk, rope_table(self.config, at, chunk.dtype), indices, cache))
-        return [torch.zeros_like(x).scatter(1, columns, torch.cat(loop, 1)) for loop in zip(*parts)]
+        return [torch.zeros_like(x).scatter(1, columns, torch.cat(loop, 1).to(x.device)) for loop in zip(*parts)]
 
     def run_chunk(self, x: Tensor, rope: Rope, ordinals: Tensor, cache: MeltCache) -> list[Tensor]:
         """The outputs of the loops of one chunk; its final entries are added to the cache."""
@@ -382,7 +387,11 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits of the last `logits_to_keep` tokens (0: of all), and the loss if there are labels."""
+        """Logits of the last `logits_to_keep` tokens (0: of all), and the loss if there are labels.
+
+        The loss is the mean over the labels, or their sum divided by `num_items_in_batch`, which `Trainer` gives.
+        """
+        count = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, return_dict=True, **kwargs
         )
@@ -390,7 +399,8 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": count}
+            loss = self.loss_function(logits=logits, labels=labels, **sizes)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

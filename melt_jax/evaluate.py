@@ -158,11 +158,13 @@ def evaluate_checkpoint(
     answers, comparisons, gaps = {}, {}, {}
     if settings.task == "arithmetic":
         problems = read_problems(settings, model.config)
+        batch = problem_batch(problems[: settings.sequences])
+        if settings.decoding_tokens:
+            scoring.first_tokens(batch, settings.decoding_tokens)  # its error comes before the answers
         for loops, changed in models.items():
             answers[loops] = exact_answers(changed, problems, chunk, before_piece=before_piece)
         if show:
             show(answer_table(answers, model))
-        batch = problem_batch(problems[: settings.sequences])
     else:
         batch = read_batch(settings, model.config)
     tokens, rows = settings.decoding_tokens, settings.rows

@@ -125,7 +125,8 @@ def read_prompts(path: str) -> list[str]:
       InputError: the file is not text in UTF-8.
     """
     try:
-        return [line for line in as_path(path).read_bytes().decode("utf-8-sig").splitlines() if line.strip()]
+        lines = as_path(path).read_bytes().decode("utf-8-sig").split("\n")
+        return [line.removesuffix("\r") for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts_file: expected text in UTF-8 in {path}, found {error}") from error
 

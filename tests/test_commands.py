@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from melt_jax.data.arithmetic import make_problem
+from melt_jax.generate import read_prompts
 from tests.helpers.run_commands import COMMANDS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -151,3 +152,8 @@ def test_evaluate_takes_several_numbers_of_loops(tmp_path):
     assert [line.split()[0] for line in lines if " loops, 22 scored tokens" in line] == ["1", "3"]
     assert sum(line.startswith("gate openness, mean of 1 − z, chunk ") for line in lines) == 2
     assert guided[:2] == [1, ""] and "guidance: expected 0 with one loop, found 0.2" in guided[2]
+
+
+def test_prompts_are_separated_by_newlines_only(tmp_path):
+    (tmp_path / "prompts").write_bytes("a\u2028b\x0cc\r\n\n d\n".encode())
+    assert read_prompts(str(tmp_path / "prompts")) == ["a\u2028b\x0cc", " d"]

@@ -1,5 +1,6 @@
 """Models and data sets of the hub, against a loopback server that speaks its API: names, downloads, errors, uploads."""
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -277,3 +278,24 @@ def test_push_needs_published_form(tmp_path):
     with pytest.raises(InputError, match="expected --to=published"):
         convert(NANO, tmp_path / "out", "orbax", upload=Upload("org/name"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern, wanted, other",
+    [("*.jsonl", "a.jsonl", "data/a.jsonl"), ("data/*.jsonl", "data/a.jsonl", "data/old/a.jsonl")],
+)
+def test_only_files_as_deep_as_the_pattern_are_downloaded(monkeypatch, tmp_path, pattern, wanted, other):
+    """The hub's client matches by `fnmatch`, whose star also matches slashes."""
+    asked = []
+
+    def download(found, files, leave_out, text):
+        asked.append((files, leave_out))
+        return tmp_path
+
+    monkeypatch.setattr(hub, "_download", download)
+    hub.local_files(f"hf://datasets/org/name/{pattern}")
+    [(files, leave_out)] = asked
+    taken = lambda path: (
+        any(fnmatch.fnmatch(path, p) for p in files) and not any(fnmatch.fnmatch(path, p) for p in leave_out)
+    )
+    assert taken(wanted) and not taken(other)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from configs import nano
 from melt_jax.config import freeze
@@ -116,3 +117,11 @@ def test_progress_prints_at_intervals_and_asks_for_preemption(monkeypatch):
         progress(f"piece at {now[0]}")
     assert asked == [0.0, 1.0, 9.0, 11.0]
     assert console.export_text().splitlines() == ["evaluating: piece at 0.0", "evaluating: piece at 11.0"]
+
+
+def test_wide_tables_are_not_cut():
+    wide = Table()
+    for i in range(60):
+        wide.add_column(f"column {i}")
+    wide.add_row(*[f"{10**i:,}" for i in range(60)])
+    assert "…" not in results.render(wide) and f"{10**59:,}" in results.render(wide)

@@ -111,7 +111,9 @@ def local_files(pattern: str) -> list[str]:
     if not pattern.startswith(DATASETS) or match is None:
         raise InputError(f"{pattern}: expected files of the hub as hf://datasets/org/name/path or …/name@revision/path")
     name, revision, path = match.groups()
-    folder = _download(Repository(name, revision, "dataset"), [path.replace("**/", "*")], [], pattern)
+    # The hub's `*` crosses folders, so deeper files than the pattern's are left out.
+    deeper = [] if "**" in path else ["*/" * (path.count("/") + 1) + "*"]
+    folder = _download(Repository(name, revision, "dataset"), [path.replace("**/", "*")], deeper, pattern)
     return sorted(glob.glob(str(pathlib.Path(glob.escape(str(folder)), path)), recursive=True))
 
 

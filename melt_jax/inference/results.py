@@ -32,6 +32,7 @@ class Results:
         """Reads `path` if it exists."""
         self._path = path
         self._rows: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+        self._evaluated: dict[str, str] | None = None  # the fingerprint of the sequences
 
     @spent("evaluating")
     def measure(
@@ -48,13 +49,10 @@ class Results:
         Raises:
           SystemExit: SIGTERM was received; checked before each piece.
         """
-        evaluation = config.evaluation
-        settings = dataclasses.asdict(evaluation) | {"chunk_size": config.chunk_size}
-        if digest := stream.fingerprints(config).get("evaluation.path"):
-            settings["contents"] = digest
-        del settings["sample"], settings["baselines"]
-        measured = self._rows.get(name, {}).get("settings") == settings
-        if not (evaluation.problems or evaluation.sequences) or broadcast_from_process_0(measured):
+        if not (config.evaluation.problems or config.evaluation.sequences):
+            return
+        settings = self._settings(config) if jax.process_index() == 0 else {}
+        if broadcast_from_process_0(self._rows.get(name, {}).get("settings") == settings):
             return
         console = Console(quiet=jax.process_index() > 0)
         progress = Progress(f"evaluating {name}", console)
@@ -65,6 +63,15 @@ class Results:
         self._rows[name] = dataclasses.asdict(scores) | {"settings": settings}
         if jax.process_index() == 0:
             write_text(self._path, json.dumps(self._rows, indent=1))
+
+    def _settings(self, config: TrainConfig) -> dict[str, Any]:
+        """What the scores of a model depend on, besides its weights."""
+        evaluation = config.evaluation
+        settings = dataclasses.asdict(evaluation) | {"chunk_size": config.chunk_size}
+        del settings["sample"], settings["baselines"]
+        if self._evaluated is None:
+            self._evaluated = stream.fingerprint(config.data.source, evaluation.path)
+        return settings | self._evaluated
 
     def table(self) -> str:
         """The rows as text; empty if nothing was measured."""
@@ -108,7 +115,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def render(renderable: RenderableType, width: int = 160) -> str:
-    """A rich renderable as plain text."""
+    """A rich renderable as plain text, at least `width` characters wide; a wider table is not cut."""
+    width = max(width, Console(width=10_000).measure(renderable).maximum)
     console = Console(width=width, color_system=None, force_terminal=False, highlight=False)
     with console.capture() as capture:
         console.print(renderable)

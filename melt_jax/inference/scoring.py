@@ -104,10 +104,10 @@ def compare(
     Raises:
       InputError: see `perplexity_and_kl`.
     """
+    start = first_tokens(batch, decoding_tokens) if decoding_tokens else None
     chunked = perplexity_and_kl(model, teacher, batch, chunk_size, rows, before_piece)
-    if decoding_tokens == 0:
+    if start is None:
         return Comparison(chunked, None, None)
-    start = first_tokens(batch, decoding_tokens)
     same = start.tokens.shape == np.shape(batch.tokens)
     again = chunked if same else perplexity_and_kl(model, teacher, start, chunk_size, rows, before_piece)
     return Comparison(chunked, again, perplexity_and_kl(model, teacher, start, 1, rows, before_piece))

@@ -36,14 +36,12 @@ from melt_jax.checkpoints.orbax import PARAMS, open_folder, weights_digest, writ
 from melt_jax.checkpoints.published import write_weights
 from melt_jax.checkpoints.published_config import add_model_code, published_config, raise_errors, write_config
 from melt_jax.config import CHOICES, GATES, InputError, first_loop_errors
-from melt_jax.digests import write_digests
 from melt_jax.files import (
     PathLike,
     absolute,
     as_path,
     atomic_folder,
     copy_companions,
-    file_sizes,
     folder_bytes,
     is_complete,
     read_json,
@@ -147,14 +145,14 @@ def convert(
       output: folder to write.
       form: of the output, "orbax" or "published".
       changes: to the model.
-      existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form and, unless
-        gates or dtype differ, the input's weights.
+      existing: what to do if `output` exists: "refuse", "overwrite", or "keep" it if it has that form, the gate and
+        the input's weights.
       upload: of the output, which must be in published form.
 
     Raises:
       InputError: the input is not a model folder, the changes contradict it, the output would replace the input or a
-        folder that melt_jax did not write in that form, the kept output is not a model folder of that form or has other
-        weights, or the hub cannot be reached or refuses. In other processes: process 0 failed.
+        folder that melt_jax did not write in that form, the kept output has another form, gate or other weights, or the
+        hub cannot be reached or refuses. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
     output = as_path(output, "--output")
@@ -168,7 +166,7 @@ def _convert_and_upload(name, output, form, changes, existing, upload):
         raise InputError(f"--push: expected --to=published, found {form}; the hub gets published folders")
     name = _model_of_run(name)
     if existing == "keep" and is_complete(output):
-        _check_kept(name, output, form)
+        _check_kept(name, output, form, changes)
     else:
         _convert(name, hub.local_folder(name, argument="--input"), output, form, changes, existing)
     if upload is not None:
@@ -242,7 +240,6 @@ def _upload(source, output, upload):
     card = output / "README.md"
     if not card.exists():
         write_text(card, model_card(output, upload.name, source, upload.base_model, upload.license))
-        write_digests(output, KINDS["published"], file_sizes(output))
     try:
         with read_on_disk(output, ("*",)) as on_disk:
             commit = hub.upload(on_disk, upload.name, upload.private)
@@ -259,8 +256,11 @@ def _model_of_run(name):
     return name
 
 
-def _check_kept(name, output, form):
-    """Checks the form of an output that is kept, and that it can come from the input."""
+def _check_kept(name, output, form, changes):
+    """Checks that an output that is kept has the form and gate that it would get, and comes from the input.
+
+    The weights of a model of the hub are known by its name, those of new gates not at all.
+    """
     kept, hint = open_folder(output), "remove it, or use another output"
     if kept.form != form:
         raise InputError(f"{output}: expected a model folder in {form} form, found {kept.form} form; {hint}")
@@ -268,9 +268,16 @@ def _check_kept(name, output, form):
         found = kept.raw.get("_name_or_path")
         if found and found != origin.name:
             raise InputError(f"{output}: expected weights of {origin.name}, found those of {found}; {hint}")
-    elif is_complete(as_path(name)) and (source := open_folder(name)).config.gate == kept.config.gate:
-        if source.dtype == kept.dtype and weights_digest(name) != weights_digest(output):
+        gate = changes.gate or kept.config.gate
+    elif is_complete(as_path(name)):
+        own = open_folder(name).config.gate
+        gate, dtype = changes.gate or own, changes.dtype or kept.dtype
+        if own == gate == kept.config.gate and weights_digest(name, dtype) != weights_digest(output):
             raise InputError(f"{output}: expected the weights of {name}, found others; {hint}")
+    else:  # the input has been removed
+        gate = changes.gate or kept.config.gate
+    if gate != kept.config.gate:
+        raise InputError(f"{output}: expected gate {gate}, found {kept.config.gate}; {hint}")
     print(f"{output}: exists and is kept, {kept.form}, gate {kept.config.gate}")
 
 

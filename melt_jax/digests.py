@@ -20,7 +20,7 @@ Path = pathlib.Path | epath.Path
 
 DIGESTS = "digests.json"
 INCOMPLETE = ".incomplete"  # in a folder in a bucket that is being written, or whose writer was killed
-UNRECORDED = (DIGESTS, INCOMPLETE)
+UNRECORDED = (DIGESTS, INCOMPLETE, "README.md")  # a model's card, which may be edited; `--overwrite` replaces it
 FORMAT = "melt_jax digests 1"
 SKIP = "MELT_SKIP_DIGESTS"  # environment variable, inherited by child processes; set by --check_digests=false
 BLOCK = 2**22  # bytes read at a time

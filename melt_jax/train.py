@@ -91,7 +91,8 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         if is_communication_error(error):
             wait_for_abort(error, lost_seconds)
-        record_failure(error)
+        else:
+            record_failure(error)
         if isinstance(error, SaveError):
             command_line.exit_at_once(error)
         if jax.process_count() == 1 or (isinstance(error, InputError) and all_processes_fail()):
@@ -123,12 +124,9 @@ def run(config_dict: ConfigDict, workdir: PathLike) -> LoopedTransformer:
 
     # ---- check everything before anything is allocated
     named = freeze(config_dict)
-    named = dataclasses.replace(
-        named,
-        teacher=text_from_process_0(hub.pinned, named.teacher),
-        tokenizer=text_from_process_0(hub.pinned, named.tokenizer, hub.TOKENIZER),
-    )
-    config = with_local_folders(named)
+    named = dataclasses.replace(named, teacher=text_from_process_0(hub.pinned, named.teacher))
+    tokenizer = text_from_process_0(hub.pinned, named.tokenizer, hub.TOKENIZER)
+    config = with_local_folders(dataclasses.replace(named, tokenizer=tokenizer))
     pretraining = config.phases == ("pretraining",)
     looplm = config.model if pretraining else open_folder(config.teacher).config
     student, trained = config.student, looplm
@@ -168,10 +166,10 @@ def _run(
     ended = config.phases[: config.phases.index(written[-1]) + 1 if written else 0]
     for name in config.phases[len(ended) + 1 :]:
         if broadcast_from_process_0((workdir / name / "checkpoints").exists()):
-            missing = workdir / config.phases[len(ended)] / "model"
+            missing = workdir / config.phases[config.phases.index(name) - 1] / "model"
             raise InputError(
                 f"{missing}: expected the model from which {name} started, found none; restore it, or remove"
-                f" {workdir / name} to train both phases again"
+                f" {workdir / name} to train again from {config.phases[len(ended)]}"
             )
     stored = teacher = None
     results = Results(workdir / "results.json")

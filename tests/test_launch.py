@@ -28,7 +28,13 @@ def run(tmp_path, command, **programs):
     calls = tmp_path / "calls"
     calls.write_text("")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON_RUN": "python", "POLL": "0"}
-    environment |= {"SLURM_JOB_ID": "7", "ZONE": "z", "ACCELERATOR": "v6e-16", "RUNTIME": "r"}
+    environment |= {
+        "MELT_FAILED": str(tmp_path / "failed"),
+        "SLURM_JOB_ID": "7",
+        "ZONE": "z",
+        "ACCELERATOR": "v6e-16",
+        "RUNTIME": "r",
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr, calls.read_text()
 
@@ -45,7 +51,6 @@ def test_slurm_job_ends_on_a_recorded_failure(tmp_path):
     """One process fails and JAX aborts the others, so srun's status, the largest, is 134."""
     srun = 'echo "process 0: SaveError: disk full" >"$MELT_FAILED"; exit 134'
     left, output, calls = run(tmp_path, ["bash", "launch/slurm.sbatch", "--workdir=a"], srun=srun, scontrol="exit 0")
-    (ROOT / "slurm-7.failed").unlink()
     assert left == 1 and "SaveError: disk full" in output and "requeue" not in calls
 
 

@@ -213,10 +213,13 @@ except InputError as error:
         assert output.endswith("\n\nT × L\n" + "a" * 1000 + "\nprocess 0\nno such model\n")
 
 
-def test_failures_are_recorded_for_the_launcher(tmp_path, monkeypatch):
+def test_failures_are_recorded_for_the_launcher(tmp_path, monkeypatch, capsys):
     record_failure(SaveError("disk full"))  # without the variable, nothing is written
     monkeypatch.setenv("MELT_FAILED", str(tmp_path / "failed"))
     record_failure(SaveError("disk full"))
     record_failure(ValueError("a defect"))
     lines = (tmp_path / "failed").read_text().splitlines()
     assert lines == ["process 0: SaveError: disk full", "process 0: ValueError: a defect"]
+    monkeypatch.setenv("MELT_FAILED", str(tmp_path / "failed/nowhere"))
+    record_failure(SaveError("disk full"))  # is reported, and the error itself is not replaced
+    assert "failed/nowhere: expected a file that can be written, found" in capsys.readouterr().err

@@ -292,7 +292,7 @@ def test_run_is_resumed_with_its_prepared_data(teacher, tmp_path, capsys):
     train.run(config, tmp_path / "run")
     prepare(1)
     config.data.path = str(tmp_path / "data")
-    with pytest.raises(ConfigError, match=r":\n  - contents of data.path: expected sha256 \w+, found sha256 \w+$"):
+    with pytest.raises(ConfigError, match=r":\n  - manifest of data.path: expected sha256 \w+, found sha256 \w+$"):
         train.run(config, tmp_path / "run")
 
 

@@ -120,12 +120,13 @@ def default_chunk(folder: PathLike, config: ModelConfig) -> int:
     return CHUNK if trained is None else trained
 
 
-def weights_digest(folder: PathLike) -> str:
+def weights_digest(folder: PathLike, dtype: str | None = None) -> str:
     """The sha256 of a model folder's weights, in hexadecimal: of their paths, dtypes, shapes and bytes.
 
-    Equal weights have equal digests in either form and in any folder. It reads one weight at a time. A published weight
-    whose layers have several dtypes is read as float32. In a run of several processes all call it, or one of them
-    through `training.processes.run_outside`: Orbax counts each process's reads and waits until all have the same count.
+    With `dtype`, it is that of the weights converted to it. Equal weights have equal digests in either form and in any
+    folder. It reads one weight at a time. A published weight whose layers have several dtypes is read as float32. In a
+    run of several processes all call it, or one of them through `training.processes.run_outside`: Orbax counts each
+    process's reads and waits until all have the same count.
 
     Raises:
       InputError: as in `open_folder`, or files differ from the folder's record.
@@ -134,9 +135,9 @@ def weights_digest(folder: PathLike) -> str:
     source = open_folder(folder)
     source.check_digests()
     for path, shape in sorted(source.shapes.items()):
-        dtype = source.dtypes[path] or "float32"
-        digest.update(f"{path} {dtype} {shape}\n".encode())
-        digest.update(source.read(path, dtype).reshape(-1).view(np.uint8).data)
+        stored = dtype or source.dtypes[path] or "float32"
+        digest.update(f"{path} {stored} {shape}\n".encode())
+        digest.update(source.read(path, stored).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -158,14 +158,16 @@ def evaluation_batch(config: TrainConfig, rows: np.ndarray | None = None) -> Bat
     return batch_maker(data, config.evaluation.seed, rows)(step)
 
 
-def fingerprints(config: TrainConfig) -> dict[str, str]:
-    """{key: sha256} of the data of a run: of prepared data the manifest's, of a token file its own; else empty."""
-    if config.data.source == "arithmetic":
+def fingerprint(source: str, path: str) -> dict[str, str]:
+    """{"manifest": sha256} of prepared data, {"contents": sha256} of a token file; empty without a path.
+
+    It reads a token file as a whole, in a second or two per GB.
+    """
+    if not path or source == "arithmetic":
         return {}
-    paths = {"data.path": as_path(config.data.path)}
-    if config.evaluation.path:
-        paths["evaluation.path"] = as_path(config.evaluation.path)
-    return {key: sha256(path / MANIFEST if path.is_dir() else path) for key, path in paths.items()}
+    if source == "records":
+        return {"manifest": sha256(as_path(path) / MANIFEST)}
+    return {"contents": sha256(as_path(path))}
 
 
 def dataset_size(data: DataConfig) -> int | None:

@@ -110,8 +110,11 @@ def record_failure(error: BaseException) -> None:
     When a process ends, JAX aborts the others, so a launcher cannot see by their statuses that the run failed.
     """
     if path := os.environ.get("MELT_FAILED"):
-        with open(path, "a") as file:
-            file.write(f"process {jax.process_index()}: {type(error).__name__}: {error}\n")
+        try:
+            with open(path, "a") as file:
+                file.write(f"process {jax.process_index()}: {type(error).__name__}: {error}\n")
+        except OSError as problem:  # the disk may be full; the error itself must still be reported
+            print(f"{path}: expected a file that can be written, found {problem.strerror}", file=sys.stderr)
 
 
 def all_processes_fail() -> bool:

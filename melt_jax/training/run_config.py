@@ -39,15 +39,15 @@ def _config_error(config: TrainConfig, workdir: Path) -> str:
     path, new = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if "pretraining" not in config.phases:
         new["teacher weights"] = f"sha256 {run_outside(weights_digest, hub.local_folder(config.teacher))}"
-    digest = stream.fingerprints(config).get("data.path")
-    if digest:
-        new["contents of data.path"] = f"sha256 {digest}"
+    data = stream.fingerprint(config.data.source, config.data.path)
+    for part, digest in data.items():
+        new[f"{part} of data.path"] = f"sha256 {digest}"
     old = read_json(path) if path.exists() else new
     before, now = (
         dict(_flatten({key: value for key, value in values.items() if key not in RESUMABLE_KEYS}))
         for values in (old, new)
     )
-    moved = {"data.path"} if digest else set()  # compared by its contents
+    moved = {"data.path"} if data else set()  # compared by its contents
     changed = [key for key in sorted({*before, *now} - moved) if before.get(key) != now.get(key)]
     if changed:
         lines = [f"  - {key}: expected {before.get(key)}, found {now.get(key)}" for key in changed]

@@ -51,6 +51,7 @@ from melt_jax.files import (
 from melt_jax.model.model import abstract_model, init_weights, module_leaves, parameter_count
 from melt_jax.training.processes import initialize_distributed, run_on_process_0
 
+CARD = "README.md"  # of a folder that was uploaded
 GATE_STD = 0.02
 FORMS = ("orbax", "published")
 
@@ -192,7 +193,8 @@ def _convert(name, source, output, form, changes, existing):
     # Write it completely or not at all.
     abstract = abstract_model(config, dtype)
     weights = _stream_weights(folder, _fresh_gates(folder, abstract, changes.seed, dtype), abstract, dtype)
-    with atomic_folder(output, existing == "overwrite", KINDS[form], [source]) as temporary:
+    card = [CARD] if form == "published" else []
+    with atomic_folder(output, existing == "overwrite", KINDS[form], [source], card) as temporary:
         if form == "orbax":
             write_params(temporary / PARAMS, dict(weights))
         else:
@@ -237,7 +239,7 @@ def _stream_weights(folder, gates, abstract, dtype):
 
 def _upload(source, output, upload):
     """Uploads a published folder with a model card. A README.md that the folder has is the card."""
-    card = output / "README.md"
+    card = output / CARD
     if not card.exists():
         write_text(card, model_card(output, upload.name, source, upload.base_model, upload.license))
     try:
@@ -270,8 +272,11 @@ def _check_kept(name, output, form, changes):
             raise InputError(f"{output}: expected weights of {origin.name}, found those of {found}; {hint}")
         gate = changes.gate or kept.config.gate
     elif is_complete(as_path(name)):
-        own = open_folder(name).config.gate
-        gate, dtype = changes.gate or own, changes.dtype or kept.dtype
+        source = open_folder(name)
+        gate, dtype = changes.gate or source.config.gate, changes.dtype or source.dtype
+        if dtype != kept.dtype:
+            raise InputError(f"{output}: expected {dtype} weights, found {kept.dtype}; {hint}")
+        own = source.config.gate
         if own == gate == kept.config.gate and weights_digest(name, dtype) != weights_digest(output):
             raise InputError(f"{output}: expected the weights of {name}, found others; {hint}")
     else:  # the input has been removed

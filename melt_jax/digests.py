@@ -20,7 +20,7 @@ Path = pathlib.Path | epath.Path
 
 DIGESTS = "digests.json"
 INCOMPLETE = ".incomplete"  # in a folder in a bucket that is being written, or whose writer was killed
-UNRECORDED = (DIGESTS, INCOMPLETE, "README.md")  # a model's card, which may be edited; `--overwrite` replaces it
+UNRECORDED = (DIGESTS, INCOMPLETE)
 FORMAT = "melt_jax digests 1"
 SKIP = "MELT_SKIP_DIGESTS"  # environment variable, inherited by child processes; set by --check_digests=false
 BLOCK = 2**22  # bytes read at a time
@@ -98,7 +98,9 @@ def check_digests(folder: Path) -> None:
         )
 
 
-def check_replaceable(folder: Path, kind: str, sizes: Mapping[str, int], inputs: Iterable[Path] = ()) -> None:
+def check_replaceable(
+    folder: Path, kind: str, sizes: Mapping[str, int], inputs: Iterable[Path] = (), others: Iterable[str] = ()
+) -> None:
     """Checks that an existing folder may be replaced: melt_jax wrote it, it is of that kind, and it is no input.
 
     Args:
@@ -106,6 +108,7 @@ def check_replaceable(folder: Path, kind: str, sizes: Mapping[str, int], inputs:
       kind: of the new folder.
       sizes: {name: bytes} of the files of the one that exists.
       inputs: absolute paths of files and folders from which the new folder is made.
+      others: names of files that belong to such a folder without being in its record.
 
     Raises:
       InputError: the folder has no record, another kind or further files, or contains an input or is inside one.
@@ -123,7 +126,7 @@ def check_replaceable(folder: Path, kind: str, sizes: Mapping[str, int], inputs:
     record = _read(folder)
     if record["kind"] != kind:
         raise InputError(f"{folder}: expected {kind} to overwrite, found {record['kind']}; {hint}")
-    if further := sorted(set(sizes) - set(record["files"]) - set(UNRECORDED)):
+    if further := sorted(set(sizes) - set(record["files"]) - {*UNRECORDED, *others}):
         names = ", ".join(further[:3]) + (", …" if len(further) > 3 else "")
         raise InputError(f"{folder}: expected only files that melt_jax wrote, found also {names}; {hint}")
 

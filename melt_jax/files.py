@@ -101,7 +101,11 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def atomic_folder(
-    folder: PathLike, overwrite: bool = False, kind: str | None = None, inputs: Iterable[PathLike] = ()
+    folder: PathLike,
+    overwrite: bool = False,
+    kind: str | None = None,
+    inputs: Iterable[PathLike] = (),
+    others: Iterable[str] = (),
 ) -> Iterator[Path]:
     """Yields a new, empty folder, which becomes `folder` at the end of the block and is removed if the block fails.
 
@@ -115,6 +119,7 @@ def atomic_folder(
       overwrite: replace a folder that exists; with a kind, only one of the same kind that melt_jax wrote.
       kind: what it is, for its record; None: it gets no record.
       inputs: files and folders that the block reads.
+      others: names of files that an existing folder may have besides those of its record; they are replaced, too.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is false.
@@ -124,7 +129,7 @@ def atomic_folder(
     if _refused(folder, overwrite):
         raise _exists(folder)
     if kind and not _is_new(folder):
-        check_replaceable(folder, kind, file_sizes(folder), [absolute(source) for source in inputs])
+        check_replaceable(folder, kind, file_sizes(folder), [absolute(source) for source in inputs], others)
     with _bucket_folder(folder) if in_bucket(folder) else _disk_folder(folder) as temporary:
         yield temporary
         if kind:

@@ -90,9 +90,8 @@ def main(argv: list[str]) -> None:
         run(config, as_path(flags.FLAGS.workdir, "--workdir"))
     except Exception as error:
         if is_communication_error(error):
-            wait_for_abort(error, lost_seconds)
-        else:
-            record_failure(error)
+            wait_for_abort(error, lost_seconds)  # returns if no process is lost
+        record_failure(error)
         if isinstance(error, SaveError):
             command_line.exit_at_once(error)
         if jax.process_count() == 1 or (isinstance(error, InputError) and all_processes_fail()):

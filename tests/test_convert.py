@@ -145,17 +145,19 @@ def test_existing_outputs_are_kept_or_overwritten(converted, tmp_path, capsys):
     assert weights_digest(output) == weights_digest(converted / "ouro")
     with pytest.raises(InputError, match=f"{output}: expected gate elementwise, found none; remove it"):
         convert(converted / "melt", output, "published", existing="keep")
-    rounded = tmp_path / "rounded"
-    convert(converted / "ouro", rounded, "published", Changes(dtype="bfloat16"))
-    convert(converted / "ouro", rounded, "published", Changes(dtype="bfloat16"), "keep")
+    with pytest.raises(InputError, match=f"{output}: expected float32 weights, found bfloat16; remove it"):
+        convert(converted / "ouro", output, "published", Changes(dtype="float32"), "keep")
+    widened = tmp_path / "widened"
+    convert(converted / "ouro", widened, "published", Changes(dtype="float32"))
+    convert(converted / "ouro", widened, "published", Changes(dtype="float32"), "keep")
     other = tmp_path / "other"
     shutil.copytree(converted / "ouro", other)
     edit_tensors(sorted(other.glob("*.safetensors"))[0], lambda x: x.update({name: 2 * x[name] for name in x}))
     kept = weights_digest(output)
     with pytest.raises(InputError, match=f"{output}: expected the weights of {other}, found others; remove it"):
         convert(other, output, "published", existing="keep")
-    with pytest.raises(InputError, match=f"{rounded}: expected the weights of {other}, found others; remove it"):
-        convert(other, rounded, "published", Changes(dtype="bfloat16"), "keep")
+    with pytest.raises(InputError, match=f"{widened}: expected the weights of {other}, found others; remove it"):
+        convert(other, widened, "published", Changes(dtype="float32"), "keep")
     assert weights_digest(output) == kept
     convert(converted / "melt", output, "published", existing="overwrite")
     assert weights_digest(output) == weights_digest(converted / "melt")

@@ -260,6 +260,10 @@ def test_uploaded_folder_can_be_overwritten(run_folder, tmp_path, monkeypatch):
     assert (tmp_path / "melt/README.md").exists()
     convert(run_folder, tmp_path / "melt", "published", existing="overwrite")
     assert not (tmp_path / "melt/README.md").exists()
+    convert(run_folder, tmp_path / "orbax", "orbax")
+    (tmp_path / "orbax/README.md").write_text("notes")
+    with pytest.raises(InputError, match=r"expected only files that melt_jax wrote, found also README\.md"):
+        convert(run_folder, tmp_path / "orbax", "orbax", existing="overwrite")
 
 
 def test_card_without_records(tmp_path):

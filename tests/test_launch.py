@@ -29,7 +29,7 @@ def run(tmp_path, command, **programs):
     calls.write_text("")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON_RUN": "python", "POLL": "0"}
     environment |= {
-        "MELT_FAILED": str(tmp_path / "failed"),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": "7",
         "ZONE": "z",
         "ACCELERATOR": "v6e-16",

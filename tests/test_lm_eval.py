@@ -311,6 +311,11 @@ def test_bad_flags_are_one_line(monkeypatch, offline, flags, message):
         run(monkeypatch, f"--model_args=checkpoint={TEACHER}", "--tasks=arithmetic_answer", *flags)
 
 
+def test_settings_of_none_are_the_defaults(model):
+    options = {"do_sample": True, "temperature": None, "top_p": None, "until": [], "max_gen_toks": 2}
+    assert len(model.generate_until(requests((PROMPT, options)), disable_tqdm=True)) == 1
+
+
 def test_values_of_none_stay_none():
     assert command.read_settings({"checkpoint": "x", "guidance": None}, HarnessSettings).changes.guidance is None
 

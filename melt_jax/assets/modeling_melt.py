@@ -318,7 +318,7 @@ class OuroModel(OuroPreTrainedModel):
             return hidden
         stay, cumulative, reached = 1.0, 0.0, []
         for x in loops[:-1]:
-            leave = torch.sigmoid(upcast(self.early_exit_gate(x)))
+            leave = torch.sigmoid(upcast(self.early_exit_gate(x))).to(x.device)
             cumulative, stay = cumulative + stay * leave, stay * (1 - leave)
             reached.append(cumulative >= threshold)
         for x, here in zip(reversed(loops[:-1]), reversed(reached)):

@@ -334,10 +334,11 @@ class HarnessModel(TemplateLM):
 
 def _normalized(options: dict[str, Any], settings: HarnessSettings) -> dict[str, Any]:
     """A task's generation_kwargs with the harness's defaults."""
-    for name, value in options.items():
-        if name not in ("until", "do_sample") and not isinstance(value, int | float | None):
-            raise InputError(f"generation_kwargs: {name}: expected a number, found {value!r}")
-    return dict(normalize_gen_kwargs(options, settings.max_gen_toks))
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens", "max_tokens"):
+        if not isinstance(given.get(name, 0), int | float):
+            raise InputError(f"generation_kwargs: {name}: expected a number, found {given[name]!r}")
+    return dict(normalize_gen_kwargs(given, settings.max_gen_toks))
 
 
 def _sampling(options: dict[str, Any], settings: HarnessSettings) -> Sampling:

@@ -17,7 +17,7 @@ from melt_jax.inference import scoring
 from melt_jax.model.model import LoopedTransformer
 from melt_jax.training.attempts import spent
 from melt_jax.training.preemption import exit_if_preempted
-from melt_jax.training.processes import broadcast_from_process_0
+from melt_jax.training.processes import text_from_process_0
 
 PROGRESS_SECONDS = 10.0
 
@@ -51,8 +51,7 @@ class Results:
         """
         if not (config.evaluation.problems or config.evaluation.sequences):
             return
-        settings = self._settings(config) if jax.process_index() == 0 else {}
-        if broadcast_from_process_0(self._rows.get(name, {}).get("settings") == settings):
+        if text_from_process_0(self._measured, name, config):
             return
         console = Console(quiet=jax.process_index() > 0)
         progress = Progress(f"evaluating {name}", console)
@@ -60,9 +59,13 @@ class Results:
         scores = scoring.score(model, None if model is teacher else teacher, config, progress)
         if comparison := scores.comparison:
             console.print(f"{name}: {comparison}", markup=False, highlight=False, soft_wrap=True)
-        self._rows[name] = dataclasses.asdict(scores) | {"settings": settings}
         if jax.process_index() == 0:
+            self._rows[name] = dataclasses.asdict(scores) | {"settings": self._settings(config)}
             write_text(self._path, json.dumps(self._rows, indent=1))
+
+    def _measured(self, name: str, config: TrainConfig) -> str:
+        """ "yes" if the file has the row of these settings, else empty."""
+        return "yes" if self._rows.get(name, {}).get("settings") == self._settings(config) else ""
 
     def _settings(self, config: TrainConfig) -> dict[str, Any]:
         """What the scores of a model depend on, besides its weights."""

@@ -1,6 +1,6 @@
-# Creates the virtual environment .venv with the packages of requirements.txt and, if the machine has a TPU, libtpu and
-# the packages for buckets, or if it has NVIDIA GPUs, JAX's CUDA packages. The first run takes some minutes. The other scripts of this folder source this one;
-# launch/test.sh sets extra=test to add the test tools.
+# Creates the virtual environment .venv with the packages of requirements.txt. A machine with a TPU also gets libtpu and
+# the packages for buckets, one with NVIDIA GPUs JAX's CUDA packages. The first run takes some minutes. The other scripts
+# of this folder source this one; launch/test.sh sets extra=test to add the test tools.
 #
 # Starts over if requirements.txt has changed or an earlier setup was interrupted.
 # Needs: Python 3.11 or later with venv, and a package index.

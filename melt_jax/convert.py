@@ -152,8 +152,8 @@ def convert(
 
     Raises:
       InputError: the input is not a model folder, the changes contradict it, the output would replace the input or a
-        folder that melt_jax did not write in that form, the kept output has another form, gate or other weights, or the
-        hub cannot be reached or refuses. In other processes: process 0 failed.
+        folder that melt_jax did not write in that form, the kept output has another form, gate, dtype or other weights,
+        or the hub cannot be reached or refuses. In other processes: process 0 failed.
       FileExistsError: the output exists.
     """
     output = as_path(output, "--output")
@@ -259,30 +259,25 @@ def _model_of_run(name):
 
 
 def _check_kept(name, output, form, changes):
-    """Checks that an output that is kept has the form and gate that it would get, and comes from the input.
+    """Checks that an output that is kept has the form, gate and dtype that it would get, and comes from the input.
 
     The weights of a model of the hub are known by its name, those of new gates not at all.
     """
     kept, hint = open_folder(output), "remove it, or use another output"
     if kept.form != form:
         raise InputError(f"{output}: expected a model folder in {form} form, found {kept.form} form; {hint}")
-    if origin := hub.repository(name):
-        found = kept.raw.get("_name_or_path")
-        if found and found != origin.name:
-            raise InputError(f"{output}: expected weights of {origin.name}, found those of {found}; {hint}")
-        gate = changes.gate or kept.config.gate
-    elif is_complete(as_path(name)):
-        source = open_folder(name)
-        gate, dtype = changes.gate or source.config.gate, changes.dtype or source.dtype
-        if dtype != kept.dtype:
-            raise InputError(f"{output}: expected {dtype} weights, found {kept.dtype}; {hint}")
-        own = source.config.gate
-        if own == gate == kept.config.gate and weights_digest(name, dtype) != weights_digest(output):
-            raise InputError(f"{output}: expected the weights of {name}, found others; {hint}")
-    else:  # the input has been removed
-        gate = changes.gate or kept.config.gate
+    origin = hub.repository(name)
+    source = open_folder(name) if origin is None and is_complete(as_path(name)) else kept  # it may have been removed
+    gate, dtype = changes.gate or source.config.gate, changes.dtype or source.dtype
     if gate != kept.config.gate:
         raise InputError(f"{output}: expected gate {gate}, found {kept.config.gate}; {hint}")
+    if dtype != kept.dtype:
+        raise InputError(f"{output}: expected {dtype} weights, found {kept.dtype}; {hint}")
+    found = kept.raw.get("_name_or_path")
+    if origin and found and found != origin.name:
+        raise InputError(f"{output}: expected weights of {origin.name}, found those of {found}; {hint}")
+    if source is not kept and source.config.gate == gate and weights_digest(name, dtype) != weights_digest(output):
+        raise InputError(f"{output}: expected the weights of {name}, found others; {hint}")
     print(f"{output}: exists and is kept, {kept.form}, gate {kept.config.gate}")
 
 

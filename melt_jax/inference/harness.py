@@ -31,6 +31,7 @@ from melt_jax.inference.stop_strings import StopFinder
 from melt_jax.sharding import make_mesh
 
 SLOT_MULTIPLE = 128
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's names of one number
 KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")  # of a task's generation_kwargs
 
 
@@ -335,7 +336,7 @@ class HarnessModel(TemplateLM):
 def _normalized(options: dict[str, Any], settings: HarnessSettings) -> dict[str, Any]:
     """A task's generation_kwargs with the harness's defaults."""
     given = {name: value for name, value in options.items() if value is not None}
-    for name in ("temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens", "max_tokens"):
+    for name in ("temperature", "top_p", "top_k", *LIMITS):
         if not isinstance(given.get(name, 0), int | float):
             raise InputError(f"generation_kwargs: {name}: expected a number, found {given[name]!r}")
     return dict(normalize_gen_kwargs(given, settings.max_gen_toks))

@@ -64,7 +64,7 @@ class Results:
             write_text(self._path, json.dumps(self._rows, indent=1))
 
     def _measured(self, name: str, config: TrainConfig) -> str:
-        """ "yes" if the file has the row of these settings, else empty."""
+        """A text that is empty unless the file has the row of these settings."""
         return "yes" if self._rows.get(name, {}).get("settings") == self._settings(config) else ""
 
     def _settings(self, config: TrainConfig) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def test_attempts_share_one_offline_run(teacher, tmp_path, monkeypatch):  # noqa
     assert [line["alignment/step"] for line in history(folders[0])] == [1, 2, 3]
     last = history(folders[1])[-1]
     assert (last["alignment/step"], last["alignment/loss"]) == (4, logged["loss"])
+    exits = [record.exit.exit_code for record in records(folders[0]) if record.WhichOneof("record_type") == "exit"]
+    assert exits == [0]  # preempted, not failed
     runs = [record.run for record in records(folders[0]) if record.WhichOneof("record_type") == "run"]
     stated = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert (runs[0].entity, runs[0].project, runs[0].display_name) == ("team", "melt", "run")
